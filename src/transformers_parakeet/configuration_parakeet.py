@@ -1,0 +1,229 @@
+# Copyright 2026 The transformers-parakeet authors. Licensed under the Apache License, Version 2.0.
+"""Configurations of the Parakeet family, with the field names, defaults and model types of stock transformers.
+
+What the fields build is decided in `conformer.py` and `transducer.py`.
+"""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# samples per mel frame: 10 ms at 16 kHz, the only frame rate of the released checkpoints
+HOP_LENGTH = 160
+
+
+def _check(holds: bool, name: str, value: object, rule: str) -> None:
+    """Raise when a field holds a value that no model can be built from."""
+    if not holds:
+        raise ValueError(f"`{name}` must be {rule}, got {value!r}: correct it in the configuration")
+
+
+@strict
+class ParakeetEncoderConfig(PreTrainedConfig):
+    """Configuration of a FastConformer encoder (arXiv 2305.05084).
+
+    Args:
+        hidden_size: width D of the encoder.
+        num_hidden_layers: number of conformer blocks.
+        num_attention_heads: number of attention heads; divides `hidden_size`.
+        intermediate_size: width of the feed-forward modules.
+        hidden_act: activation of the feed-forward and convolution modules.
+        attention_bias: biases in attention and feed-forward projections.
+        convolution_bias: biases in the convolution modules.
+        conv_kernel_size: frames seen by the depthwise convolution, odd.
+        subsampling_factor: mel frames per encoder frame, a power of two.
+        subsampling_conv_channels: channels of the subsampling convolutions.
+        num_mel_bins: mel bins F of the features.
+        subsampling_conv_kernel_size: kernel of the subsampling convolutions.
+        subsampling_conv_stride: stride of each subsampling convolution.
+        dropout: probability before the first block.
+        dropout_positions: probability on the position embeddings.
+        layerdrop: probability of skipping a block in training.
+        activation_dropout: probability inside the feed-forward modules.
+        attention_dropout: probability on the attention weights.
+        max_position_embeddings: kept for the file format; the sinusoids have no limit.
+        scale_input: multiply the subsampled input by sqrt(D).
+        initializer_range: standard deviation of the initial weights.
+
+    Raises:
+        ValueError: a field holds a value that no encoder can be built from.
+    """
+
+    model_type = "parakeet_encoder"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 8
+    intermediate_size: int = 4096
+    hidden_act: str = "silu"
+    attention_bias: bool = True
+    convolution_bias: bool = True
+    conv_kernel_size: int = 9
+    subsampling_factor: int = 8
+    subsampling_conv_channels: int = 256
+    num_mel_bins: int = 80
+    subsampling_conv_kernel_size: int = 3
+    subsampling_conv_stride: int = 2
+    dropout: float | int = 0.1
+    dropout_positions: float | int = 0.0
+    layerdrop: float | int = 0.1
+    activation_dropout: float | int = 0.1
+    attention_dropout: float | int = 0.1
+    max_position_embeddings: int = 5000
+    scale_input: bool = True
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.num_key_value_heads = self.num_attention_heads
+        factor, stride = self.subsampling_factor, self.subsampling_conv_stride
+        _check(self.hidden_size % self.num_attention_heads == 0, "hidden_size", self.hidden_size,
+               f"a multiple of `num_attention_heads` ({self.num_attention_heads})")  # fmt: skip
+        _check(self.conv_kernel_size % 2 == 1, "conv_kernel_size", self.conv_kernel_size, "odd")
+        _check(stride > 1, "subsampling_conv_stride", stride, "at least 2")
+        _check(factor >= 2 and factor & (factor - 1) == 0, "subsampling_factor", factor, "a power of two, at least 2")
+        super().__post_init__(**kwargs)
+
+
+class _HeadConfig(PreTrainedConfig):
+    """What the heads share: the encoder's configuration, the frame rate, and settings that a `.nemo` file carries."""
+
+    # transformers 5.17 reads the first, 5.23 the second
+    sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"encoder_config": ParakeetEncoderConfig}
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {"encoder_config": ParakeetEncoderConfig}
+
+    def _build_encoder_config(self) -> None:
+        """Turn a missing or plain-dict `encoder_config` into a configuration."""
+        if self.encoder_config is None:
+            self.encoder_config = ParakeetEncoderConfig()
+        elif isinstance(self.encoder_config, dict):
+            fields = {key: value for key, value in self.encoder_config.items() if key != "model_type"}
+            self.encoder_config = ParakeetEncoderConfig(**fields)
+
+    @property
+    def inputs_to_logits_ratio(self) -> int:
+        """Samples per encoder frame at 16 kHz, by which stock tools turn frames into seconds."""
+        return HOP_LENGTH * int(self.encoder_config.subsampling_factor)
+
+
+@strict
+class ParakeetCTCConfig(_HeadConfig):
+    """Configuration of `ParakeetForCTC`.
+
+    Args:
+        vocab_size: number of tokens V, the blank included.
+        ctc_loss_reduction: `"mean"` (over labels, then clips), `"sum"`, `"none"`, or NeMo's `"mean_batch"` (over clips)
+            and `"mean_volume"` (sum over clips divided by the number of labels).
+        ctc_zero_infinity: count a transcript that does not fit into its frames as zero loss.
+        encoder_config: configuration of the encoder, or its fields as a dict.
+        pad_token_id: the blank, which also pads.
+        spec_augment: NeMo's SpecAugment settings (`freq_masks`, `freq_width`, `time_masks`, `time_width`), for training.
+        segment_separators: characters that end a segment in timestamps.
+        segment_gap_threshold: frames of silence that end a segment instead, as in NeMo.
+    """
+
+    model_type = "parakeet_ctc"
+
+    vocab_size: int = 1025
+    ctc_loss_reduction: str = "mean"
+    ctc_zero_infinity: bool = True
+    encoder_config: dict | PreTrainedConfig | None = None
+    pad_token_id: int | None = 1024
+    spec_augment: dict | None = None
+    segment_separators: list[str] | tuple[str, ...] = (".", "?", "!")
+    segment_gap_threshold: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._build_encoder_config()
+        super().__post_init__(**kwargs)
+        self.initializer_range = self.encoder_config.initializer_range
+
+
+@strict
+class ParakeetRNNTConfig(_HeadConfig):
+    """Configuration of `ParakeetForRNNT`; with `ctc_head=True`, of a hybrid of transducer and CTC.
+
+    Args:
+        vocab_size: number of tokens V, the blank included.
+        decoder_hidden_size: width of the LSTM prediction network.
+        num_decoder_layers: number of its layers.
+        joint_hidden_size: width of the joint network; `None` means `decoder_hidden_size`.
+        hidden_act: activation of the joint network.
+        max_symbols_per_step: labels that greedy decoding emits at most on one frame.
+        encoder_config: configuration of the encoder, or its fields as a dict.
+        pad_token_id: pads labels and generated sequences; may be the blank.
+        blank_token_id: the blank.
+        forced_blanks: `generate` writes the move that `max_symbols_per_step` forces as a blank step of its own, as NeMo
+            counts, instead of adding it to the last label's duration, as stock transformers' RNN-T does.
+        decoder_dropout: dropout of the prediction network, in training.
+        joint_dropout: dropout of the joint network, in training.
+        loss_reduction: `"mean"`, `"mean_batch"`, `"mean_volume"`, `"sum"` or `"none"`.
+        fastemit_lambda: FastEmit weight (arXiv 2010.11148).
+        ctc_head: the checkpoint is a hybrid, with a CTC head beside the transducer.
+        ctc_loss_weight: w in the hybrid loss (1 - w) * transducer + w * CTC.
+        ctc_loss_reduction: as in `ParakeetCTCConfig`.
+        ctc_zero_infinity: as in `ParakeetCTCConfig`.
+        spec_augment: as in `ParakeetCTCConfig`.
+        segment_separators: as in `ParakeetCTCConfig`.
+        segment_gap_threshold: as in `ParakeetCTCConfig`.
+    """
+
+    model_type = "parakeet_rnnt"
+
+    vocab_size: int = 8193
+    decoder_hidden_size: int = 640
+    num_decoder_layers: int = 2
+    joint_hidden_size: int | None = None
+    hidden_act: str = "relu"
+    max_symbols_per_step: int = 10
+    encoder_config: dict | PreTrainedConfig | None = None
+    pad_token_id: int = 2
+    blank_token_id: int = 8192
+    is_encoder_decoder: bool = True
+    forced_blanks: bool = False
+    decoder_dropout: float | int = 0.0
+    joint_dropout: float | int = 0.0
+    loss_reduction: str = "mean_volume"
+    fastemit_lambda: float | int = 0.0
+    ctc_head: bool = False
+    ctc_loss_weight: float | int = 0.3
+    ctc_loss_reduction: str = "mean"
+    ctc_zero_infinity: bool = True
+    spec_augment: dict | None = None
+    segment_separators: list[str] | tuple[str, ...] = (".", "?", "!")
+    segment_gap_threshold: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._build_encoder_config()
+        super().__post_init__(**kwargs)
+        self.initializer_range = self.encoder_config.initializer_range
+        _check(0 <= self.blank_token_id < self.vocab_size, "blank_token_id", self.blank_token_id,
+               f"an id below `vocab_size` ({self.vocab_size})")  # fmt: skip
+        _check(self.max_symbols_per_step > 0, "max_symbols_per_step", self.max_symbols_per_step, "at least 1")
+
+
+@strict
+class ParakeetTDTConfig(ParakeetRNNTConfig):
+    """Configuration of `ParakeetForTDT`: the fields of `ParakeetRNNTConfig` and the durations (arXiv 2304.06795).
+
+    Args:
+        durations: frames that a step may advance, in the order of the duration outputs; the values count, not the indices.
+        loss_sigma: logit under-normalisation subtracted from every token score in the loss.
+        loss_omega: probability of training a minibatch with the plain RNN-T loss.
+    """
+
+    model_type = "parakeet_tdt"
+
+    durations: list[int] | tuple[int, ...] = (0, 1, 2, 3, 4)
+    loss_reduction: str = "mean"
+    loss_sigma: float | int = 0.0
+    loss_omega: float | int = 0.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        _check(any(d > 0 for d in self.durations) and all(d >= 0 for d in self.durations), "durations", self.durations,
+               "a list of frame counts, none negative and at least one above 0")  # fmt: skip
+
+
+__all__ = ["ParakeetCTCConfig", "ParakeetEncoderConfig", "ParakeetRNNTConfig", "ParakeetTDTConfig"]

@@ -1,0 +1,303 @@
+"""Greedy decoding of CTC and transducer scores, and how sure a model is of each token.
+
+Works on tensors and callables only; models, tokenizers and text are for the callers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CONFIDENCE_METHODS = ("max_prob", "entropy")
+
+# order of the Tsallis entropy in NeMo's default confidence (golden numbers: alpha 0.33, exponential normalisation)
+TSALLIS_ALPHA = 0.33
+
+
+def confidence(logits: Tensor, method: str = "max_prob") -> Tensor:
+    """Say how sure the scores are of their best token, from 0 (uniform) to 1 (certain).
+
+    Args:
+        logits: (..., V) raw scores or log-probabilities of the tokens, the blank included, durations not.
+        method: `max_prob`, (p V - 1) / (V - 1) of the best probability p; `entropy`, NeMo's default: Tsallis entropy of
+            order 0.33 with exponential normalisation (arXiv 2212.08703).
+
+    Returns:
+        (...) float32.
+
+    Raises:
+        ValueError: unknown method.
+    """
+    probabilities = logits.float().softmax(-1)
+    classes = probabilities.shape[-1]
+    if method == "max_prob":
+        return (probabilities.amax(-1) * classes - 1) / (classes - 1)
+    if method == "entropy":
+        entropy = (1 - (probabilities**TSALLIS_ALPHA).sum(-1)) / (1 - TSALLIS_ALPHA)
+        uniform = torch.tensor((1 - classes ** (1 - TSALLIS_ALPHA)) / (1 - TSALLIS_ALPHA)).exp()
+        return (entropy.exp() - uniform) / (1 - uniform)
+    raise ValueError(f"`confidence` must be one of {', '.join(CONFIDENCE_METHODS)}, got {method!r}")
+
+
+def greedy_ctc(logits: Tensor, lengths: Tensor | None, blank_id: int) -> Tensor:
+    """Take the best token of every frame; repeats and blanks are still in.
+
+    Args:
+        logits: (B, N, V) scores.
+        lengths: (B,) valid frames; `None` when all are.
+        blank_id: token of the frames past a clip's end.
+
+    Returns:
+        (B, N) token ids.
+    """
+    best = logits.argmax(-1)
+    if lengths is None:
+        return best
+    inside = torch.arange(best.shape[1], device=best.device) < lengths[:, None]
+    return torch.where(inside, best, blank_id)
+
+
+# frames scored per call of the joint: wasted where a label comes first, nearly free as the call is bound by memory
+LOOKAHEAD_ROWS = 8
+
+# (rows' last tokens (R,), rows' state) -> predictor states (R, J), new state; the state is a tuple of (layers, R, P)
+Predict = Callable[[Tensor, Any], tuple[Tensor, Any]]
+# (frames (R, K, J), predictor states (R, 1, J)) -> scores (R, K, V + D)
+Joint = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TransducerOptions:
+    """What greedy transducer decoding needs to know.
+
+    Args:
+        blank_id: the blank.
+        vocab_size: tokens V, the blank included; scores behind them are durations.
+        durations: frames of each duration output; `None` for RNN-T, where a label stays and a blank moves one frame.
+        max_symbols: labels on one frame after which one frame is moved.
+        max_steps: steps, blanks included, after which a row stops.
+        forced_blanks: write a forced move as a blank step of its own and keep the predicted duration of the label, as
+            NeMo does; else the label's duration becomes 1, as in stock transformers' RNN-T.
+        lookahead: frames scored ahead per row; 0 chooses by the batch.
+        confidence: method of `confidence`, or nothing.
+        keep_scores: keep the scores of every step.
+    """
+
+    blank_id: int
+    vocab_size: int
+    durations: tuple[int, ...] | None = None
+    max_symbols: int = 10
+    max_steps: int | None = None
+    forced_blanks: bool = True
+    lookahead: int = 0
+    confidence: str | None = None
+    keep_scores: bool = False
+
+
+@dataclass(frozen=True)
+class Hypotheses:
+    """The steps of greedy transducer decoding, blanks included; what lies past a row's length is 0 or `pad`.
+
+    Args:
+        tokens: (B, S) token or blank of every step.
+        frames: (B, S) frame at which the step was taken.
+        durations: (B, S) frames it advanced.
+        scores: (B, S) confidence of the labels, 0 on blanks; `None` unless asked for.
+        lengths: (B,) steps of each row.
+        logits: (B, S, V + D) scores of every step; `None` unless asked for.
+    """
+
+    tokens: Tensor
+    frames: Tensor
+    durations: Tensor
+    scores: Tensor | None
+    lengths: Tensor
+    logits: Tensor | None = None
+
+
+@dataclass
+class _Row:
+    """One row in decoding: where it is, its last label, and what it has done."""
+
+    length: int
+    options: TransducerOptions
+    frame: int = 0
+    symbols: int = 0
+    stopped: bool = False
+    label: int = 0
+    label_step: int = 0
+    tokens: list[int] = field(default_factory=list)
+    frames: list[int] = field(default_factory=list)
+    durations: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        limit = self.options.max_steps
+        return self.stopped or self.frame >= self.length or (limit is not None and len(self.tokens) >= limit)
+
+    def walk(self, tokens: Sequence[int], durations: Sequence[int], logits: Tensor | None) -> int | None:
+        """Take steps as scored for the frames ahead, up to the first label; return its place among them."""
+        start = self.frame
+        while not self.done and self.frame - start < len(tokens):
+            place = self.frame - start
+            if logits is not None:
+                self.logits.append(logits[place])
+            if tokens[place] != self.options.blank_id:
+                self._label(tokens[place], durations[place])
+                return place
+            self._step(self.options.blank_id, max(durations[place], 1))
+        return None
+
+    def _label(self, token: int, duration: int) -> None:
+        self.label, self.label_step = token, len(self.tokens)
+        forced = duration == 0 and self.symbols + 1 == self.options.max_symbols
+        self._step(token, 1 if forced and not self.options.forced_blanks else duration)
+        if forced and self.options.forced_blanks and not self.done:
+            if self.logits:
+                # nothing was scored for this step
+                self.logits.append(torch.zeros_like(self.logits[-1]))
+            self._step(self.options.blank_id, 1)
+
+    def _step(self, token: int, duration: int) -> None:
+        self.symbols = 0 if duration else self.symbols + 1
+        self.tokens.append(token)
+        self.frames.append(self.frame)
+        self.durations.append(duration)
+        self.scores.append(0.0)
+        self.frame += duration
+
+
+def greedy_transducer(
+    encoded: Tensor,
+    lengths: Tensor,
+    predict: Predict,
+    joint: Joint,
+    options: TransducerOptions,
+    pad_id: int = 0,
+    on_step: Callable[[list[list[int]]], Sequence[bool]] | None = None,
+) -> Hypotheses:
+    """Decode RNN-T or TDT scores greedily, all rows together (label looping, arXiv 2406.06220).
+
+    The joint scores the frames ahead of each row; the prediction network runs only for rows that emitted a label.
+
+    Args:
+        encoded: (B, N, J) frames, projected to the joint's width.
+        lengths: (B,) valid frames.
+        predict: the prediction network.
+        joint: the joint network.
+        options: see `TransducerOptions`.
+        pad_id: token past a row's end in the result.
+        on_step: called after every step with the tokens of all rows; returns which rows are to stop.
+
+    Returns:
+        `Hypotheses`.
+    """
+    batch, frames = encoded.shape[:2]
+    rows = [_Row(min(length, frames), options) for length in lengths.tolist()]
+    start = torch.full((batch,), options.blank_id, device=encoded.device)
+    predicted, state = predict(start, None)
+    active = [index for index, row in enumerate(rows) if not row.done]
+    while active:
+        labelled, places, logits = _search(encoded, predicted, rows, active, joint, options)
+        if labelled and options.confidence:
+            _keep_confidence(logits, labelled, places, rows, active, options)
+        if on_step is not None:
+            for row, stop in zip(rows, on_step([row.tokens for row in rows]), strict=True):
+                row.stopped = row.stopped or bool(stop)
+        moving = [index for index in labelled if not rows[index].done]
+        if moving:
+            predicted, state = _predict_rows(predict, predicted, state, rows, moving)
+        active = [index for index in active if not rows[index].done]
+    return _collect(rows, pad_id, encoded.device)
+
+
+def _search(
+    encoded: Tensor, predicted: Tensor, rows: list[_Row], active: list[int], joint: Joint, options: TransducerOptions
+) -> tuple[list[int], list[int], Tensor]:
+    """Score the frames ahead of the active rows and walk each row up to its next label.
+
+    Returns:
+        Rows that emitted a label, the places of the labels among the frames ahead, and the scores (R, K, V + D).
+    """
+    ahead = options.lookahead or max(1, LOOKAHEAD_ROWS // len(active))
+    picked = torch.tensor(active, device=encoded.device)
+    at = torch.tensor([rows[index].frame for index in active], device=encoded.device)
+    window = (at[:, None] + torch.arange(ahead, device=encoded.device)).clamp(max=encoded.shape[1] - 1)
+    logits = joint(encoded[picked[:, None], window], predicted[picked, None])
+    best = logits[..., : options.vocab_size].argmax(-1)
+    tokens = best.tolist()
+    if options.durations is None:
+        # a label stays, a blank moves one frame
+        durations = (best == options.blank_id).long().tolist()
+    else:
+        values = torch.tensor(options.durations, device=encoded.device)
+        durations = values[logits[..., options.vocab_size :].argmax(-1)].tolist()
+    labelled, places = [], []
+    for place, index in enumerate(active):
+        found = rows[index].walk(tokens[place], durations[place], logits[place] if options.keep_scores else None)
+        if found is not None:
+            labelled.append(index)
+            places.append(found)
+    return labelled, places, logits
+
+
+def _keep_confidence(
+    logits: Tensor,
+    labelled: list[int],
+    places: list[int],
+    rows: list[_Row],
+    active: list[int],
+    options: TransducerOptions,
+) -> None:
+    """Write the confidence of the labels just emitted."""
+    position = {index: place for place, index in enumerate(active)}
+    scores = logits[[position[index] for index in labelled], places, : options.vocab_size]
+    for index, value in zip(labelled, confidence(scores, options.confidence or "").tolist(), strict=True):
+        rows[index].scores[rows[index].label_step] = value
+
+
+def _predict_rows(
+    predict: Predict, predicted: Tensor, state: Any, rows: list[_Row], moving: list[int]
+) -> tuple[Tensor, Any]:
+    """Run the prediction network for the rows that emitted a label; the others keep output and state."""
+    tokens = torch.tensor([rows[index].label for index in moving], device=predicted.device)
+    if len(moving) == len(predicted):
+        return predict(tokens, state)
+    index = torch.tensor(moving, device=predicted.device)
+    output, after = predict(tokens, tuple(part[:, index] for part in state))
+    state = tuple(part.index_copy(1, index, new) for part, new in zip(state, after, strict=True))
+    return predicted.index_copy(0, index, output), state
+
+
+def _collect(rows: list[_Row], pad_id: int, device: torch.device) -> Hypotheses:
+    """Pad the rows to one batch."""
+    lengths = [len(row.tokens) for row in rows]
+    width = max(lengths, default=0)
+
+    def padded(values: list[list[Any]], fill: float) -> Tensor:
+        return torch.tensor([row + [fill] * (width - len(row)) for row in values], device=device).reshape(
+            len(rows), width
+        )
+
+    options = rows[0].options
+    logits = None
+    if options.keep_scores:
+        kept = [torch.stack(row.logits) if row.logits else torch.zeros(0, 1) for row in rows]
+        wide = max(part.shape[1] for part in kept)
+        logits = torch.zeros(len(rows), width, wide, device=device)
+        for index, part in enumerate(kept):
+            logits[index, : len(part), : part.shape[1]] = part
+    return Hypotheses(
+        tokens=padded([row.tokens for row in rows], pad_id).long(),
+        frames=padded([row.frames for row in rows], 0).long(),
+        durations=padded([row.durations for row in rows], 0).long(),
+        scores=padded([row.scores for row in rows], 0.0).float() if options.confidence else None,
+        lengths=torch.tensor(lengths, device=device),
+        logits=logits,
+    )

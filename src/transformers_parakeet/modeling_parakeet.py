@@ -1,0 +1,354 @@
+"""The Parakeet models: one `PreTrainedModel` base, the encoder, and the CTC, RNN-T and TDT heads.
+
+The modules are in `conformer.py` and `transducer.py`, losses in `losses.py`, decoding behind `generate` in `generation_parakeet.py`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_parakeet import ParakeetCTCConfig, ParakeetEncoderConfig, ParakeetRNNTConfig, ParakeetTDTConfig
+from .conformer import (
+    ParakeetEncoderAttention,
+    ParakeetEncoderBlock,
+    ParakeetEncoderRelPositionalEncoding,
+    ParakeetEncoderSubsamplingConv2D,
+    frame_lengths,
+    length_mask,
+    pointwise,
+    subsampled_lengths,
+)
+from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin
+from .losses import compact_labels, ctc_loss, rnnt_loss, tdt_loss
+from .transducer import ParakeetRNNTDecoder, ParakeetRNNTJointNetwork
+
+
+@dataclass
+class ParakeetEncoderModelOutput(BaseModelOutputWithPooling):
+    """Output of the encoder.
+
+    Args:
+        last_hidden_state: (B, N, H) frames.
+        pooler_output: (B, N, J) frames projected for the joint network, in transducers.
+        hidden_states: input of the first block and output of every block, when asked for.
+        attentions: (B, heads, N, N) weights of every block, when asked for.
+        attention_mask: (B, N) int mask of the valid frames, when the input had a mask.
+    """
+
+    attention_mask: Tensor | None = None
+
+
+class ParakeetPreTrainedModel(PreTrainedModel):
+    """What every Parakeet model shares: initialisation, loading, and the arithmetic of lengths."""
+
+    config: ParakeetCTCConfig
+    base_model_prefix = "model"
+    main_input_name = "input_features"
+    input_modalities = "audio"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["ParakeetEncoderBlock"]
+    _supports_flat_attention_mask = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    # relative positions are a bias on the scores, which flash attention has no room for
+    _supports_flash_attn = False
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": ParakeetEncoderBlock,
+        "attentions": ParakeetEncoderAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ParakeetEncoderAttention):
+            std = self.config.initializer_range
+            init.normal_(module.bias_u, mean=0.0, std=std)
+            init.normal_(module.bias_v, mean=0.0, std=std)
+        elif isinstance(module, ParakeetEncoderRelPositionalEncoding):
+            init.copy_(module.inv_freq, module.frequencies(module.config))
+
+    def _get_subsampling_output_length(self, input_lengths: Tensor) -> Tensor:
+        """Encoder frames of so many mel frames."""
+        return subsampled_lengths(input_lengths, getattr(self.config, "encoder_config", self.config))
+
+    def _get_output_attention_mask(self, attention_mask: Tensor, target_length: int | None = None) -> Tensor:
+        """(B, T) mask of mel frames -> (B, N) boolean mask of encoder frames; N is `target_length` or the longest clip's."""
+        lengths = self._get_subsampling_output_length(attention_mask.sum(-1))
+        return length_mask(lengths, int(lengths.max()) if target_length is None else target_length)
+
+
+class ParakeetEncoder(ParakeetPreTrainedModel):
+    """FastConformer encoder (arXiv 2305.05084)."""
+
+    config: ParakeetEncoderConfig
+    base_model_prefix = "encoder"
+
+    def __init__(self, config: ParakeetEncoderConfig) -> None:
+        super().__init__(config)
+        self.gradient_checkpointing = False
+        self.input_scale = math.sqrt(config.hidden_size) if config.scale_input else 1.0
+        self.subsampling = ParakeetEncoderSubsamplingConv2D(config)
+        self.encode_positions = ParakeetEncoderRelPositionalEncoding(config)
+        self.layers = nn.ModuleList([ParakeetEncoderBlock(config, index) for index in range(config.num_hidden_layers)])
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_features: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attention_mask: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ParakeetEncoderModelOutput:
+        """Encode a batch of log-mel features.
+
+        Args:
+            input_features: (B, T, F) features; cast to the model's dtype.
+            attention_mask: (B, T), 1 on valid mel frames; without it every frame is valid.
+            output_attention_mask: also return the mask of the encoder frames.
+            **kwargs: `output_hidden_states`, `output_attentions` (eager attention), `return_dict`.
+
+        Returns:
+            `last_hidden_state` (B, N, H) and `attention_mask` (B, N).
+        """
+        lengths = None if attention_mask is None else attention_mask.sum(-1)
+        hidden = self.subsampling(input_features.to(self.subsampling.linear.weight.dtype), lengths)
+        if self.config.scale_input:
+            hidden = hidden * self.input_scale
+        positions = self.encode_positions(hidden)
+        hidden = F.dropout(hidden, self.config.dropout, self.training)
+        positions = F.dropout(positions, self.config.dropout_positions, self.training)
+        valid = None if attention_mask is None else self._get_output_attention_mask(attention_mask, hidden.shape[1])
+        for layer in self.layers:
+            # LayerDrop (arXiv 1909.11556)
+            if self.training and self.config.layerdrop > 0 and torch.rand([]) < self.config.layerdrop:
+                continue
+            hidden = layer(hidden, attention_mask=valid, position_embeddings=positions, **kwargs)
+        return ParakeetEncoderModelOutput(
+            last_hidden_state=hidden,
+            attention_mask=valid.int() if valid is not None and output_attention_mask else None,
+        )
+
+
+class ParakeetEncoderCTCHead(nn.Conv1d):
+    """Projection to the vocabulary; a convolution of kernel 1 for the sake of the checkpoints."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map (B, N, H) to (B, N, V)."""
+        return pointwise(self, hidden_states)
+
+
+class ParakeetForCTC(ParakeetPreTrainedModel, ParakeetCTCGenerationMixin):
+    """FastConformer encoder with a CTC head."""
+
+    config: ParakeetCTCConfig
+
+    def __init__(self, config: ParakeetCTCConfig) -> None:
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config.encoder_config)
+        self.ctc_head = ParakeetEncoderCTCHead(config.encoder_config.hidden_size, config.vocab_size, kernel_size=1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_features: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutput:
+        """Score every frame, and the labels when there are some.
+
+        Args:
+            input_features: (B, T, F) log-mel features.
+            attention_mask: (B, T), 1 on valid mel frames.
+            labels: (B, U) token ids; -100 and `pad_token_id` are ignored.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Returns:
+            `logits` (B, N, V) and, with labels, `loss` as `config.ctc_loss_reduction` says.
+        """
+        encoded = self.encoder(input_features=input_features, attention_mask=attention_mask, **kwargs)
+        logits = self.ctc_head(encoded.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = ctc_loss(
+                logits,
+                labels,
+                frame_lengths(encoded),
+                blank_token_id=self.config.pad_token_id,
+                reduction=self.config.ctc_loss_reduction,
+                zero_infinity=self.config.ctc_zero_infinity,
+            )
+        return CausalLMOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
+
+
+@dataclass
+class ParakeetRNNTOutput(BaseModelOutputWithPooling):
+    """Output of a transducer.
+
+    Args:
+        loss: with labels.
+        logits: (B, N, U+1, V) raw scores of the joint network, (B, N, U+1, V + D) for TDT.
+        last_hidden_state: (B, N, H) encoder frames.
+        pooler_output: (B, N, J) frames projected for the joint network.
+        hidden_states: the encoder's, when asked for.
+        attentions: the encoder's, when asked for.
+        attention_mask: (B, N) int mask of the valid frames.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    attention_mask: Tensor | None = None
+
+
+class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin):
+    """FastConformer encoder with an RNN-T head (arXiv 1211.3711); with `config.ctc_head`, a hybrid."""
+
+    config: ParakeetRNNTConfig
+
+    def __init__(self, config: ParakeetRNNTConfig) -> None:
+        super().__init__(config)
+        width = config.encoder_config.hidden_size
+        self.encoder = AutoModel.from_config(config.encoder_config)
+        self.encoder_projector = nn.Linear(width, config.joint_hidden_size or config.decoder_hidden_size)
+        self.decoder = ParakeetRNNTDecoder(config)
+        self.joint = ParakeetRNNTJointNetwork(config, self._outputs)
+        if config.ctc_head:
+            self.ctc_head = ParakeetEncoderCTCHead(width, config.vocab_size, kernel_size=1)
+        self.post_init()
+
+    @property
+    def _outputs(self) -> int:
+        """Outputs of the joint network."""
+        return self.config.vocab_size
+
+    @can_return_tuple
+    def get_audio_features(
+        self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> ParakeetEncoderModelOutput:
+        """Encode a batch and project its frames for the joint network (`pooler_output`)."""
+        encoded = self.encoder(input_features=input_features, attention_mask=attention_mask, **kwargs)
+        encoded.pooler_output = self.encoder_projector(encoded.last_hidden_state)
+        return encoded
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        encoder_outputs: ParakeetEncoderModelOutput | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ParakeetRNNTOutput:
+        """Score every frame with every prefix of the labels.
+
+        Args:
+            input_features: (B, T, F) log-mel features.
+            attention_mask: (B, T), 1 on valid mel frames.
+            decoder_input_ids: (B, U+1) the blank, then the labels; made from `labels` when missing, else the blank alone.
+            encoder_outputs: result of `get_audio_features`, in place of `input_features`.
+            labels: (B, U) token ids; -100 and `pad_token_id` are ignored.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Returns:
+            `logits` (B, N, U+1, V [+ D]) and, with labels, `loss`. Without a prefix the logits are (B, N, V [+ D]).
+        """
+        encoded = encoder_outputs
+        if encoded is None:
+            encoded = self.get_audio_features(input_features, attention_mask=attention_mask, **kwargs)
+        targets = None if labels is None else self._targets(labels.to(encoded.pooler_output.device))
+        if targets is not None:
+            decoder_input_ids = F.pad(targets[0], (1, 0), value=self.config.blank_token_id)
+        elif decoder_input_ids is None:
+            batch = encoded.pooler_output.shape[0]
+            decoder_input_ids = torch.full((batch, 1), self.config.blank_token_id, device=encoded.pooler_output.device)
+        logits = self.joint(self.decoder(decoder_input_ids)[:, None], encoded.pooler_output[:, :, None])
+        return ParakeetRNNTOutput(
+            loss=None if targets is None else self._loss(encoded, logits, *targets),
+            logits=logits.squeeze(2),
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=encoded.pooler_output,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            attention_mask=encoded.attention_mask,
+        )
+
+    def _targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels without padding, and their (B,) counts."""
+        keep = (labels >= 0) & (labels != self.config.pad_token_id) & (labels != self.config.blank_token_id)
+        return compact_labels(labels, keep)
+
+    def _loss(
+        self, encoded: ParakeetEncoderModelOutput, logits: Tensor, labels: Tensor, label_lengths: Tensor
+    ) -> Tensor:
+        """Transducer loss; for a hybrid (1 - w) * transducer + w * CTC."""
+        config, lengths = self.config, frame_lengths(encoded)
+        loss = self._transducer_loss(logits, labels, lengths, label_lengths)
+        if not config.ctc_head:
+            return loss
+        padded = labels.masked_fill(~length_mask(label_lengths, labels.shape[1]), -100)
+        ctc = ctc_loss(
+            self.ctc_head(encoded.last_hidden_state),
+            padded,
+            lengths,
+            blank_token_id=config.blank_token_id,
+            reduction=config.ctc_loss_reduction,
+            zero_infinity=config.ctc_zero_infinity,
+        )
+        return (1 - config.ctc_loss_weight) * loss + config.ctc_loss_weight * ctc
+
+    def _transducer_loss(self, logits: Tensor, labels: Tensor, lengths: Tensor, label_lengths: Tensor) -> Tensor:
+        config = self.config
+        return rnnt_loss(logits, labels, lengths, label_lengths, config.blank_token_id, config.loss_reduction)
+
+
+class ParakeetForTDT(ParakeetForRNNT):
+    """FastConformer encoder with a token-and-duration transducer head (arXiv 2304.06795)."""
+
+    config: ParakeetTDTConfig
+
+    @property
+    def _outputs(self) -> int:
+        return self.config.vocab_size + len(self.config.durations)
+
+    def _transducer_loss(self, logits: Tensor, labels: Tensor, lengths: Tensor, label_lengths: Tensor) -> Tensor:
+        config = self.config
+        return tdt_loss(
+            logits[..., : config.vocab_size],
+            logits[..., config.vocab_size :],
+            labels,
+            lengths,
+            label_lengths,
+            config.blank_token_id,
+            config.durations,
+            config.loss_sigma,
+            config.loss_reduction,
+        )
+
+
+__all__ = [
+    "ParakeetEncoder",
+    "ParakeetEncoderModelOutput",
+    "ParakeetForCTC",
+    "ParakeetForRNNT",
+    "ParakeetForTDT",
+    "ParakeetPreTrainedModel",
+]
