@@ -93,13 +93,16 @@ class _HeadConfig(PreTrainedConfig):
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"encoder_config": ParakeetEncoderConfig}
     sub_configs_defaults: ClassVar[dict[str, Any]] = {"encoder_config": ParakeetEncoderConfig}
 
-    def _build_encoder_config(self) -> None:
+    # a `ParakeetEncoderConfig` once built
+    encoder_config: Any = None
+
+    def _build_encoder_config(self, given: Any) -> Any:
         """Turn a missing or plain-dict `encoder_config` into a configuration."""
-        if self.encoder_config is None:
-            self.encoder_config = ParakeetEncoderConfig()
-        elif isinstance(self.encoder_config, dict):
-            fields = {key: value for key, value in self.encoder_config.items() if key != "model_type"}
-            self.encoder_config = ParakeetEncoderConfig(**fields)
+        if given is None:
+            return ParakeetEncoderConfig()
+        if isinstance(given, dict):
+            return ParakeetEncoderConfig(**{key: value for key, value in given.items() if key != "model_type"})
+        return given
 
     @property
     def inputs_to_logits_ratio(self) -> int:
@@ -118,7 +121,7 @@ class ParakeetCTCConfig(_HeadConfig):
         ctc_zero_infinity: count a transcript that does not fit into its frames as zero loss.
         encoder_config: configuration of the encoder, or its fields as a dict.
         pad_token_id: the blank, which also pads.
-        spec_augment: NeMo's SpecAugment settings (`freq_masks`, `freq_width`, `time_masks`, `time_width`), for training.
+        spec_augment: NeMo's SpecAugment settings for training: `freq_masks`, `freq_width`, `time_masks`, `time_width`.
         segment_separators: characters that end a segment in timestamps.
         segment_gap_threshold: frames of silence that end a segment instead, as in NeMo.
     """
@@ -128,14 +131,13 @@ class ParakeetCTCConfig(_HeadConfig):
     vocab_size: int = 1025
     ctc_loss_reduction: str = "mean"
     ctc_zero_infinity: bool = True
-    encoder_config: dict | PreTrainedConfig | None = None
-    pad_token_id: int | None = 1024
-    spec_augment: dict | None = None
+    pad_token_id: int = 1024
+    spec_augment: dict[str, Any] | None = None
     segment_separators: list[str] | tuple[str, ...] = (".", "?", "!")
     segment_gap_threshold: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._build_encoder_config()
+        self.encoder_config = self._build_encoder_config(self.encoder_config)
         super().__post_init__(**kwargs)
         self.initializer_range = self.encoder_config.initializer_range
 
@@ -177,7 +179,6 @@ class ParakeetRNNTConfig(_HeadConfig):
     joint_hidden_size: int | None = None
     hidden_act: str = "relu"
     max_symbols_per_step: int = 10
-    encoder_config: dict | PreTrainedConfig | None = None
     pad_token_id: int = 2
     blank_token_id: int = 8192
     is_encoder_decoder: bool = True
@@ -190,12 +191,12 @@ class ParakeetRNNTConfig(_HeadConfig):
     ctc_loss_weight: float | int = 0.3
     ctc_loss_reduction: str = "mean"
     ctc_zero_infinity: bool = True
-    spec_augment: dict | None = None
+    spec_augment: dict[str, Any] | None = None
     segment_separators: list[str] | tuple[str, ...] = (".", "?", "!")
     segment_gap_threshold: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._build_encoder_config()
+        self.encoder_config = self._build_encoder_config(self.encoder_config)
         super().__post_init__(**kwargs)
         self.initializer_range = self.encoder_config.initializer_range
         _check(0 <= self.blank_token_id < self.vocab_size, "blank_token_id", self.blank_token_id,
@@ -208,7 +209,7 @@ class ParakeetTDTConfig(ParakeetRNNTConfig):
     """Configuration of `ParakeetForTDT`: the fields of `ParakeetRNNTConfig` and the durations (arXiv 2304.06795).
 
     Args:
-        durations: frames that a step may advance, in the order of the duration outputs; the values count, not the indices.
+        durations: frames that a step may advance, in the order of the duration outputs; their values count.
         loss_sigma: logit under-normalisation subtracted from every token score in the loss.
         loss_omega: probability of training a minibatch with the plain RNN-T loss.
     """

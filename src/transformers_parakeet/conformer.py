@@ -69,7 +69,7 @@ class ParakeetEncoderSubsamplingConv2D(nn.Module):
     def __init__(self, config: ParakeetEncoderConfig) -> None:
         super().__init__()
         channels, kernel = config.subsampling_conv_channels, config.subsampling_conv_kernel_size
-        strided = {"stride": config.subsampling_conv_stride, "padding": (kernel - 1) // 2}
+        strided: dict[str, Any] = {"stride": config.subsampling_conv_stride, "padding": (kernel - 1) // 2}
         halvings = int(math.log2(config.subsampling_factor))
         layers: list[nn.Module] = [nn.Conv2d(1, channels, kernel, **strided), nn.ReLU()]
         for _ in range(halvings - 1):
@@ -92,13 +92,13 @@ class ParakeetEncoderSubsamplingConv2D(nn.Module):
         """
         hidden = mask_frames(features[:, None], lengths)
         for layer in self.layers:
-            if isinstance(layer, nn.ReLU):
+            if not isinstance(layer, nn.Conv2d):
                 # no layer keeps its output for the gradient, so it may always be overwritten
                 hidden = mask_frames(hidden, lengths).relu_()
                 continue
             hidden = layer(hidden)
             if lengths is not None:
-                lengths = (lengths + 2 * layer.padding[0] - layer.kernel_size[0]) // layer.stride[0] + 1
+                lengths = (lengths + 2 * int(layer.padding[0]) - layer.kernel_size[0]) // layer.stride[0] + 1
             if hidden.shape[1] > 1:
                 # depthwise and 1 x 1 convolutions are several times faster on channels-last memory
                 hidden = hidden.contiguous(memory_format=torch.channels_last)

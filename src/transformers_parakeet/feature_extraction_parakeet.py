@@ -144,12 +144,13 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
     def _check_sampling_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:
             logger.warning_once(
-                f"`sampling_rate` was not given and is taken to be {self.sampling_rate} Hz: pass it, wrong rates give wrong text."
+                f"`sampling_rate` was not given and is taken as {self.sampling_rate} Hz: pass it, a wrong rate gives "
+                "wrong text."
             )
         elif sampling_rate != self.sampling_rate:
             raise ValueError(
-                f"`sampling_rate` must be {self.sampling_rate} Hz, the rate of the model; the audio has {sampling_rate} Hz. "
-                f"Resample it: transformers_parakeet.load_audio(audio, sampling_rate={sampling_rate})."
+                f"`sampling_rate` must be {self.sampling_rate} Hz, the model's rate; the audio has {sampling_rate} "
+                f"Hz. Resample it: transformers_parakeet.load_audio(audio, sampling_rate={sampling_rate})."
             )
 
     def _samples(self, clip: Any) -> np.ndarray:
@@ -211,7 +212,7 @@ def split_batch(raw_speech: Any) -> list[Any]:
         is_stereo = raw_speech.ndim == 2 and raw_speech.shape[1] <= MAX_CHANNELS < raw_speech.shape[0]
         return [raw_speech] if raw_speech.ndim < 2 or is_stereo else list(raw_speech)
     if not isinstance(raw_speech, Sequence) or isinstance(raw_speech, (str, bytes)):
-        raise ValueError(
+        raise TypeError(
             f"audio must be an array, a tensor or a list, got {type(raw_speech).__name__}: use load_audio(...) first"
         )
     if len(raw_speech) == 0:

@@ -202,7 +202,8 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
     def _validate_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> None:
         if generation_config.max_length < 2:
             raise ValueError(
-                f"a transducer's sequence starts with a blank: `max_length` must be at least 2, got {generation_config.max_length}"
+                "a transducer's sequence starts with a blank: `max_length` must be at least 2, "
+                f"got {generation_config.max_length}"
             )
 
     def _sample(

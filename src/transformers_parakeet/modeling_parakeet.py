@@ -1,6 +1,6 @@
 """The Parakeet models: one `PreTrainedModel` base, the encoder, and the CTC, RNN-T and TDT heads.
 
-The modules are in `conformer.py` and `transducer.py`, losses in `losses.py`, decoding behind `generate` in `generation_parakeet.py`.
+Modules are in `conformer.py` and `transducer.py`, losses in `losses.py`, `generate` in `generation_parakeet.py`.
 """
 
 import math
@@ -80,12 +80,16 @@ class ParakeetPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ParakeetEncoderRelPositionalEncoding):
             init.copy_(module.inv_freq, module.frequencies(module.config))
 
+    @property
+    def _encoder_config(self) -> Any:
+        return getattr(self.config, "encoder_config", self.config)
+
     def _get_subsampling_output_length(self, input_lengths: Tensor) -> Tensor:
         """Encoder frames of so many mel frames."""
-        return subsampled_lengths(input_lengths, getattr(self.config, "encoder_config", self.config))
+        return subsampled_lengths(input_lengths, self._encoder_config)
 
     def _get_output_attention_mask(self, attention_mask: Tensor, target_length: int | None = None) -> Tensor:
-        """(B, T) mask of mel frames -> (B, N) boolean mask of encoder frames; N is `target_length` or the longest clip's."""
+        """(B, T) mask of mel frames -> (B, N) boolean mask of encoder frames, N the longest's or `target_length`."""
         lengths = self._get_subsampling_output_length(attention_mask.sum(-1))
         return length_mask(lengths, int(lengths.max()) if target_length is None else target_length)
 
@@ -263,7 +267,7 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         Args:
             input_features: (B, T, F) log-mel features.
             attention_mask: (B, T), 1 on valid mel frames.
-            decoder_input_ids: (B, U+1) the blank, then the labels; made from `labels` when missing, else the blank alone.
+            decoder_input_ids: (B, U+1) the blank, then the labels; made from `labels`, else the blank alone.
             encoder_outputs: result of `get_audio_features`, in place of `input_features`.
             labels: (B, U) token ids; -100 and `pad_token_id` are ignored.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.

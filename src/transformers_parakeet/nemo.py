@@ -182,8 +182,8 @@ def load_nemo(path: str | Path) -> tuple[ParakeetPreTrainedModel, ParakeetProces
         path: a plain or gzip tar with `model_config.yaml`, `model_weights.ckpt` and the tokenizer.
 
     Returns:
-        The model (`ParakeetForCTC`, `ParakeetForRNNT` or `ParakeetForTDT`; a hybrid is one of the last two with a CTC head)
-        in eval mode, and its processor.
+        The model in eval mode (`ParakeetForCTC`, `ParakeetForRNNT` or `ParakeetForTDT`; a hybrid is one of the last two
+        with a CTC head), and its processor.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -473,7 +473,7 @@ def sentencepiece_backend(proto: Any, more: list[str]) -> Tokenizer:
     if proto.trainer_spec.model_type == proto.trainer_spec.BPE:
         vocabulary = {piece: index for index, (piece, _) in enumerate(pieces)}
         merges = generate_merges({p: vocabulary[p] for p, _ in pieces[:own]}, pieces[:own])
-        model = BPE(
+        model: BPE | Unigram = BPE(
             vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback
         )
     else:

@@ -48,7 +48,7 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if self._kind is None:
             return super()._sanitize_parameters(**kwargs)
-        preprocess = {k: kwargs.pop(k) for k in ("chunk_length_s", "stride_length_s") if k in kwargs}
+        preprocess: dict[str, Any] = {k: kwargs.pop(k) for k in ("chunk_length_s", "stride_length_s") if k in kwargs}
         kwargs.pop("ignore_warning", None)
         levels = (
             {"return_timestamps": timestamp_level(kwargs.pop("return_timestamps", None))}

@@ -28,16 +28,25 @@ from .tokenization_parakeet import WORD_START
 
 LEVELS = ("char", "word", "segment")
 
+# encoder frames are so many mel frames in every released checkpoint
+SUBSAMPLING_FACTOR = 8
 
-class ParakeetProcessorKwargs(ProcessingKwargs, total=False):
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "audio_kwargs": {
+        "sampling_rate": 16000,
+        "padding": "longest",
+        "return_attention_mask": True,
+        "subsampling_factor": SUBSAMPLING_FACTOR,
+    },
+    "text_kwargs": {"padding": True, "padding_side": "right", "add_special_tokens": False},
+    "common_kwargs": {"return_tensors": "pt"},
+}
+
+
+class ParakeetProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # a typed dict upstream
     """Defaults of the processor's arguments."""
 
-    _defaults = {  # noqa: RUF012  # a typed dict has no class variables
-        "audio_kwargs": {"sampling_rate": 16000, "padding": "longest", "return_attention_mask": True,
-                         "subsampling_factor": 8},
-        "text_kwargs": {"padding": True, "padding_side": "right", "add_special_tokens": False},
-        "common_kwargs": {"return_tensors": "pt"},
-    }  # fmt: skip
+    _defaults = DEFAULTS
 
 
 class ParakeetProcessor(ProcessorMixin):
@@ -97,7 +106,7 @@ class ParakeetProcessor(ProcessorMixin):
         text = [text] if isinstance(text, str) else list(text)
         if len(text) != len(inputs["input_features"]):
             raise ValueError(
-                f"every clip needs one transcript: got {len(inputs['input_features'])} clips and {len(text)} transcripts"
+                f"every clip needs a transcript: {len(inputs['input_features'])} clips came with {len(text)}"
             )
         labels = self.tokenizer(text, **merged["text_kwargs"])["input_ids"]
         inputs["labels"] = labels.long() if isinstance(labels, Tensor) else labels
@@ -191,8 +200,7 @@ class ParakeetProcessor(ProcessorMixin):
     @property
     def frame_s(self) -> float:
         """Seconds per encoder frame."""
-        factor = ParakeetProcessorKwargs._defaults["audio_kwargs"]["subsampling_factor"]
-        return float(self.feature_extractor.hop_length * factor / self.feature_extractor.sampling_rate)
+        return float(self.feature_extractor.hop_length * SUBSAMPLING_FACTOR / self.feature_extractor.sampling_rate)
 
     @cached_property
     def punctuation(self) -> frozenset[str]:

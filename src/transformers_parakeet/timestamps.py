@@ -11,7 +11,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-AGGREGATIONS = {"mean": lambda values: sum(values) / len(values), "min": min, "prod": math.prod}
+AGGREGATIONS: dict[str, Callable[[Sequence[float]], float]] = {
+    "mean": lambda values: sum(values) / len(values),
+    "min": min,
+    "prod": math.prod,
+}
 
 # NeMo's default way from token to word confidence
 DEFAULT_AGGREGATION = "min"

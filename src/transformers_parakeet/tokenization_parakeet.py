@@ -39,8 +39,8 @@ class ParakeetTokenizer(TokenizersBackend):
             skip_special_tokens: leave special tokens out of the text.
             clean_up_tokenization_spaces: see the base class.
             group_tokens: merge consecutive repeats.
-            output_char_offsets: return a dict of `text` and `char_offsets`, one `{"char", "start_offset", "end_offset"}`
-                per token in frames, as CTC tokenizers of transformers do.
+            output_char_offsets: return a dict of `text` and `char_offsets`, per token `{"char", "start_offset",
+                "end_offset"}` in frames, as CTC tokenizers of transformers do.
 
         Returns:
             The text, or the dict.
