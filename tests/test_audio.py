@@ -20,7 +20,6 @@ import pytest
 from transformers_parakeet import audio
 from transformers_parakeet.audio import AudioError, load_audio
 
-
 sf = pytest.importorskip("soundfile")
 av = pytest.importorskip("av")
 pytest.importorskip("soxr")

@@ -3,10 +3,10 @@
 The public names are below; every algorithm is in the module named after it.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
-import transformers
 import transformers.models.parakeet
 from transformers import (
     AutoConfig,
@@ -68,9 +68,11 @@ def _register() -> None:
         for obj in (ParakeetEncoderConfig, ParakeetEncoder, ParakeetFeatureExtractor, ParakeetPreTrainedModel,
                     ParakeetProcessor, ParakeetTokenizer, *(obj for head in heads for obj in head[:2]))
     }  # fmt: skip
+    # not `import transformers` above: that module is replaced while its parts are imported
+    top = sys.modules["transformers"]
     for name, obj in names.items():
         setattr(transformers.models.parakeet, name, obj)
-        setattr(transformers, name, obj)
+        setattr(top, name, obj)
     task = PIPELINE_REGISTRY.supported_tasks["automatic-speech-recognition"]
     task["impl"] = ParakeetASRPipeline
     if AutoModelForRNNT not in task["pt"]:

@@ -20,7 +20,6 @@ from transformers.generation import (
 )
 from transformers.utils import ModelOutput
 
-from .conformer import frame_lengths
 from .decoding import TransducerOptions, confidence, greedy_ctc, greedy_transducer
 
 # a limit on steps that no audio reaches
@@ -284,6 +283,14 @@ class Watcher:
         # scores of single steps are not kept
         stops = [criterion(sequences, None) for criterion in self.criteria]
         return torch.stack([torch.as_tensor(stop).expand(len(rows)) for stop in stops]).any(0).tolist()
+
+
+def frame_lengths(encoded: Any) -> Tensor:
+    """(B,) valid frames of an encoder's output; all of them when the input had no mask."""
+    batch, frames = encoded.last_hidden_state.shape[:2]
+    if encoded.attention_mask is None:
+        return torch.full((batch,), frames, device=encoded.last_hidden_state.device)
+    return encoded.attention_mask.sum(-1)
 
 
 def ctc_output(

@@ -24,12 +24,11 @@ from .conformer import (
     ParakeetEncoderBlock,
     ParakeetEncoderRelPositionalEncoding,
     ParakeetEncoderSubsamplingConv2D,
-    frame_lengths,
     length_mask,
     pointwise,
     subsampled_lengths,
 )
-from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin
+from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin, frame_lengths
 from .losses import compact_labels, ctc_loss, rnnt_loss, tdt_loss
 from .transducer import ParakeetRNNTDecoder, ParakeetRNNTJointNetwork
 

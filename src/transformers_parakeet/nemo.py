@@ -16,7 +16,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE, Unigram
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
 
 from .configuration_parakeet import HOP_LENGTH, ParakeetCTCConfig, ParakeetRNNTConfig, ParakeetTDTConfig
 from .feature_extraction_parakeet import LOG_ZERO_GUARD, ParakeetFeatureExtractor
@@ -446,6 +445,8 @@ def build_tokenizer(settings: Mapping[str, Any], artifact: Callable[[str], bytes
 
 def parse_sentencepiece(content: bytes) -> Any:
     """Return the protocol buffer of a SentencePiece model."""
+    from transformers.convert_slow_tokenizer import import_protobuf
+
     proto = import_protobuf().ModelProto()
     try:
         proto.ParseFromString(content)
@@ -461,6 +462,8 @@ def sentencepiece_backend(proto: Any, more: list[str]) -> Tokenizer:
         proto: the model.
         more: pieces of further languages, appended for decoding.
     """
+    from transformers.convert_slow_tokenizer import generate_merges
+
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     seen = {piece for piece, _ in pieces}
     for piece in more:

@@ -1,0 +1,105 @@
+"""Times the encoder of the 0.6B shape and the feature extractor against stock transformers, in one run.
+
+    python benchmarks/encoder.py [--rounds 5] [--layers 6]
+
+Checks first that both sides give the same output: float32 within 1e-4, bfloat16 no further from float32 than stock is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import rival
+import torch
+
+FRAMES_PER_SECOND = 100
+MEL_BINS = 128
+
+# (batch, seconds)
+SHAPES = ((1, 10), (8, 10), (1, 60))
+
+
+def encoder_case(module: Any, case: dict[str, Any]) -> Callable[[], torch.Tensor]:
+    """Build the encoder with fixed random weights and one batch of features."""
+    torch.manual_seed(0)
+    config = module.ParakeetEncoderConfig(
+        hidden_size=1024, num_hidden_layers=case["layers"], num_attention_heads=8, intermediate_size=4096,
+        num_mel_bins=MEL_BINS, attention_bias=False, convolution_bias=False, scale_input=False,
+    )  # fmt: skip
+    model = module.ParakeetEncoder(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.state_dict().values():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.02, generator=generator)
+    model = model.to(getattr(torch, case["dtype"]))
+    frames = case["seconds"] * FRAMES_PER_SECOND + 1
+    features = torch.randn(case["batch"], frames, MEL_BINS, generator=generator).to(model.dtype)
+    mask = torch.ones(case["batch"], frames, dtype=torch.bool)
+    mask[:, -1] = False
+
+    @torch.inference_mode()
+    def run() -> torch.Tensor:
+        return model(input_features=features, attention_mask=mask).last_hidden_state
+
+    return run
+
+
+def features_case(module: Any, case: dict[str, Any]) -> Callable[[], torch.Tensor]:
+    """Build the extractor and a batch of noise."""
+    extractor = module.ParakeetFeatureExtractor(feature_size=MEL_BINS)
+    generator = torch.Generator().manual_seed(2)
+    clips = [torch.randn(16000 * case["seconds"], generator=generator).numpy() for _ in range(case["batch"])]
+    return lambda: extractor(clips, sampling_rate=16000, return_tensors="pt")["input_features"]
+
+
+def prepare(module: Any, side: str, case: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[Any, str], None]]:
+    """Build one case on one side."""
+    run = features_case(module, case) if case["what"] == "features" else encoder_case(module, case)
+    run()
+    return run, torch.save
+
+
+def check(rivals: rival.Rivals, case: dict[str, Any], truth: torch.Tensor | None) -> torch.Tensor:
+    """Compare the outputs of both sides; return stock's."""
+    out = rivals.results(case, torch.load)
+    # the last encoder frame lies in the padding at these lengths
+    stock, ours = (out[side].double()[:, :-1] for side in rival.SIDES)
+    if truth is None:
+        error, bound = (stock - ours).abs().max().item(), 2e-3 if case["what"] == "features" else 1e-4
+    else:
+        error, bound = (ours - truth).abs().mean().item(), 1.1 * (stock - truth).abs().mean().item()
+    print(f"{case}: error {error:.2g}, bound {bound:.2g}", file=sys.stderr)
+    if error > bound:
+        raise SystemExit(f"the outputs differ by {error:.3g}, more than {bound:.3g}: {case}")
+    return stock
+
+
+def main() -> None:
+    """Run every case and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--side", choices=rival.SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        rival.serve(prepare)
+        return
+    rivals = rival.Rivals(__file__)
+    rows = []
+    for batch, seconds in SHAPES:
+        truth = None
+        for dtype in ("float32", "bfloat16"):
+            case = {"what": "encoder", "batch": batch, "seconds": seconds, "dtype": dtype, "layers": args.layers}
+            truth = check(rivals, case, truth)
+            rows.append((f"encoder, batch {batch}, {seconds} s, {dtype}", rivals.compare(args.rounds)))
+    case = {"what": "features", "batch": 8, "seconds": 30}
+    check(rivals, case, None)
+    rows.append(("features, batch 8, 30 s", rivals.compare(args.rounds)))
+    rival.report(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The command `parakeet`: transcribe files, and show the bundled demo.
+
+Only arguments and output live here; the work is done by the pipeline.
+"""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from typing import Annotated, Any
+
+import jiwer
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import pipeline
+from transformers.utils import logging
+
+from . import demo_model_path, load_nemo
+from .audio import AudioError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speech recognition with NVIDIA Parakeet models.")
+console = Console()
+errors = Console(stderr=True)
+
+
+class Format(str, Enum):
+    """How transcripts are written."""
+
+    txt = "txt"
+    json = "json"
+
+
+def load_pipeline(model: str | None) -> Any:
+    """Return the pipeline of a Hub id, a folder, a `.nemo` file, or the demo model."""
+    logging.disable_progress_bar()
+    task = "automatic-speech-recognition"
+    if model is not None and model.endswith(".nemo"):
+        loaded, processor = load_nemo(model)
+        return pipeline(
+            task, model=loaded, tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor
+        )
+    return pipeline(task, model=model or str(demo_model_path()))
+
+
+@app.command()
+def transcribe(
+    files: Annotated[list[str], typer.Argument(help="Audio files or URLs: WAV, FLAC, MP3, OGG, Opus, M4A, WebM, …")],
+    model: Annotated[
+        str | None, typer.Option(help="Hub id, folder or .nemo file; default: the bundled demo model (spoken digits).")
+    ] = None,
+    output: Annotated[Format, typer.Option("--format", help="txt: the text; json: with word times.")] = Format.txt,
+) -> None:
+    """Write down what is said in audio files."""
+    pipe = load_pipeline(model)
+    results, failed = [], False
+    for file in files:
+        try:
+            result = pipe(file, return_timestamps="word")
+        except (AudioError, OSError) as error:
+            errors.print(f"[red]{file}: {error}[/red]", highlight=False)
+            failed = True
+            continue
+        if output is Format.txt:
+            print_text(f"{file}: {result['text']}" if len(files) > 1 else result["text"])
+        results.append({"file": file, "text": result["text"], "words": [word(chunk) for chunk in result["chunks"]]})
+    if output is Format.json:
+        print_text(json.dumps(results, ensure_ascii=False, indent=2))
+    raise typer.Exit(int(failed))
+
+
+@app.command()
+def demo() -> None:
+    """Transcribe the bundled clips with the bundled model and compare with what was said."""
+    folder = demo_model_path()
+    pipe = load_pipeline(None)
+    clips = json.loads((folder / "clips" / "manifest.json").read_text(encoding="utf-8"))
+    heard = [pipe(str(folder / "clips" / clip["file"]))["text"] for clip in clips]
+    said = [clip["text"] for clip in clips]
+    table = Table("clip", "said", "recognised", title="Parakeet demo model: spoken English digits")
+    for clip, reference, hypothesis in zip(clips, said, heard, strict=True):
+        table.add_row(clip["file"], reference, hypothesis)
+    console.print(table)
+    console.print(f"word error rate: {jiwer.wer(said, heard):.1%} on {len(clips)} clips")
+
+
+def word(chunk: dict[str, Any]) -> dict[str, Any]:
+    """Return a word with its times in seconds."""
+    start, end = chunk["timestamp"]
+    return {"text": chunk["text"], "start": start, "end": end}
+
+
+def print_text(text: str) -> None:
+    """Print without markup, colours or wrapping, for other programs to read."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

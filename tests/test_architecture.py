@@ -1,0 +1,82 @@
+"""The layout of docs/design.md, read off the source files."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import transformers_parakeet as tp
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "transformers_parakeet"
+MODULES = sorted(path.stem for path in SOURCE.glob("*.py"))
+
+# what each file may import of ours; `__init__` and `cli` may import everything
+ALLOWED = {
+    "configuration_parakeet": set(),
+    "audio": set(),
+    "timestamps": set(),
+    "tokenization_parakeet": set(),
+    "losses": set(),
+    "decoding": set(),
+    "feature_extraction_parakeet": {"audio"},
+    "processing_parakeet": {"timestamps", "tokenization_parakeet"},
+    "conformer": {"configuration_parakeet"},
+    "transducer": {"configuration_parakeet"},
+    "generation_parakeet": {"decoding"},
+    "modeling_parakeet": {"configuration_parakeet", "conformer", "transducer", "generation_parakeet", "losses"},
+    "longform": {"timestamps"},
+    "pipeline_parakeet": {"audio", "longform", "processing_parakeet", "timestamps"},
+    "nemo": {
+        "configuration_parakeet",
+        "feature_extraction_parakeet",
+        "modeling_parakeet",
+        "processing_parakeet",
+        "tokenization_parakeet",
+    },
+}
+
+
+def imports(module):
+    """Names of the modules that a source file imports, ours as `.name`."""
+    found = set()
+    for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found.add("." * node.level + (node.module or ""))
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return found
+
+
+def test_every_module_has_its_place():
+    assert set(MODULES) - {"__init__", "cli"} == ALLOWED.keys()
+
+
+@pytest.mark.parametrize("module", sorted(ALLOWED))
+def test_a_module_imports_only_what_the_layout_allows(module):
+    ours = {name.removeprefix(".") for name in imports(module) if name.startswith(".")}
+    assert ours <= ALLOWED[module]
+    assert not [name for name in imports(module) if name.startswith("..")]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_source_file_is_long_or_leans_on_stock_parakeet(module):
+    text = (SOURCE / f"{module}.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 600
+    stock = {name for name in imports(module) if re.search(r"models\.parakeet|loss_tdt|loss_rnnt", name)}
+    assert stock <= ({"transformers.models.parakeet"} if module == "__init__" else set())
+
+
+def test_no_function_is_over_sixty_lines():
+    long = []
+    for module in MODULES:
+        for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno > 60:
+                long.append(f"{module}.{node.name}")
+    assert long == []
+
+
+def test_the_version_stands_in_one_form():
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared.group(1) == tp.__version__

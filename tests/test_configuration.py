@@ -1,0 +1,65 @@
+"""Configurations: stock's fields and defaults, round trips, and values that no model can be built from."""
+
+import json
+
+import pytest
+from conftest import encoder_fields, run_stock
+
+import transformers_parakeet as tp
+
+NAMES = ["ParakeetEncoderConfig", "ParakeetCTCConfig", "ParakeetRNNTConfig", "ParakeetTDTConfig"]
+
+# what we add to stock's fields
+ADDED = {
+    "spec_augment", "segment_separators", "segment_gap_threshold", "joint_hidden_size", "forced_blanks",
+    "decoder_dropout", "joint_dropout", "loss_reduction", "fastemit_lambda", "ctc_head", "ctc_loss_weight",
+    "ctc_loss_reduction", "ctc_zero_infinity", "loss_sigma", "loss_omega",
+}  # fmt: skip
+
+
+def test_fields_and_defaults_are_stocks():
+    printed = run_stock(
+        f"""
+        import json, transformers
+        print(json.dumps({{n: getattr(transformers, n)().to_dict() for n in {NAMES}}}, default=str))
+        """
+    )
+    for name, stock in json.loads(printed).items():
+        ours = json.loads(json.dumps(getattr(tp, name)().to_dict(), default=str))
+        assert {key: ours[key] for key in stock} == stock, name
+        assert ours.keys() - stock.keys() <= ADDED, name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trip_through_a_file(name, tmp_path):
+    fields = encoder_fields() if name == "ParakeetEncoderConfig" else {"encoder_config": encoder_fields()}
+    config = getattr(tp, name)(**fields)
+    config.save_pretrained(tmp_path)
+    again = getattr(tp, name).from_pretrained(tmp_path)
+    assert again.to_dict() == config.to_dict()
+    # a property that stock tools read must not turn into a field of the file
+    assert "inputs_to_logits_ratio" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_seconds_per_frame_follow_the_subsampling():
+    config = tp.ParakeetCTCConfig(encoder_config=encoder_fields(subsampling_factor=4))
+    assert config.inputs_to_logits_ratio == 640
+    assert tp.ParakeetTDTConfig().inputs_to_logits_ratio == 1280
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("ParakeetEncoderConfig", {"hidden_size": 30, "num_attention_heads": 4}, "hidden_size"),
+        ("ParakeetEncoderConfig", {"conv_kernel_size": 8}, "conv_kernel_size"),
+        ("ParakeetEncoderConfig", {"subsampling_factor": 6}, "subsampling_factor"),
+        ("ParakeetEncoderConfig", {"subsampling_conv_stride": 1}, "subsampling_conv_stride"),
+        ("ParakeetRNNTConfig", {"blank_token_id": 8193}, "blank_token_id"),
+        ("ParakeetRNNTConfig", {"max_symbols_per_step": 0}, "max_symbols_per_step"),
+        ("ParakeetTDTConfig", {"durations": [0]}, "durations"),
+        ("ParakeetTDTConfig", {"durations": [-1, 1]}, "durations"),
+    ],
+)
+def test_values_that_no_model_can_have_are_named(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(tp, name)(**fields)

@@ -1,0 +1,121 @@
+"""Features against NeMo's, and every form and fault of input that a caller may bring."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import noise
+from safetensors.torch import load_file
+
+import transformers_parakeet as tp
+
+# NeMo and we differ in the order of float32 sums only; near silence the logarithm magnifies that
+TOLERANCE = 2e-3
+
+
+def extract(clips, **kwargs):
+    return tp.ParakeetFeatureExtractor()(clips, sampling_rate=16000, return_tensors="pt", **kwargs)
+
+
+@pytest.mark.parametrize("bins", [80, 128])
+def test_features_are_nemos(golden, bins):
+    truth = load_file(golden / "batch_features.safetensors")
+    names = json.loads((golden / "ctc" / "expected.json").read_text())["clips"]
+    clips = [soundfile.read(golden / "clips" / f"{name}.wav", dtype="float32")[0] for name in names]
+    out = tp.ParakeetFeatureExtractor(feature_size=bins)(clips, sampling_rate=16000, return_tensors="pt")
+    assert out["attention_mask"].sum(1).tolist() == truth["feature_lengths"].tolist()
+    mask = out["attention_mask"][..., None]
+    wanted = truth[f"features{bins}"].transpose(1, 2) * mask
+    torch.testing.assert_close(out["input_features"], wanted, atol=TOLERANCE, rtol=0)
+
+
+def test_a_clip_of_one_frame_is_zeros_as_in_nemo(golden):
+    clip = soundfile.read(golden / "clips" / "short.wav", dtype="float32")[0][:200]
+    out = extract(clip)
+    assert out["attention_mask"].sum().item() == 1
+    assert out["input_features"].abs().max().item() == 0.0
+
+
+def test_a_padded_batch_equals_single_clips():
+    clips = [noise(1.0), noise(0.4, 1), noise(0.05, 2)]
+    batch = extract(clips)
+    for row, clip in enumerate(clips):
+        alone = extract(clip)["input_features"][0]
+        frames = len(clip) // 160
+        torch.testing.assert_close(batch["input_features"][row, :frames], alone[:frames], atol=1e-5, rtol=1e-5)
+        assert batch["input_features"][row, frames:].abs().max().item() == 0.0
+
+
+@pytest.mark.parametrize("samples", [0, 1, 100, 159, 160, 399])
+def test_short_clips_give_finite_features(samples):
+    out = extract(noise(1.0)[:samples])
+    assert torch.isfinite(out["input_features"]).all()
+    assert out["input_features"].shape == (1, 1 + samples // 160, 80)
+    assert out["attention_mask"].sum().item() == samples // 160
+
+
+def test_silence_gives_finite_features():
+    features = extract(np.zeros(16000, dtype=np.float32))["input_features"]
+    # every bin is constant: what is left is the rounding of its mean over a deviation of 1e-5
+    assert features.abs().max().item() < 0.5
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_no_numbers_are_refused(value):
+    clip = noise(0.5)
+    clip[1234] = value
+    with pytest.raises(ValueError, match="1234"):
+        extract(clip)
+
+
+def test_forms_of_one_clip_give_the_same_features():
+    clip = noise(0.5)
+    wanted = extract(clip)["input_features"]
+    stereo = np.stack([clip, clip])
+    forms = [[clip], clip.tolist(), [clip.tolist()], torch.from_numpy(clip), clip.astype(np.float64), [stereo],
+             [stereo.T], stereo.T, np.stack([clip] * 3, axis=1), [torch.from_numpy(stereo)]]  # fmt: skip
+    for form in forms:
+        torch.testing.assert_close(extract(form)["input_features"], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_int16_is_scaled():
+    clip = noise(0.5)
+    scaled = extract((clip * 32768).round().astype(np.int16))["input_features"]
+    # quantisation to 16 bits is noise 80 dB below the signal
+    assert (scaled - extract(clip)["input_features"]).abs().mean().item() < 1e-2
+
+
+def test_a_two_dimensional_array_is_a_batch():
+    clips = np.stack([noise(0.5, 0), noise(0.5, 1), noise(0.5, 2)])
+    torch.testing.assert_close(extract(clips)["input_features"], extract(list(clips))["input_features"])
+
+
+def test_another_rate_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"8000 Hz.*load_audio"):
+        tp.ParakeetFeatureExtractor()(noise(0.5), sampling_rate=8000)
+
+
+@pytest.mark.parametrize(("clips", "error"), [([], ValueError), ("clip.wav", TypeError), (None, TypeError)])
+def test_what_is_no_audio_is_refused(clips, error):
+    with pytest.raises(error, match="audio must"):
+        extract(clips)
+
+
+def test_padding_and_truncation():
+    clip = noise(1.0)
+    longer = extract(clip, padding="max_length", max_length=32000)
+    assert longer["input_features"].shape[1] == 201
+    assert longer["attention_mask"].sum().item() == 100
+    shorter = extract(clip, padding="max_length", max_length=8000, truncation=True)
+    assert shorter["attention_mask"].sum().item() == 50
+    assert extract(clip, pad_to_multiple_of=20000)["input_features"].shape[1] == 126
+    assert isinstance(tp.ParakeetFeatureExtractor()(clip, sampling_rate=16000, return_tensors="np")["input_features"], np.ndarray)  # fmt: skip
+
+
+def test_the_input_is_left_alone():
+    clip = noise(0.5)
+    copy = clip.copy()
+    extract(clip)
+    np.testing.assert_array_equal(clip, copy)

@@ -1,0 +1,224 @@
+"""The encoder and the CTC model: attention backends, masks, precision, gradients, compilation."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ctc_model, encoder_fields, noise
+from torch.nn import functional as F
+
+import transformers_parakeet as tp
+from transformers_parakeet.conformer import relative_shift, subsampled_lengths
+
+# two orders of float32 sums in a two-layer encoder of width 32, measured: 4e-6
+TOLERANCE = 2e-5
+
+
+def encoder(seed=0, **changes):
+    torch.manual_seed(seed)
+    return tp.ParakeetEncoder(tp.ParakeetEncoderConfig(**encoder_fields(**changes))).eval()
+
+
+def features(batch=3, frames=200, valid=(200, 117, 40)):
+    torch.manual_seed(1)
+    mask = torch.arange(frames) < torch.tensor(valid)[:, None]
+    return torch.randn(batch, frames, 80), mask
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
+def test_attention_backends_agree(backend):
+    model, (inputs, mask) = encoder(), features()
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        wanted = model(inputs, attention_mask=mask)
+        model.set_attn_implementation(backend)
+        got = model(inputs, attention_mask=mask)
+    valid = wanted.attention_mask.bool()[..., None]
+    torch.testing.assert_close(got.last_hidden_state * valid, wanted.last_hidden_state * valid, atol=TOLERANCE, rtol=0)
+
+
+def test_what_lies_in_the_padding_does_not_matter():
+    model, (inputs, mask) = encoder(), features()
+    dirty = torch.where(mask[..., None], inputs, 1e3)
+    with torch.no_grad():
+        clean = model(inputs, attention_mask=mask)
+        other = model(dirty, attention_mask=mask)
+        for row, frames in enumerate((200, 117, 40)):
+            alone = model(inputs[row : row + 1, :frames], attention_mask=mask[row : row + 1, :frames])
+            count = alone.last_hidden_state.shape[1]
+            for batch in (clean, other):
+                got = batch.last_hidden_state[row, :count]
+                torch.testing.assert_close(got, alone.last_hidden_state[0], atol=TOLERANCE, rtol=0)
+
+
+def test_a_full_mask_is_no_mask():
+    model, (inputs, _) = encoder(), features()
+    with torch.no_grad():
+        masked = model(inputs, attention_mask=torch.ones(3, 200, dtype=torch.long))
+        torch.testing.assert_close(masked.last_hidden_state, model(inputs).last_hidden_state, atol=TOLERANCE, rtol=0)
+    assert masked.attention_mask.tolist() == [[1] * 25] * 3
+
+
+def test_a_row_without_frames_is_finite():
+    model, (inputs, mask) = encoder(), features(valid=(200, 117, 0))
+    with torch.no_grad():
+        out = model(inputs, attention_mask=mask)
+    assert torch.isfinite(out.last_hidden_state).all()
+    assert out.attention_mask.sum(1).tolist() == [25, 15, 0]
+
+
+def test_lengths_follow_the_convolutions():
+    config = tp.ParakeetEncoderConfig(**encoder_fields())
+    conv = torch.nn.Conv1d(1, 1, 3, stride=2, padding=1)
+    for frames in range(1, 70):
+        signal = torch.zeros(1, 1, frames)
+        assert subsampled_lengths(frames, config) == conv(conv(conv(signal))).shape[-1]
+    assert subsampled_lengths(torch.tensor([0, 1, 8, 9]), config).tolist() == [0, 1, 1, 2]
+
+
+def test_relative_shift_against_its_definition():
+    for frames in (1, 2, 5, 63):
+        scores = torch.randn(2, 3, frames, 2 * frames - 1)
+        shifted = relative_shift(scores)
+        for query in range(frames):
+            for key in range(frames):
+                torch.testing.assert_close(shifted[..., query, key], scores[..., query, key - query + frames - 1])
+
+
+def test_the_evaluated_convolution_has_the_norm_folded_in():
+    module = encoder().layers[0].conv
+    torch.nn.init.normal_(module.norm.running_mean)
+    torch.nn.init.uniform_(module.norm.running_var, 0.5, 2.0)
+    hidden = torch.randn(2, 30, 32)
+    with torch.no_grad():
+        folded = module(hidden)
+        gated = F.glu(module.pointwise_conv1(hidden.transpose(1, 2)), dim=1)
+        plain = module.pointwise_conv2(F.silu(module.norm(module.depthwise_conv(gated)))).transpose(1, 2)
+    torch.testing.assert_close(folded, plain, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_features_are_cast_to_the_models_dtype(dtype):
+    model, (inputs, mask) = encoder(), features()
+    with torch.no_grad():
+        wanted = model(inputs, attention_mask=mask).last_hidden_state
+        got = model.to(dtype)(inputs, attention_mask=mask).last_hidden_state
+    assert got.dtype == dtype
+    # bfloat16 has 8 bits of precision; measured: mean error 0.03 of values of size 0.8
+    assert (got.float() - wanted).abs().mean().item() < 0.06
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model, _ = ctc_model()
+    inputs, mask = features()
+    labels = torch.randint(1, 50, (3, 4))
+    gradients = []
+    for checkpointing in (False, True):
+        twin = copy.deepcopy(model).train()
+        for module in twin.modules():
+            if isinstance(module, torch.nn.Dropout) or hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+            if hasattr(module, "dropout") and isinstance(module.dropout, float):
+                module.dropout = 0.0
+        twin.config.encoder_config.dropout = 0.0
+        if checkpointing:
+            twin.gradient_checkpointing_enable()
+        twin(inputs, attention_mask=mask, labels=labels).loss.backward()
+        gradients.append([p.grad for p in twin.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, atol=1e-5, rtol=1e-4)
+
+
+def test_layerdrop_skips_layers_in_training_only():
+    model, (inputs, mask) = encoder(layerdrop=1.0), features()
+    without = model(inputs, attention_mask=mask).last_hidden_state
+    model.train()
+    model.config.dropout = 0.0
+    skipped = model(inputs, attention_mask=mask).last_hidden_state
+    expected = model.subsampling(inputs, mask.sum(-1)) * model.input_scale
+    torch.testing.assert_close(skipped, expected)
+    assert (skipped - without).abs().max().item() > 0.1
+
+
+def test_hidden_states_and_attentions():
+    model, (inputs, mask) = encoder(), features()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model(inputs, attention_mask=mask, output_hidden_states=True, output_attentions=True)
+    assert [tuple(h.shape) for h in out.hidden_states] == [(3, 25, 32)] * 3
+    assert [tuple(a.shape) for a in out.attentions] == [(3, 4, 25, 25)] * 2
+    torch.testing.assert_close(out.attentions[0].sum(-1), torch.ones(3, 4, 25))
+    # nobody attends to the padding
+    assert out.attentions[0][2, :, :, 5:].max().item() == 0.0
+
+
+def test_position_keys_are_computed_once_per_batch():
+    model, (inputs, mask) = encoder(), features()
+    shapes = []
+    for layer in model.layers:
+        layer.self_attn.relative_k_proj.register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
+    with torch.no_grad():
+        model(inputs, attention_mask=mask)
+    assert shapes == [(49, 32)] * 2
+
+
+def test_ctc_loss_ignores_padding_of_both_kinds():
+    model, _ = ctc_model()
+    inputs, mask = features()
+    blank = model.config.pad_token_id
+    rows = [[5, 6, 7], [8], []]
+    losses = []
+    for fill in (-100, blank):
+        labels = torch.tensor([row + [fill] * (4 - len(row)) for row in rows])
+        losses.append(model(inputs, attention_mask=mask, labels=labels).loss)
+    with torch.no_grad():
+        scores = model(inputs, attention_mask=mask).logits.double().log_softmax(-1).transpose(0, 1)
+    truth = F.ctc_loss(
+        scores, torch.tensor([5, 6, 7, 8]), torch.tensor([25, 15, 5]), torch.tensor([3, 1, 0]), blank=blank
+    )
+    for loss in losses:
+        torch.testing.assert_close(loss.double(), truth, atol=1e-4, rtol=1e-5)
+
+
+def test_generate_gives_the_best_token_of_each_frame_and_blanks_behind():
+    model, _ = ctc_model()
+    inputs, mask = features()
+    with torch.no_grad():
+        best = model(inputs, attention_mask=mask).logits.argmax(-1)
+    sequences = model.generate(input_features=inputs, attention_mask=mask)
+    for row, frames in enumerate((25, 15, 5)):
+        assert sequences[row, :frames].tolist() == best[row, :frames].tolist()
+        assert set(sequences[row, frames:].tolist()) <= {model.config.pad_token_id}
+    out = model.generate(
+        input_features=inputs, attention_mask=mask, return_dict_in_generate=True, output_confidence=True
+    )
+    assert out.sequences.tolist() == sequences.tolist()
+    assert tuple(out.token_confidence.shape) == tuple(sequences.shape)
+    assert tuple(out.logits.shape) == (3, 25, model.config.vocab_size)
+
+
+def test_generate_refuses_a_search():
+    model, _ = ctc_model()
+    inputs, mask = features()
+    with pytest.raises(ValueError, match="num_beams"):
+        model.generate(input_features=inputs, attention_mask=mask, num_beams=4)
+
+
+def test_generate_compiles_as_one_graph():
+    model, processor = ctc_model()
+    batch = processor([noise(1.0)], sampling_rate=16000, padding="max_length", max_length=32000)
+    wanted = model.generate(**batch)
+    torch._dynamo.reset()
+    # tracing is what is tested: the compiler behind it takes a minute and is PyTorch's
+    compiled = torch.compile(model.generate, fullgraph=True, backend="eager")
+    assert compiled(**batch).tolist() == wanted.tolist()
+
+
+def test_training_step_as_documented():
+    model, processor = ctc_model()
+    inputs = processor(audio=[noise(1.0), noise(0.5)], text=["the fox", "a dog"], sampling_rate=16000)
+    loss = model.train()(**inputs).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert model.ctc_head.weight.grad.abs().sum().item() > 0

@@ -1,0 +1,185 @@
+"""The pipeline: inputs, batches, times, chunks, confidence, hostile audio, and models that are not ours."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import ctc_model, noise
+from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, pipeline
+
+import transformers_parakeet as tp
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    model, processor = ctc_model()
+    return pipeline(
+        "automatic-speech-recognition",
+        model=model,
+        tokenizer=processor.tokenizer,
+        feature_extractor=processor.feature_extractor,
+    )
+
+
+def test_every_form_of_input_gives_the_same_text(pipe, tmp_path):
+    clip = np.round(noise(2.0) * 32768).astype(np.int16)
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, clip, 16000)
+    samples = clip.astype(np.float32) / 32768
+    text = pipe(samples)["text"]
+    assert text
+    forms = [
+        str(path),
+        path.read_bytes(),
+        clip,
+        samples.astype(np.float64),
+        torch.from_numpy(samples),
+        np.stack([samples, samples]),
+        np.stack([samples, samples], axis=1),
+        np.stack([samples] * 3, axis=1),
+        {"raw": samples, "sampling_rate": 16000},
+        {"array": samples, "sampling_rate": 16000, "path": None},
+        {"bytes": path.read_bytes(), "path": None},
+    ]
+    assert [pipe(form)["text"] for form in forms] == [text] * len(forms)
+
+
+def test_the_callers_dict_is_left_alone_and_its_extras_come_back(pipe):
+    given = {"array": noise(1.0), "sampling_rate": 16000, "speaker": "ann"}
+    keys = set(given)
+    assert pipe(given)["speaker"] == ["ann"]
+    assert set(given) == keys
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+def test_batching_changes_nothing(pipe, batch_size):
+    clips = [noise(seconds, seed) for seed, seconds in enumerate((1.0, 3.0, 0.4, 2.2, 0.1))]
+    alone = [pipe(clip, return_timestamps="word") for clip in clips]
+    assert pipe(list(clips), batch_size=batch_size, return_timestamps="word") == alone
+    assert list(pipe((clip for clip in clips), batch_size=batch_size, return_timestamps="word")) == alone
+
+
+@pytest.mark.parametrize("level", ["char", "word", "segment"])
+def test_times_are_ordered_and_spell_the_text(pipe, level):
+    out = pipe(noise(3.0), return_timestamps=level)
+    spans = [chunk["timestamp"] for chunk in out["chunks"]]
+    assert spans == sorted(spans)
+    assert all(0 <= start <= end <= 3.0 for start, end in spans)
+    spelled = "".join(chunk["text"] for chunk in out["chunks"])
+    assert spelled.replace(" ", "") == out["text"].replace(" ", "")
+
+
+def test_true_means_segments_and_other_levels_are_refused(pipe):
+    clip = noise(1.0)
+    assert pipe(clip, return_timestamps=True) == pipe(clip, return_timestamps="segment")
+    with pytest.raises(ValueError, match="char, word, segment"):
+        pipe(clip, return_timestamps="phoneme")
+
+
+def test_confidence(pipe):
+    clip = noise(2.0)
+    chars = pipe(clip, return_timestamps="char", return_confidence=True)["chunks"]
+    assert all(0 <= chunk["confidence"] <= 1 for chunk in chars)
+    lowest = min(chunk["confidence"] for chunk in chars)
+    assert pipe(clip, return_confidence=True)["confidence"] == pytest.approx(lowest)
+    mean = pipe(clip, return_confidence=True, confidence_aggregation="mean")["confidence"]
+    assert mean == pytest.approx(np.mean([chunk["confidence"] for chunk in chars]))
+    entropy = pipe(clip, return_timestamps="char", return_confidence="entropy")["chunks"]
+    assert entropy[0]["confidence"] != chars[0]["confidence"]
+
+
+def test_chunks_cover_long_audio_once(pipe):
+    clip = noise(9.0)
+    whole = pipe(clip, return_timestamps="char")["chunks"]
+    chunked = pipe(clip, return_timestamps="char", chunk_length_s=4, stride_length_s=1)["chunks"]
+    starts = [chunk["timestamp"][0] for chunk in chunked]
+    assert starts == sorted(starts)
+    assert starts[-1] > 8
+    # attention sees less context: most tokens of a random model still agree in number
+    assert len(chunked) == pytest.approx(len(whole), rel=0.3)
+    assert pipe(clip, chunk_length_s=4, stride_length_s=1, batch_size=3)["text"] == "".join(c["text"] for c in chunked)
+    with pytest.raises(ValueError, match="stride"):
+        pipe(clip, chunk_length_s=2, stride_length_s=1.5)
+
+
+def test_half_precision_models_run(pipe):
+    model, processor = ctc_model()
+    half = pipeline(
+        "automatic-speech-recognition",
+        model=model.to(torch.bfloat16),
+        tokenizer=processor.tokenizer,
+        feature_extractor=processor.feature_extractor,
+    )
+    assert isinstance(half(noise(1.0), return_timestamps="word", return_confidence=True)["text"], str)
+
+
+@pytest.mark.parametrize("samples", [0, 1, 100])
+def test_audio_too_short_for_a_frame_has_no_text(pipe, samples):
+    assert pipe(noise(1.0)[:samples], return_timestamps="word") == {"text": "", "chunks": []}
+
+
+def test_short_and_silent_audio_is_decoded(pipe):
+    assert isinstance(pipe(noise(1.0)[:399])["text"], str)
+    assert isinstance(pipe(np.zeros(16000, dtype=np.float32))["text"], str)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_samples_that_are_no_numbers_are_refused(pipe, value):
+    clip = noise(0.5)
+    clip[7] = value
+    with pytest.raises(ValueError, match="finite"):
+        pipe(clip)
+
+
+def test_another_rate_is_resampled(pipe):
+    seconds = np.arange(0, 2.0, 1 / 48000)
+    chirp = np.sin(2 * np.pi * (200 + 400 * seconds) * seconds).astype(np.float32)
+    out = pipe({"array": chirp, "sampling_rate": 48000}, return_timestamps="char")
+    assert max(chunk["timestamp"][1] for chunk in out["chunks"]) <= 2.0
+
+
+def test_files_that_are_no_audio_are_named(pipe, tmp_path):
+    path = tmp_path / "notes.wav"
+    path.write_text("this is no audio\n" * 50)
+    with pytest.raises(tp.AudioError, match=r"notes\.wav"):
+        pipe(str(path))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        pipe(str(tmp_path / "nowhere.wav"))
+
+
+def test_the_stock_pipeline_class_times_ctc_too(pipe):
+    from transformers import AutomaticSpeechRecognitionPipeline
+
+    stock = AutomaticSpeechRecognitionPipeline(
+        model=pipe.model, tokenizer=pipe.tokenizer, feature_extractor=pipe.feature_extractor
+    )
+    clip = noise(2.0)
+    out = stock(clip, return_timestamps="word")
+    assert [chunk["text"] for chunk in out["chunks"]] == out["text"].split()
+    # stock's class does not know the mask: its last frame lies in the padding
+    assert all(0 <= start <= end <= 2.08 for start, end in (chunk["timestamp"] for chunk in out["chunks"]))
+
+
+def test_other_models_pass_through(tmp_path):
+    import json
+
+    from transformers import Wav2Vec2CTCTokenizer
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "|": 4, "A": 5, "B": 6}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    config = Wav2Vec2Config(
+        vocab_size=7, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(8, 8),
+        conv_kernel=(10, 3), conv_stride=(5, 2), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        num_feat_extract_layers=2, do_stable_layer_norm=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    other = pipeline(
+        "automatic-speech-recognition",
+        model=Wav2Vec2ForCTC(config).eval(),
+        tokenizer=Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json")),
+        feature_extractor=Wav2Vec2FeatureExtractor(),
+    )
+    out = other(noise(0.2), return_timestamps="char")
+    assert set(out) == {"text", "chunks"}
+    with pytest.raises(ValueError, match="CTC can either predict"):
+        other(noise(0.2), return_timestamps="segment")

@@ -1,0 +1,102 @@
+"""Processor and tokenizer: labels, decoding, times, offsets for stock tools."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise, tiny_tokenizer
+
+import transformers_parakeet as tp
+
+
+def processor(kind):
+    return tp.ParakeetProcessor(tp.ParakeetFeatureExtractor(), tiny_tokenizer(kind), decoder_type=kind)
+
+
+def test_text_becomes_labels_and_for_transducers_the_blank_before_them():
+    clips, texts = [noise(1.0), noise(0.5)], ["the fox", ""]
+    ctc = processor("ctc")(audio=clips, text=texts, sampling_rate=16000)
+    assert set(ctc) == {"input_features", "attention_mask", "labels"}
+    pad = processor("ctc").tokenizer.pad_token_id
+    assert ctc["labels"][1].tolist() == [pad] * ctc["labels"].shape[1]
+    tdt = processor("tdt")(audio=clips, text=texts, sampling_rate=16000)
+    assert tdt["decoder_input_ids"][:, 0].tolist() == [processor("tdt").blank_token_id] * 2
+    assert tdt["decoder_input_ids"][:, 1:].tolist() == tdt["labels"].tolist()
+
+
+def test_empty_transcripts_alone_are_integers():
+    out = processor("ctc")(audio=[noise(0.5)], text=[""], sampling_rate=16000)
+    assert out["labels"].dtype == torch.long
+    assert out["labels"].shape[0] == 1
+
+
+def test_clips_and_transcripts_must_come_in_pairs():
+    with pytest.raises(ValueError, match="2 clips came with 1"):
+        processor("ctc")(audio=[noise(0.5)] * 2, text=["one"], sampling_rate=16000)
+
+
+def test_an_array_with_channels_is_one_clip():
+    clip = noise(0.5)
+    stereo = processor("ctc")(np.stack([clip, clip]), sampling_rate=16000)
+    mono = processor("ctc")([clip], sampling_rate=16000)
+    torch.testing.assert_close(stereo["input_features"], mono["input_features"])
+
+
+def test_ctc_merges_repeats_and_transducers_keep_them():
+    token = processor("ctc").tokenizer("the", add_special_tokens=False).input_ids[0]
+    assert processor("ctc").batch_decode([[token, token]]) == processor("ctc").batch_decode([[token]])
+    tdt = processor("tdt")
+    token = tdt.tokenizer("the", add_special_tokens=False).input_ids[0]
+    assert tdt.batch_decode([[token, token]]) != tdt.batch_decode([[token]])
+
+
+def test_decode_with_durations_times_every_token():
+    tdt = processor("tdt")
+    ids = tdt.tokenizer("the fox", add_special_tokens=False).input_ids
+    blank = tdt.blank_token_id
+    sequence = torch.tensor([blank, blank, *ids, blank])
+    durations = torch.tensor([0, 3, *[2] * len(ids), 4])
+    text, times = tdt.decode(sequence, durations=durations, skip_special_tokens=True)
+    assert text == "the fox"
+    assert [t["start"] for t in times] == pytest.approx([0.24 + 0.16 * i for i in range(len(ids))])
+    assert [t["end"] for t in times] == pytest.approx([0.40 + 0.16 * i for i in range(len(ids))])
+    texts, batch = tdt.decode(sequence[None], durations=durations[None], skip_special_tokens=True)
+    assert texts == [text]
+    assert batch == [times]
+    assert "".join(t["token"] for t in times) == text
+
+
+def test_no_space_stands_before_punctuation():
+    ctc = processor("ctc")
+    assert "," in ctc.punctuation
+    assert ctc._tidy("shore , again .") == "shore, again."
+
+
+def test_an_unknown_level_is_refused():
+    from transformers_parakeet.timestamps import Emissions
+
+    with pytest.raises(ValueError, match="char, word, segment"):
+        processor("ctc").chunks(Emissions([], [], []), "phone")
+
+
+def test_character_offsets_for_stock_tools():
+    tokenizer = tiny_tokenizer()
+    pad = tokenizer.pad_token_id
+    the, fox = (tokenizer(word, add_special_tokens=False).input_ids for word in ("the", "fox"))
+    frames = [pad, *[t for t in the for _ in range(2)], pad, pad, *fox, pad]
+    out = tokenizer.decode(frames, output_char_offsets=True)
+    assert out["text"] == "the fox"
+    first, last = out["char_offsets"][0], out["char_offsets"][-1]
+    assert first["start_offset"] == 1
+    assert last["end_offset"] == len(frames) - 1
+    words = tokenizer._get_word_offsets(out["char_offsets"], tokenizer.replace_word_delimiter_char)
+    assert [word["word"] for word in words] == ["the", "fox"]
+    assert words[1]["start_offset"] == 1 + 2 * len(the) + 2
+
+
+def test_saved_and_loaded_the_processor_is_the_same(tmp_path):
+    saved = processor("tdt")
+    saved.save_pretrained(tmp_path)
+    loaded = tp.ParakeetProcessor.from_pretrained(tmp_path)
+    assert loaded.decoder_type == "tdt"
+    assert loaded.blank_token_id == saved.blank_token_id
+    assert type(loaded.tokenizer) is tp.ParakeetTokenizer

@@ -1,0 +1,184 @@
+"""Checkpoints between stock transformers and this package, both ways, and what the import registers."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import encoder_fields, noise, run_stock, tiny_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForCTC,
+    AutoModelForRNNT,
+    AutoModelForTDT,
+    AutoProcessor,
+    AutoTokenizer,
+    pipeline,
+)
+
+import transformers_parakeet as tp
+
+AUTO = {"ctc": AutoModelForCTC, "rnnt": AutoModelForRNNT, "tdt": AutoModelForTDT}
+MODELS = {"ctc": tp.ParakeetForCTC, "rnnt": tp.ParakeetForRNNT, "tdt": tp.ParakeetForTDT}
+CONFIGS = {"ctc": tp.ParakeetCTCConfig, "rnnt": tp.ParakeetRNNTConfig, "tdt": tp.ParakeetTDTConfig}
+
+# the heads of stock's checkpoints behave like trained ones once blank and short durations are favoured
+WRITE = """
+import sys, torch, numpy as np, json
+import transformers as t
+kind, folder, fields, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
+tokenizer = t.ParakeetTokenizer.from_pretrained(tokens)
+processor = t.ParakeetProcessor(t.ParakeetFeatureExtractor(), tokenizer, **({} if kind == "ctc" else {"decoder_type": kind}))
+torch.manual_seed(3)
+extra = {} if kind == "ctc" else dict(blank_token_id=len(tokenizer) - 1, decoder_hidden_size=24, num_decoder_layers=2)
+config = getattr(t, f"Parakeet{kind.upper()}Config")(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+                                                     encoder_config=fields, **extra)
+model = getattr(t, f"ParakeetFor{kind.upper()}")(config).eval()
+clip = np.load(folder + "/clip.npy")
+batch = processor([clip], sampling_rate=16000)
+inputs = dict(batch)
+with torch.no_grad():
+    if kind != "ctc":
+        model.joint.head.bias[len(tokenizer) - 1] += 1.5
+        model.joint.head.bias[len(tokenizer):] += torch.tensor([-4.0, 0.5, 0.0, 0.0, 0.0])[: model.joint.head.bias.numel() - len(tokenizer)]
+        model.joint.head.bias[len(tokenizer):] -= 50.0
+        model.generation_config.decoder_start_token_id = config.blank_token_id
+        inputs["decoder_input_ids"] = torch.tensor([[config.blank_token_id, 5, 9, 7]])
+    logits = model(**inputs).logits
+    out = model.generate(**batch, return_dict_in_generate=True)
+model.save_pretrained(folder); processor.save_pretrained(folder)
+torch.save(dict(features=batch["input_features"], logits=logits, sequences=out.sequences, durations=getattr(out, "durations", None)),
+           folder + "/stock.pt")
+"""
+
+READ = """
+import sys, torch, numpy as np, transformers as t
+kind, folder = sys.argv[1:]
+auto = getattr(t, f"AutoModelFor{kind.upper()}")
+model, info = auto.from_pretrained(folder, output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+assert type(model).__module__.startswith("transformers.models.parakeet"), type(model)
+processor = t.AutoProcessor.from_pretrained(folder)
+inputs = dict(processor([np.load(folder + "/clip.npy")], sampling_rate=16000))
+if kind != "ctc":
+    inputs["decoder_input_ids"] = torch.tensor([[model.config.blank_token_id, 5, 9, 7]])
+with torch.no_grad():
+    torch.save(model.eval()(**inputs).logits, folder + "/read.pt")
+"""
+
+
+@pytest.fixture(scope="module", params=["ctc", "rnnt", "tdt"])
+def stock_folder(request, tmp_path_factory):
+    """A checkpoint that stock wrote, with what stock computes from it."""
+    kind, folder = request.param, tmp_path_factory.mktemp(request.param)
+    tiny_tokenizer(kind).save_pretrained(folder / "tokens")
+    np.save(folder / "clip.npy", noise(4.0))
+    run_stock(WRITE, kind, folder, json.dumps(encoder_fields()), folder / "tokens")
+    return kind, folder
+
+
+def emitted(sequence, durations, blank):
+    """Tokens and their frames."""
+    frames = durations.cumsum(0) - durations
+    return [(int(t), int(f)) for t, f in zip(sequence, frames, strict=True) if t != blank]
+
+
+def test_stock_checkpoints_load_into_our_classes(stock_folder):
+    kind, folder = stock_folder
+    truth = torch.load(folder / "stock.pt")
+    assert type(AutoConfig.from_pretrained(folder)) is CONFIGS[kind]
+    assert type(AutoModel.from_pretrained(folder)) is MODELS[kind]
+    assert type(AutoFeatureExtractor.from_pretrained(folder)) is tp.ParakeetFeatureExtractor
+    assert type(AutoTokenizer.from_pretrained(folder)) is tp.ParakeetTokenizer
+    processor = AutoProcessor.from_pretrained(folder)
+    assert type(processor) is tp.ParakeetProcessor
+    model, info = AUTO[kind].from_pretrained(folder, output_loading_info=True)
+    assert type(model) is MODELS[kind]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    inputs = dict(processor([np.load(folder / "clip.npy")], sampling_rate=16000))
+    # the mel filters are float64 numbers rounded in another order
+    torch.testing.assert_close(inputs["input_features"], truth["features"], atol=2e-3, rtol=0)
+    inputs["input_features"] = truth["features"]
+    extra = {} if kind == "ctc" else {"decoder_input_ids": torch.tensor([[model.config.blank_token_id, 5, 9, 7]])}
+    with torch.no_grad():
+        logits = model.eval()(**inputs, **extra).logits
+    frames = int(model._get_subsampling_output_length(inputs["attention_mask"].sum()))
+    torch.testing.assert_close(logits[:, :frames], truth["logits"][:, :frames], atol=1e-5, rtol=1e-5)
+    out = model.generate(**inputs, return_dict_in_generate=True)
+    if kind == "ctc":
+        assert out.sequences.tolist() == truth["sequences"].tolist()
+    else:
+        blank = model.config.blank_token_id
+        wanted = emitted(truth["sequences"][0], truth["durations"][0], blank)
+        assert len(wanted) > 3
+        assert emitted(out.sequences[0], out.durations[0], blank) == wanted
+
+
+def test_pipeline_takes_a_stock_folder(stock_folder):
+    kind, folder = stock_folder
+    pipe = pipeline("automatic-speech-recognition", model=str(folder))
+    assert type(pipe) is tp.ParakeetASRPipeline
+    assert type(pipe.model) is MODELS[kind]
+    assert pipe(np.load(folder / "clip.npy"))["text"]
+
+
+def test_our_checkpoints_load_into_stock(stock_folder, tmp_path):
+    kind, folder = stock_folder
+    model, processor = MODELS[kind].from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    clip = np.load(folder / "clip.npy")
+    np.save(tmp_path / "clip.npy", clip)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == [MODELS[kind].__name__]
+    assert not {"auto_map", "custom_pipelines"} & config.keys()
+    run_stock(READ, kind, tmp_path)
+    inputs = dict(processor([clip], sampling_rate=16000))
+    if kind != "ctc":
+        inputs["decoder_input_ids"] = torch.tensor([[model.config.blank_token_id, 5, 9, 7]])
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    frames = int(model._get_subsampling_output_length(inputs["attention_mask"].sum()))
+    # features included, hence the wider bound
+    torch.testing.assert_close(logits[:, :frames], torch.load(tmp_path / "read.pt")[:, :frames], atol=1e-3, rtol=1e-3)
+
+
+def test_names_of_transformers_are_ours():
+    import transformers
+    import transformers.models.parakeet as package
+
+    for name in ("ParakeetForCTC", "ParakeetForTDT", "ParakeetProcessor", "ParakeetEncoderConfig"):
+        assert getattr(transformers, name) is getattr(tp, name)
+        assert getattr(package, name) is getattr(tp, name)
+
+
+def test_registering_twice_changes_nothing():
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    task = PIPELINE_REGISTRY.supported_tasks["automatic-speech-recognition"]
+    before = dict(task)
+    tp._register()
+    assert task == before
+    assert task["pt"].count(AutoModelForRNNT) == 1
+
+
+def test_other_families_keep_their_classes():
+    from transformers import NemotronAsrStreamingConfig, Wav2Vec2Config
+
+    for config in (Wav2Vec2Config, NemotronAsrStreamingConfig):
+        assert AutoConfig.for_model(config.model_type).__class__.__module__.startswith("transformers.")
+
+
+def test_the_import_brings_nothing_that_stock_does_not():
+    optional = {"soundfile", "av", "soxr", "typer", "rich", "jiwer", "peft", "datasets", "librosa", "sentencepiece"}
+    report = f"; import json, sys; print(json.dumps(sorted({optional} & sys.modules.keys())))"
+    stock = run_stock("from transformers import ParakeetForCTC, ParakeetProcessor, pipeline" + report)
+    program = "import transformers_parakeet" + report
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(json.loads(done.stdout)) <= set(json.loads(stock))
