@@ -124,8 +124,9 @@ def report(rows: list[tuple[str, dict[str, Timing]]]) -> None:
     import torch
     import transformers
 
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; Python "
-          f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}\n")  # fmt: skip
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    print(f"{platform.machine()}, {threads}; Python {platform.python_version()}, {versions}\n")
     print("| case | stock s | ours s | times as fast | stock peak MiB | ours peak MiB |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, timing in rows:

@@ -32,7 +32,8 @@ import sys, torch, numpy as np, json
 import transformers as t
 kind, folder, fields, tokens = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
 tokenizer = t.ParakeetTokenizer.from_pretrained(tokens)
-processor = t.ParakeetProcessor(t.ParakeetFeatureExtractor(), tokenizer, **({} if kind == "ctc" else {"decoder_type": kind}))
+named = {} if kind == "ctc" else {"decoder_type": kind}
+processor = t.ParakeetProcessor(t.ParakeetFeatureExtractor(), tokenizer, **named)
 torch.manual_seed(3)
 extra = {} if kind == "ctc" else dict(blank_token_id=len(tokenizer) - 1, decoder_hidden_size=24, num_decoder_layers=2)
 config = getattr(t, f"Parakeet{kind.upper()}Config")(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
@@ -44,15 +45,16 @@ inputs = dict(batch)
 with torch.no_grad():
     if kind != "ctc":
         model.joint.head.bias[len(tokenizer) - 1] += 1.5
-        model.joint.head.bias[len(tokenizer):] += torch.tensor([-4.0, 0.5, 0.0, 0.0, 0.0])[: model.joint.head.bias.numel() - len(tokenizer)]
+        if kind == "tdt":
+            model.joint.head.bias[len(tokenizer)] -= 4.0
         model.joint.head.bias[len(tokenizer):] -= 50.0
         model.generation_config.decoder_start_token_id = config.blank_token_id
         inputs["decoder_input_ids"] = torch.tensor([[config.blank_token_id, 5, 9, 7]])
     logits = model(**inputs).logits
     out = model.generate(**batch, return_dict_in_generate=True)
 model.save_pretrained(folder); processor.save_pretrained(folder)
-torch.save(dict(features=batch["input_features"], logits=logits, sequences=out.sequences, durations=getattr(out, "durations", None)),
-           folder + "/stock.pt")
+truth = dict(features=batch["input_features"], logits=logits, sequences=out.sequences)
+torch.save({**truth, "durations": getattr(out, "durations", None)}, folder + "/stock.pt")
 """
 
 READ = """

@@ -22,6 +22,9 @@ from transformers.utils import ModelOutput
 
 from .decoding import TransducerOptions, confidence, greedy_ctc, greedy_transducer
 
+# arguments of the encoder that `generate` of a CTC head passes on
+FORWARD_ARGUMENTS = {"output_attentions", "output_hidden_states", "output_attention_mask", "return_dict"}
+
 # a limit on steps that no audio reaches
 UNLIMITED = 2**31
 
@@ -72,11 +75,10 @@ class ParakeetCTCGenerationMixin(GenerationMixin):
             (B, N) token ids, blanks and repeats included: `processor.batch_decode` merges them.
 
         Raises:
-            ValueError: an argument of beam search or sampling, which greedy decoding cannot honour.
+            ValueError: an argument that greedy decoding cannot honour.
         """
-        refuse_search_arguments(kwargs)
         forward = self.__call__ if compile_config is None else self.get_compiled_call(compile_config)
-        kwargs = {**without_targets(kwargs), "return_dict": True}
+        kwargs = {**checked_forward_arguments(without_targets(kwargs)), "return_dict": True}
         outputs = forward(input_features=input_features, attention_mask=attention_mask, **kwargs)
         lengths = None if attention_mask is None else self._get_subsampling_output_length(attention_mask.sum(-1))
         sequences = greedy_ctc(outputs.logits, lengths, self.config.pad_token_id)
@@ -153,8 +155,8 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         """Decode with the CTC head of a hybrid."""
         if not self.config.ctc_head:
             raise ValueError("`decoder='ctc'` needs a hybrid checkpoint, this one has no CTC head: leave `decoder` out")
-        refuse_search_arguments(kwargs)
         kwargs.pop("forced_blanks", None)
+        kwargs = {**checked_forward_arguments(kwargs), "return_dict": True}
         encoded = self.encoder(input_features=input_features, attention_mask=attention_mask, **kwargs)
         logits = self.ctc_head(encoded.last_hidden_state)
         lengths = None if attention_mask is None else encoded.attention_mask.sum(-1)
@@ -225,7 +227,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             encoded.pooler_output,
             frame_lengths(encoded),
             predict=self.decoder.step,
-            joint=lambda frames, predicted: self.joint(predicted, frames),
+            joint=self.joint.score,
             options=options,
             pad_id=self.config.pad_token_id,
             on_step=Watcher(input_ids, self.config.pad_token_id, criteria, streamer) if watched else None,
@@ -312,12 +314,20 @@ def without_targets(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in ("labels", "decoder_input_ids")}
 
 
-def refuse_search_arguments(kwargs: dict[str, Any]) -> None:
-    """Raise on arguments that ask for a search other than greedy; drop those that ask for what greedy does anyway."""
-    for name, neutral in (("num_beams", 1), ("do_sample", False), ("num_return_sequences", 1)):
-        value = kwargs.pop(name, neutral)
-        if value not in (neutral, None):
-            raise ValueError(f"decoding is greedy: `{name}` must be {neutral}, got {value!r}; leave it out")
+def checked_forward_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return what frame-wise decoding passes on to the encoder.
+
+    Raises:
+        ValueError: an argument that it cannot honour, such as one of a search.
+    """
+    neutral = {"num_beams": 1, "do_sample": False, "num_return_sequences": 1}
+    asked = {name: value for name, value in kwargs.items() if neutral.get(name) != value and value is not None}
+    unknown = sorted(asked.keys() - FORWARD_ARGUMENTS)
+    if unknown:
+        raise ValueError(
+            f"CTC decoding takes the best token of every frame and cannot honour {', '.join(unknown)}: leave it out"
+        )
+    return asked
 
 
 def refuse_processors(processors: Any, vocab_size: int) -> None:

@@ -4,7 +4,9 @@ Builds models, extractors and tokenizers of this package; training and running t
 """
 
 import io
+import pickle
 import re
+import struct
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,13 +14,15 @@ from typing import Any
 
 import torch
 import yaml
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE, Unigram
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from .configuration_parakeet import HOP_LENGTH, ParakeetCTCConfig, ParakeetRNNTConfig, ParakeetTDTConfig
 from .feature_extraction_parakeet import LOG_ZERO_GUARD, ParakeetFeatureExtractor
+from .losses import REDUCTIONS
 from .modeling_parakeet import ParakeetForCTC, ParakeetForRNNT, ParakeetForTDT, ParakeetPreTrainedModel
 from .processing_parakeet import ParakeetProcessor
 from .tokenization_parakeet import WORD_START, ParakeetTokenizer
@@ -84,83 +88,59 @@ ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     "decoder": {"normalization_mode": (None,), "blank_as_pad": (True,), "random_state_sampling": (False,)},
     "decoder.prednet": {"rnn_hidden_size": (-1, 0, None), "forget_gate_bias": (1.0, None), "norm": (None,)},
     "joint": {"log_softmax": (None,), "masking_prob": (-1, None)},
+    "joint.jointnet": {"activation": ("relu", "tanh", "sigmoid")},
+    "decoding": {"big_blank_durations": (None, [])},
+    "decoding.greedy": {},
+    "loss": {"loss_name": ("default", "warprnnt", "warprnnt_numba", "pytorch", "tdt", "tdt_pytorch")},
+    "aux_ctc": {},
+    "aux_ctc.decoder": {},
+    "": {
+        "rnnt_reduction": (None, *REDUCTIONS),
+        "ctc_reduction": (None, *REDUCTIONS),
+    },
 }
 
-# settings that do not change what is computed here, or are read below
-KNOWN: dict[str, frozenset[str]] = {
-    "encoder": frozenset(
-        [
-            "_target_",
-            "feat_in",
-            "n_layers",
-            "d_model",
-            "n_heads",
-            "ff_expansion_factor",
-            "subsampling_factor",
-            "subsampling_conv_channels",
-            "conv_kernel_size",
-            "xscaling",
-            "use_bias",
-            "untie_biases",
-            "dropout",
-            "dropout_pre_encoder",
-            "dropout_emb",
-            "dropout_att",
-            "pos_emb_max_len",
-            "stochastic_depth_drop_prob",
-            "stochastic_depth_mode",
-            "stochastic_depth_start_layer",
-            "subsampling_conv_chunking_factor",
-            "reduction_position",
-            "reduction_factor",
-            "sync_max_audio_length",
-            "use_pytorch_sdpa",
-            "use_pytorch_sdpa_backends",
-            "att_context_probs",
-            "att_chunk_context_size",
-            "global_tokens",
-            "global_tokens_spacing",
-            "global_attn_separate",
-        ]
+# settings that do not change what is computed here, or are read below; `""` is the root of the file
+KNOWN: dict[str, str] = {
+    "encoder": (
+        "_target_ att_chunk_context_size att_context_probs conv_kernel_size d_model dropout dropout_att "
+        "dropout_emb dropout_pre_encoder feat_in ff_expansion_factor global_attn_separate global_tokens "
+        "global_tokens_spacing n_heads n_layers pos_emb_max_len reduction_factor reduction_position "
+        "stochastic_depth_drop_prob stochastic_depth_mode stochastic_depth_start_layer "
+        "subsampling_conv_channels subsampling_conv_chunking_factor subsampling_factor sync_max_audio_length "
+        "untie_biases use_bias use_pytorch_sdpa use_pytorch_sdpa_backends xscaling"
     ),
-    "preprocessor": frozenset(
-        [
-            "_target_",
-            "window_size",
-            "window_stride",
-            "features",
-            "n_fft",
-            "n_window_size",
-            "n_window_stride",
-            "preemph",
-            "dither",
-            "pad_to",
-            "pad_value",
-            "rng",
-            "nb_max_freq",
-            "mel_norm",
-            "stft_exact_pad",
-            "stft_conv",
-        ]
+    "preprocessor": (
+        "_target_ dither features mel_norm n_fft n_window_size n_window_stride nb_max_freq pad_to pad_value "
+        "preemph rng stft_conv stft_exact_pad window_size window_stride"
     ),
-    "decoder": frozenset(
-        ["_target_", "prednet", "vocab_size", "feat_in", "num_classes", "vocabulary", "init_mode", "add_blank"]
+    "decoder": "_target_ add_blank feat_in init_mode num_classes prednet vocab_size vocabulary",
+    "decoder.prednet": ("dropout hidden_hidden_bias_scale pred_hidden pred_rnn_layers t_max weights_init_scale"),
+    "joint": (
+        "_target_ experimental_fuse_loss_wer fuse_loss_wer fused_batch_size jointnet num_classes "
+        "num_extra_outputs preserve_memory vocabulary"
     ),
-    "decoder.prednet": frozenset(
-        ["pred_hidden", "pred_rnn_layers", "dropout", "t_max", "weights_init_scale", "hidden_hidden_bias_scale"]
+    "joint.jointnet": "dropout encoder_hidden joint_hidden pred_hidden",
+    "decoding": (
+        "batch_dim_index beam compute_hypothesis_token_set compute_langs compute_timestamps confidence_cfg "
+        "ctc_timestamp_type durations fused_batch_size greedy model_type preserve_alignments "
+        "rnnt_timestamp_type segment_gap_threshold segment_seperators strategy tdt_include_duration "
+        "tdt_include_token_duration temperature word_seperator"
     ),
-    "joint": frozenset(
-        [
-            "_target_",
-            "jointnet",
-            "num_classes",
-            "num_extra_outputs",
-            "vocabulary",
-            "fuse_loss_wer",
-            "fused_batch_size",
-            "preserve_memory",
-            "experimental_fuse_loss_wer",
-        ]
+    "decoding.greedy": (
+        "allow_cuda_graphs boosting_tree boosting_tree_alpha compute_timestamps confidence_method_cfg "
+        "enable_per_stream_biasing fusion_models fusion_models_alpha include_duration loop_labels "
+        "max_batch_size max_symbols max_symbols_per_step ngram_lm_alpha ngram_lm_model preserve_alignments "
+        "preserve_frame_confidence preserve_step_confidence tdt_include_duration_confidence "
+        "use_cuda_graph_decoder"
+    ),
+    "loss": "_target_ tdt_kwargs warprnnt_numba_kwargs",
+    "aux_ctc": "ctc_loss_weight ctc_reduction decoder decoding use_cer",
+    "aux_ctc.decoder": "_target_ add_blank feat_in init_mode num_classes vocabulary",
+    "": (
+        "aux_ctc compute_eval_loss decoder decoding encoder interctc joint labels log_prediction loss "
+        "model_defaults name nemo_version optim preprocessor restore_timestamps sample_rate skip_nan_grad "
+        "spec_augment target test_ds tokenizer train_ds use_cer validation_ds variational_noise"
     ),
 }
 
@@ -190,12 +170,17 @@ def load_nemo(path: str | Path) -> tuple[ParakeetPreTrainedModel, ParakeetProces
     """
     with Archive(Path(path)) as archive:
         settings = archive.settings()
-        kind = head_kind(settings)
-        tokenizer = build_tokenizer(settings, archive.artifact, kind)
-        config = build_config(settings, kind, tokenizer)
-        model = HEADS[kind][1](config)
+        try:
+            kind = head_kind(check_section(settings, ""))
+            tokenizer = build_tokenizer(settings, archive.artifact, kind)
+            model = HEADS[kind][1](build_config(settings, kind, tokenizer))
+            extractor = build_extractor(settings)
+        except KeyError as error:
+            raise NemoError(f"model_config.yaml of {path} lacks the setting {error}") from error
+        except StrictDataclassError as error:
+            raise NemoError(f"a setting in model_config.yaml of {path} has no valid value: {error}") from error
         load_weights(model, archive.weights())
-    return model.eval(), ParakeetProcessor(build_extractor(settings), tokenizer, decoder_type=kind)
+    return model.eval(), ParakeetProcessor(extractor, tokenizer, decoder_type=kind)
 
 
 class Archive:
@@ -229,7 +214,10 @@ class Archive:
 
     def settings(self) -> dict[str, Any]:
         """Return the model section of the YAML file."""
-        settings = yaml.safe_load(self.read("model_config.yaml"))
+        try:
+            settings = yaml.safe_load(self.read("model_config.yaml"))
+        except yaml.YAMLError as error:
+            raise NemoError(f"model_config.yaml of {self.path} is no YAML: {error}") from error
         if not isinstance(settings, dict):
             raise NemoError(
                 f"model_config.yaml of {self.path} must hold settings by name, it holds {type(settings).__name__}"
@@ -242,8 +230,11 @@ class Archive:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the state dict."""
-        state = torch.load(io.BytesIO(self.read("model_weights.ckpt")), map_location="cpu", weights_only=True)
-        return dict(state)
+        content = io.BytesIO(self.read("model_weights.ckpt"))
+        try:
+            return dict(torch.load(content, map_location="cpu", weights_only=True))
+        except (RuntimeError, ValueError, TypeError, KeyError, EOFError, pickle.UnpicklingError, struct.error) as error:
+            raise NemoError(f"model_weights.ckpt of {self.path} holds no weights: {error}") from error
 
 
 def head_kind(settings: Mapping[str, Any]) -> str:
@@ -257,9 +248,9 @@ def head_kind(settings: Mapping[str, Any]) -> str:
 
 
 def check_section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a section of the YAML after refusing what is not implemented in it."""
+    """Return a section of the YAML, `""` for its root, after refusing what is not implemented in it."""
     section: Any = settings
-    for part in name.split("."):
+    for part in filter(None, name.split(".")):
         section = (section or {}).get(part)
     if not isinstance(section, dict):
         raise NemoError(f"the file has no section `{name}`")
@@ -269,9 +260,17 @@ def check_section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
         allowed = ONLY[name].get(key)
         if allowed is not None and value not in allowed:
             raise NemoError(f"`{name}.{key}` is {value!r}, implemented is only {' or '.join(map(repr, allowed))}")
-        if allowed is None and key not in KNOWN[name]:
+        if allowed is None and key not in KNOWN[name].split():
             raise NemoError(f"`{name}.{key}` (value {value!r}) is not a setting that is known here")
     return section
+
+
+def optional_section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a checked section, or nothing where the file has none."""
+    section: Any = settings
+    for part in name.split("."):
+        section = (section or {}).get(part)
+    return check_section(settings, name) if section else {}
 
 
 def encoder_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,7 +314,7 @@ def shared_fields(settings: Mapping[str, Any], decoding: Mapping[str, Any]) -> d
 def build_config(settings: Mapping[str, Any], kind: str, tokenizer: ParakeetTokenizer) -> PreTrainedConfig:
     """Translate the settings to a configuration."""
     vocab_size = len(tokenizer)
-    decoding = settings.get("decoding") or {}
+    decoding = optional_section(settings, "decoding")
     if kind == "ctc":
         check_section(settings, "decoder")
         return ParakeetCTCConfig(
@@ -339,8 +338,9 @@ def transducer_fields(settings: Mapping[str, Any], kind: str) -> dict[str, Any]:
     check_section(settings, "decoder")
     check_section(settings, "joint")
     prediction = check_section(settings, "decoder.prednet")
-    joint, decoding, loss = settings["joint"]["jointnet"], settings.get("decoding") or {}, settings.get("loss") or {}
-    greedy = decoding.get("greedy") or {}
+    joint = check_section(settings, "joint.jointnet")
+    decoding, greedy = optional_section(settings, "decoding"), optional_section(settings, "decoding.greedy")
+    loss = optional_section(settings, "loss")
     fields = {
         "decoder_hidden_size": prediction["pred_hidden"],
         "num_decoder_layers": prediction.get("pred_rnn_layers", 1),
@@ -363,9 +363,10 @@ def transducer_fields(settings: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 def hybrid_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Translate the section of a second, CTC head."""
-    aux = settings.get("aux_ctc")
+    aux = optional_section(settings, "aux_ctc")
     if not aux:
         return {}
+    check_section(settings, "aux_ctc.decoder")
     return {
         "ctc_head": True,
         "ctc_loss_weight": aux.get("ctc_loss_weight", 0.3),
@@ -482,14 +483,7 @@ def sentencepiece_backend(proto: Any, more: list[str]) -> Tokenizer:
     else:
         model = Unigram(pieces, proto.trainer_spec.unk_id, proto.trainer_spec.byte_fallback)
     tokenizer = Tokenizer(model)
-    # SentencePiece trims and joins spaces after its own normalisation table
-    steps = (
-        [normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap)]
-        if proto.normalizer_spec.precompiled_charsmap
-        else []
-    )
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=WORD_START, prepend_scheme="always")
+    tokenizer.normalizer = sentencepiece_normalizer(proto.normalizer_spec)
     byte_steps = [decoders.ByteFallback(), decoders.Fuse()] if proto.trainer_spec.byte_fallback else []
     tokenizer.decoder = decoders.Sequence(
         [
@@ -498,9 +492,22 @@ def sentencepiece_backend(proto: Any, more: list[str]) -> Tokenizer:
             decoders.Metaspace(replacement=WORD_START, prepend_scheme="always"),
         ]
     )
-    user_defined = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.USER_DEFINED)]
+    # single characters are never split, and an added token would cut the text around it
+    user_defined = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.USER_DEFINED) and len(p.piece) > 1]
     tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in user_defined])
     return tokenizer
+
+
+def sentencepiece_normalizer(spec: Any) -> Any:
+    """Build what SentencePiece does before it splits: its table, its spaces, the word start before the first word."""
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Replace(Regex(r"\A(?=[\s\S])"), WORD_START))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", WORD_START)])
 
 
 __all__ = ["NemoError", "load_nemo"]

@@ -96,6 +96,9 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
         if self._kind is None:
             return super()._forward(model_inputs, **kwargs)
         features, mask = model_inputs.pop("input_features"), model_inputs.pop("attention_mask")
+        if self._kind != "ctc":
+            # the times of tokens are those that the model predicted, as in NeMo
+            kwargs.setdefault("forced_blanks", True)
         out = self.model.generate(input_features=features, attention_mask=mask, return_dict_in_generate=True, **kwargs)
         steps = {"tokens": out.sequences, "durations": out.get("durations"), "confidence": out.get("token_confidence")}
         return {**model_inputs, **{key: value for key, value in steps.items() if value is not None}}

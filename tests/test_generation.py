@@ -1,0 +1,521 @@
+"""Checks `generate`: batch independence, threads, every argument that it honours, and every one that it refuses."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, MaxTimeCriteria, StoppingCriteria
+from transformers.generation import MinLengthLogitsProcessor
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging as transformers_logging
+
+from transformers_parakeet import (
+    ParakeetCTCConfig,
+    ParakeetFeatureExtractor,
+    ParakeetForCTC,
+    ParakeetForRNNT,
+    ParakeetForTDT,
+    ParakeetRNNTConfig,
+    ParakeetTDTConfig,
+)
+from transformers_parakeet.decoding import confidence
+
+VOCAB, BLANK, PAD, MELS = 40, 39, 2, 80
+ENCODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "subsampling_conv_channels": 8,
+    "num_mel_bins": MELS,
+}
+SHARED = {
+    "vocab_size": VOCAB,
+    "blank_token_id": BLANK,
+    "pad_token_id": PAD,
+    "decoder_hidden_size": 24,
+    "joint_hidden_size": 20,
+    "max_symbols_per_step": 4,
+    "encoder_config": ENCODER,
+}
+TRANSDUCERS = ["rnnt", "tdt", "hybrid_rnnt", "hybrid_tdt"]
+HEADS = ["ctc", *TRANSDUCERS]
+# durations of the tiny TDT models, with a gap
+DURATIONS = [0, 1, 2, 4]
+SECONDS = [1.0, 30.0, 2.3, 17.0, 4.4, 9.1, 1.6, 6.0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On models this small a second thread costs more than it brings: three times the time on two busy cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def build(head: str) -> Any:
+    torch.manual_seed(20)
+    hybrid = {"ctc_head": head.startswith("hybrid")}
+    if head == "ctc":
+        return ParakeetForCTC(ParakeetCTCConfig(vocab_size=VOCAB, pad_token_id=BLANK, encoder_config=ENCODER)).eval()
+    if head.endswith("rnnt"):
+        return ParakeetForRNNT(ParakeetRNNTConfig(**SHARED, **hybrid)).eval()
+    return ParakeetForTDT(ParakeetTDTConfig(**SHARED, **hybrid, durations=DURATIONS)).eval()
+
+
+@cache
+def tiny(head: str) -> Any:
+    """A model whose weights spread its scores as training does; shared by the tests, which leave it as it is."""
+    model = build(head)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 and "norm" not in name:
+                # as wide as Glorot's: the scores then depend on the audio and on the labels before
+                weight.normal_(0.0, (2.0 / (weight[0].numel() + weight.shape[0])) ** 0.5)
+        last = model.ctc_head if head == "ctc" else model.joint.head
+        last.weight.mul_(4.0)
+        if head != "ctc":
+            model.encoder_projector.weight.mul_(2.0)
+        make_plausible(model, last.bias)
+    return model
+
+
+@torch.no_grad()
+def make_plausible(model: Any, bias: Tensor) -> None:
+    """Shift the biases until no label is the favourite, the blank wins mostly, and the duration 0 once in ten."""
+    features, mask = batch_of([0, 2, 4])
+    has_prefix = hasattr(model, "joint")
+    prefix = {"decoder_input_ids": torch.tensor([[BLANK, 5, 17, 30]] * 3)} if has_prefix else {}
+    scores = model(input_features=features, attention_mask=mask, **prefix).logits
+    inside = torch.arange(scores.shape[1]) < model._get_subsampling_output_length(mask.sum(-1))[:, None]
+    # (frames of all clips times prefixes, V + D)
+    scores = scores[inside].reshape(-1, len(bias))
+    shift = -scores.mean(0)
+
+    def raise_to(first: int, last: int, column: int, share: float) -> None:
+        others = (scores + shift)[:, first:last].index_fill(-1, torch.tensor([column - first]), -torch.inf).amax(-1)
+        shift[column] = torch.quantile(others - scores[:, column], share)
+
+    has_durations = len(bias) > VOCAB
+    # without durations a frame goes on emitting until a blank wins
+    raise_to(0, VOCAB, BLANK, 0.66 if has_durations or not has_prefix else 0.86)
+    if has_durations:
+        raise_to(VOCAB, len(bias), VOCAB, 0.1)
+    bias += shift
+
+
+@cache
+def clip(index: int) -> Tensor:
+    """(T, F) features of noise whose colour and loudness change twice a second."""
+    rng = np.random.default_rng(index)
+    pieces = []
+    for _ in range(int(2 * SECONDS[index]) + 1):
+        noise = rng.normal(size=8000)
+        pieces.append(rng.uniform(0.01, 0.5) * np.convolve(noise, rng.normal(size=9), mode="same"))
+    samples = np.concatenate(pieces)[: int(16000 * SECONDS[index])].astype(np.float32)
+    batch = ParakeetFeatureExtractor(feature_size=MELS)([samples], sampling_rate=16000, return_tensors="pt")
+    return batch["input_features"][0, : int(batch["attention_mask"].sum())]
+
+
+def batch_of(indices: list[int], extra: int = 0) -> tuple[Tensor, Tensor]:
+    """Features (B, T, F) and mask (B, T) of some clips, padded by `extra` mel frames more than needed."""
+    width = max(len(clip(index)) for index in indices) + extra
+    # what the mask hides is not even small
+    features = torch.full((len(indices), width, MELS), 3.0)
+    mask = torch.zeros(len(indices), width, dtype=torch.long)
+    for row, index in enumerate(indices):
+        features[row, : len(clip(index))] = clip(index)
+        mask[row, : len(clip(index))] = 1
+    return features, mask
+
+
+def run(model: Any, features: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
+    return model.generate(input_features=features, attention_mask=mask, return_dict_in_generate=True, **kwargs)
+
+
+def rows_of(out: Any, lengths: list[int] | None = None) -> list[tuple[list[int], list[int], Tensor]]:
+    """Per row what was decoded, without padding: tokens, durations and confidences."""
+    rows = []
+    for index, ids in enumerate(out.sequences):
+        if lengths is not None:
+            rows.append((ids[: lengths[index]].tolist(), [], out.token_confidence[index, : lengths[index]]))
+            continue
+        # no step stands still behind the last one that moves or emits
+        alive = (ids != PAD) | (out.durations[index] > 0)
+        end = int(alive.nonzero().max()) + 1
+        rows.append((ids[:end].tolist(), out.durations[index, :end].tolist(), out.token_confidence[index, :end]))
+    return rows
+
+
+def decode(head: str, indices: list[int], extra: int = 0) -> list[tuple[list[int], list[int], Tensor]]:
+    model = tiny(head)
+    features, mask = batch_of(indices, extra)
+    out = run(model, features, mask, output_confidence=True)
+    lengths = model._get_subsampling_output_length(mask.sum(-1)).tolist()
+    return rows_of(out, lengths if head == "ctc" else None)
+
+
+def assert_same(ours: list, truth: list) -> None:
+    for (ids, durations, sure), (true_ids, true_durations, true_sure) in zip(ours, truth, strict=True):
+        assert ids == true_ids
+        assert durations == true_durations
+        # measured: 1.4e-6, float32 rounding of the encoder in batches of different widths
+        torch.testing.assert_close(sure, true_sure, rtol=0, atol=2e-5)
+
+
+# a hybrid is its transducer and one head more
+@pytest.mark.parametrize("head", ["ctc", "hybrid_rnnt", "hybrid_tdt"])
+def test_a_clip_decodes_the_same_in_any_company(head: str):
+    everyone = list(range(len(SECONDS)))
+    # no argmax is closer than 1e-3: rounding cannot move it
+    alone = [decode(head, [index])[0] for index in everyone]
+    # the models say something: labels on a good part of the steps, and not the same one all over
+    steps = [token for ids, _, _ in alone for token in ids]
+    labels = [token for token in steps if token != BLANK]
+    assert len(set(labels)) > 10
+    assert 0.2 < len(labels) / len(steps) < 0.6
+    assert_same(decode(head, everyone), alone)
+    shuffled = [5, 1, 7, 0, 3, 6, 2, 4]
+    assert_same(decode(head, shuffled), [alone[index] for index in shuffled])
+    for extra in (1, 7, 8, 333, 1000):
+        assert_same(decode(head, [0, 4, 6], extra), [alone[0], alone[4], alone[6]])
+
+
+@pytest.mark.parametrize("head", TRANSDUCERS)
+def test_frames_are_steps_in_time(head: str):
+    features, mask = batch_of([2, 4, 0])
+    out = run(tiny(head), features, mask)
+    frames = tiny(head)._get_subsampling_output_length(mask.sum(-1))
+    assert out.sequences[:, 0].tolist() == [BLANK] * 3
+    assert not out.durations[:, 0].any()
+    # a row ends on its last frame or, with a label, beyond; never before
+    assert (out.durations.sum(-1) >= frames).all()
+    assert (out.durations.sum(-1) <= frames + max(DURATIONS)).all()
+    moves = set(out.durations.unique().tolist())
+    assert moves <= ({0, 1} if head.endswith("rnnt") else set(DURATIONS))
+
+
+@pytest.mark.parametrize("head", ["ctc", "tdt"])
+def test_threads_share_a_model(head: str):
+    model = tiny(head)
+    inputs = [batch_of([index], extra) for index in (0, 2, 6) for extra in (0, 5)]
+    alone = [run(model, *pair).sequences for pair in inputs]
+
+    def work(thread: int) -> list[bool]:
+        order = [(thread + call) % len(inputs) for call in range(20)]
+        return [torch.equal(run(model, *inputs[place]).sequences, alone[place]) for place in order]
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, range(8)))
+    assert [all(result) for result in results] == [True] * 8
+    assert len(results[0]) == 20
+
+
+def everything(model: Any) -> dict[str, Any]:
+    """All attributes of all modules, by identity; tensors by their version, which counts changes in place."""
+    state: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        state[name] = {key: id(value) for key, value in vars(module).items()}
+        for kind in ("_parameters", "_buffers", "_modules"):
+            state[f"{name}.{kind}"] = {key: id(value) for key, value in vars(module)[kind].items()}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        state[f"{name}._version"] = tensor._version
+    return state
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_generate_leaves_the_model_alone(head: str):
+    model = tiny(head)
+    before, settings, defaults = everything(model), model.config.to_dict(), model.generation_config.to_dict()
+    run(model, *batch_of([0, 2]), output_confidence=True)
+    if head != "ctc":
+        run(model, *batch_of([0]), max_new_tokens=3, output_logits=True, forced_blanks=True)
+    if head.startswith("hybrid"):
+        run(model, *batch_of([0]), decoder="ctc")
+    assert everything(model) == before
+    assert model.config.to_dict() == settings
+    assert model.generation_config.to_dict() == defaults
+
+
+@pytest.mark.parametrize("limit", [1, 5, 16])
+@pytest.mark.parametrize("head", TRANSDUCERS)
+def test_max_new_tokens_counts_steps(head: str, limit: int):
+    features, mask = batch_of([4, 0])
+    whole = run(tiny(head), features, mask)
+    some = run(tiny(head), features, mask, max_new_tokens=limit)
+    assert some.sequences.tolist() == whole.sequences[:, : limit + 1].tolist()
+    assert some.durations.tolist() == whole.durations[:, : limit + 1].tolist()
+    # the start counts towards `max_length`
+    assert run(tiny(head), features, mask, max_length=limit + 1).sequences.tolist() == some.sequences.tolist()
+
+
+def test_max_length_must_leave_room_for_the_start():
+    with pytest.raises(ValueError, match="`max_length` must be at least 2, got 1"):
+        run(tiny("tdt"), *batch_of([0]), max_length=1)
+
+
+class Listener(BaseStreamer):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.heard.extend(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("head", TRANSDUCERS)
+def test_a_streamer_hears_every_step_once(head: str):
+    listener = Listener()
+    out = run(tiny(head), *batch_of([4]), streamer=listener)
+    assert listener.heard == out.sequences[0].tolist()
+    assert listener.ended == 1
+    assert out.sequences.tolist() == run(tiny(head), *batch_of([4])).sequences.tolist()
+
+
+class ThirdLabel(StoppingCriteria):
+    """Stops a row at its third label."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return ((input_ids != BLANK) & (input_ids != PAD)).sum(-1) >= 3
+
+
+@pytest.mark.parametrize("head", TRANSDUCERS)
+def test_stopping_criteria_stop_single_rows(head: str):
+    whole = rows_of(run(tiny(head), *batch_of([4, 0, 5]), output_confidence=True))
+    out = rows_of(run(tiny(head), *batch_of([4, 0, 5]), output_confidence=True, stopping_criteria=[ThirdLabel()]))
+    for (ids, _, _), (all_ids, _, _) in zip(out, whole, strict=True):
+        labels = [place for place, token in enumerate(all_ids) if token not in (BLANK, PAD)]
+        end = labels[2] + 1 if len(labels) > 2 else len(all_ids)
+        assert ids[:end] == all_ids[:end]
+        # a forced move may follow the third label, nothing else
+        assert set(ids[end:]) <= {BLANK}
+        assert len(ids) <= end + 1
+
+
+@pytest.mark.parametrize(
+    "how", [{"max_time": 1e-9}, {"stopping_criteria": [MaxTimeCriteria(1e-9)]}], ids=["argument", "criterion"]
+)
+def test_time_runs_out_after_the_first_step(how: dict[str, Any]):
+    whole = run(tiny("tdt"), *batch_of([1]))
+    out = run(tiny("tdt"), *batch_of([1]), **how)
+    steps = out.sequences.shape[1]
+    assert 2 <= steps <= 3
+    assert out.sequences[0].tolist() == whole.sequences[0, :steps].tolist()
+    patient = run(tiny("tdt"), *batch_of([1]), stopping_criteria=[MaxTimeCriteria(600.0)])
+    assert patient.sequences.tolist() == whole.sequences.tolist()
+
+
+@pytest.mark.parametrize("forced_blanks", [False, True])
+@pytest.mark.parametrize("head", TRANSDUCERS)
+def test_logits_belong_to_their_steps(head: str, forced_blanks: bool):
+    kwargs = {"forced_blanks": forced_blanks, "output_confidence": "entropy"}
+    out = run(tiny(head), *batch_of([4, 0]), output_logits=True, output_scores=True, **kwargs)
+    assert len(out.logits) == len(out.scores) == out.sequences.shape[1] - 1
+    labels = 0
+    for step, (logits, scores) in enumerate(zip(out.logits, out.scores, strict=True), start=1):
+        assert torch.equal(logits, scores)
+        for row, token in enumerate(out.sequences[:, step].tolist()):
+            if not logits[row].any():
+                # padding, or a move that nothing was scored for
+                assert token in (PAD, BLANK)
+                continue
+            assert int(logits[row, :VOCAB].argmax()) == token
+            if token != BLANK:
+                labels += 1
+                sure = confidence(logits[row, :VOCAB], "entropy")
+                # the same numbers, reduced alone; measured: 0
+                torch.testing.assert_close(out.token_confidence[row, step], sure, rtol=0, atol=1e-6)
+            else:
+                assert out.token_confidence[row, step] == 0
+    assert labels > 10
+    only = run(tiny(head), *batch_of([0]), output_logits=True)
+    assert only.scores is None
+    assert only.token_confidence is None
+    assert run(tiny(head), *batch_of([0])).logits is None
+
+
+@pytest.mark.parametrize("head", ["rnnt", "tdt"])
+def test_forced_blanks_change_the_writing_only(head: str):
+    # a model that would never leave a frame
+    model = copy.deepcopy(tiny(head))
+    with torch.no_grad():
+        model.joint.head.bias[BLANK] -= 100.0
+        model.joint.head.bias[VOCAB : VOCAB + 1] += 100.0
+    apart, within = (run(model, *batch_of([2]), forced_blanks=forced) for forced in (True, False))
+    frames = int(model._get_subsampling_output_length(torch.tensor(len(clip(2)))))
+    labels = [ids[ids != BLANK].tolist() for ids in (apart.sequences[0], within.sequences[0])]
+    assert labels[0] == labels[1]
+    assert len(labels[0]) == 4 * frames
+    assert apart.durations[0].tolist() == [0] + [0, 0, 0, 0, 1] * frames
+    assert within.durations[0].tolist() == [0] + [0, 0, 0, 1] * frames
+
+
+@pytest.mark.parametrize("method", [True, "max_prob", "entropy"])
+def test_ctc_confidence(method: Any):
+    model = tiny("ctc")
+    features, mask = batch_of([0, 2])
+    out = run(model, features, mask, output_confidence=method)
+    wanted = confidence(out.logits, "max_prob" if method is True else method)
+    assert torch.equal(out.token_confidence, wanted)
+    assert run(model, features, mask).token_confidence is None
+    with pytest.raises(ValueError, match="got 'margin'"):
+        run(model, features, mask, output_confidence="margin")
+
+
+@torch.no_grad()
+def test_ctc_takes_the_best_token_of_every_frame():
+    model = tiny("ctc")
+    features, mask = batch_of([4, 0])
+    logits = model(input_features=features, attention_mask=mask).logits
+    short = int(model._get_subsampling_output_length(mask[1].sum()))
+    wanted = logits.argmax(-1)
+    wanted[1, short:] = BLANK
+    assert torch.equal(model.generate(features, attention_mask=mask), wanted)
+    assert torch.equal(run(model, features, mask).logits, logits)
+    # without a mask every frame counts
+    assert torch.equal(model.generate(features[:1]), model.generate(features[:1], attention_mask=mask[:1]))
+
+
+@pytest.mark.parametrize("head", ["hybrid_rnnt", "hybrid_tdt"])
+@torch.no_grad()
+def test_the_second_head_of_a_hybrid(head: str):
+    model = tiny(head)
+    features, mask = batch_of([4, 0])
+    encoded = model.encoder(input_features=features, attention_mask=mask)
+    logits = model.ctc_head(encoded.last_hidden_state)
+    wanted = torch.where(encoded.attention_mask.bool(), logits.argmax(-1), BLANK)
+    assert torch.equal(model.generate(features, attention_mask=mask, decoder="ctc"), wanted)
+    out = run(model, features, mask, decoder="ctc", output_confidence=True)
+    assert torch.equal(out.sequences, wanted)
+    assert torch.equal(out.token_confidence, confidence(logits))
+    assert out.get("durations") is None
+
+
+REFUSALS = [
+    ("tdt", {"num_beams": 2}, "beam|greedy"),
+    ("tdt", {"do_sample": True}, "sampl|greedy|generation mode"),
+    ("tdt", {"num_return_sequences": 2}, "num_return_sequences"),
+    ("tdt", {"no_such_argument": 1}, "no_such_argument"),
+    ("tdt", {"decoder": "ctc"}, "hybrid"),
+    ("rnnt", {"decoder": "attention"}, "'transducer' or 'ctc', got 'attention'"),
+    ("rnnt", {"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(9, 1, "cpu")])}, "MinLength"),
+    ("rnnt", {"suppress_tokens": [3]}, "SuppressTokens"),
+    ("rnnt", {"repetition_penalty": 1.3}, "RepetitionPenalty"),
+    ("rnnt", {"output_confidence": "margin"}, "got 'margin'"),
+    ("ctc", {"num_beams": 4}, "num_beams"),
+    ("ctc", {"do_sample": True}, "do_sample"),
+    ("hybrid_tdt", {"decoder": "ctc", "num_beams": 4}, "num_beams"),
+]
+
+
+@pytest.mark.parametrize(("head", "kwargs", "words"), REFUSALS, ids=str)
+def test_what_greedy_decoding_cannot_honour_is_refused(head: str, kwargs: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        run(tiny(head), *batch_of([4]), **kwargs)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_arguments_that_ask_for_greedy_decoding_are_fine(head: str):
+    plain = run(tiny(head), *batch_of([0])).sequences
+    assert torch.equal(run(tiny(head), *batch_of([0]), num_beams=1, do_sample=False).sequences, plain)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_targets_of_a_processor_are_ignored(head: str):
+    features, mask = batch_of([0, 2])
+    targets = {"labels": torch.tensor([[5, 6], [7, PAD]]), "decoder_input_ids": torch.tensor([[BLANK, 5, 6]] * 2)}
+    assert torch.equal(run(tiny(head), features, mask, **targets).sequences, run(tiny(head), features, mask).sequences)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_model_from_a_configuration_alone_generates(head: str):
+    torch.manual_seed(1)
+    model = build(head)
+    out = model.generate(*batch_of([0])[:1])
+    sequences = out if isinstance(out, Tensor) else out.sequences
+    frames = int(model._get_subsampling_output_length(torch.tensor(len(clip(0)))))
+    if head == "ctc":
+        assert sequences.shape == (1, frames)
+    else:
+        assert int(out.durations.sum()) >= frames
+    assert int(sequences.max()) < VOCAB
+
+
+def test_a_stock_generation_configuration_works():
+    # stock transformers suppresses the duration outputs, which follow the tokens
+    stock = GenerationConfig(
+        bos_token_id=None,
+        decoder_start_token_id=BLANK,
+        pad_token_id=PAD,
+        suppress_tokens=list(range(VOCAB, VOCAB + len(DURATIONS))),
+    )
+    plain = run(tiny("tdt"), *batch_of([2])).sequences
+    assert torch.equal(run(tiny("tdt"), *batch_of([2]), generation_config=stock).sequences, plain)
+    model = copy.deepcopy(tiny("tdt"))
+    model.generation_config = stock
+    assert torch.equal(run(model, *batch_of([2])).sequences, plain)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_row_without_frames_gives_nothing(head: str):
+    features, mask = batch_of([0, 2, 4])
+    mask[1] = 0
+    out = run(tiny(head), features, mask, output_confidence=True)
+    if head == "ctc":
+        assert set(out.sequences[1].tolist()) == {BLANK}
+    else:
+        assert out.sequences[1].tolist() == [BLANK] + [PAD] * (out.sequences.shape[1] - 1)
+        assert not out.durations[1].any()
+        assert not out.token_confidence[1].any()
+        assert_same([rows_of(out)[0], rows_of(out)[2]], [decode(head, [0])[0], decode(head, [4])[0]])
+    assert not out.token_confidence.isnan().any()
+    empty = run(tiny(head), features[:1], torch.zeros_like(mask[:1]))
+    assert set(empty.sequences.flatten().tolist()) == {BLANK}
+
+
+@contextmanager
+def log_records() -> Iterator[list[logging.LogRecord]]:
+    """Collect what transformers and this package log."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    loggers = [transformers_logging.get_logger("transformers"), logging.getLogger("transformers_parakeet")]
+    # what was said once in this process would stay unsaid
+    transformers_logging.warning_once.cache_clear()
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield records
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_normal_use_is_silent(head: str):
+    with warnings.catch_warnings(), log_records() as records:
+        warnings.simplefilter("error")
+        model = build(head)
+        features, mask = batch_of([0, 2])
+        model.generate(features, attention_mask=mask)
+        run(model, features, mask, output_confidence=True)
+        if head != "ctc":
+            model.generate(input_features=features, attention_mask=mask, max_new_tokens=5)
+        if head.startswith("hybrid"):
+            model.generate(input_features=features, attention_mask=mask, decoder="ctc")
+    assert [record.getMessage() for record in records] == []
