@@ -183,3 +183,24 @@ def test_other_models_pass_through(tmp_path):
     assert set(out) == {"text", "chunks"}
     with pytest.raises(ValueError, match="CTC can either predict"):
         other(noise(0.2), return_timestamps="segment")
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "options"),
+    [
+        ("clip.wav", 16000, {"subtype": "PCM_24"}),
+        ("clip.aiff", 44100, {"subtype": "PCM_16"}),
+        ("clip.au", 8000, {"subtype": "ULAW"}),
+        ("clip.mp3", 16000, {}),
+        ("clip.ogg", 48000, {"subtype": "VORBIS"}),
+        ("clip.opus", 48000, {"format": "OGG", "subtype": "OPUS"}),
+    ],
+)
+def test_the_demo_model_hears_the_same_in_every_encoding(name, rate, options, tmp_path):
+    import soxr
+
+    demo = pipeline("automatic-speech-recognition", model=str(tp.demo_model_path()))
+    samples = tp.load_audio(tp.demo_model_path() / "clips" / "one_two_three.flac")
+    encoded = soxr.resample(samples, 16000, rate)
+    soundfile.write(tmp_path / name, np.stack([encoded, encoded], axis=1), rate, **options)
+    assert demo(str(tmp_path / name))["text"] == "one two three"

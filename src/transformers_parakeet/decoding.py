@@ -215,6 +215,7 @@ def greedy_transducer(
     active = [index for index, row in enumerate(rows) if not row.done]
     while active:
         searching = active
+        # the prediction network runs once half of the rows wait for it
         while searching:
             searching = _search(encoded, predicted, rows, searching, joint, options)
             if on_step is not None:
