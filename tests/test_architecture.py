@@ -17,7 +17,7 @@ ALLOWED = {
     "configuration_parakeet": set(),
     "audio": set(),
     "timestamps": set(),
-    "tokenization_parakeet": set(),
+    "tokenization_parakeet": {"timestamps"},
     "losses": set(),
     "decoding": set(),
     "feature_extraction_parakeet": {"audio"},

@@ -54,15 +54,6 @@ DURATIONS = [0, 1, 2, 4]
 SECONDS = [1.0, 30.0, 2.3, 17.0, 4.4, 9.1, 1.6, 6.0]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On models this small a second thread costs more than it brings: three times the time on two busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(head: str) -> Any:
     torch.manual_seed(20)
     hybrid = {"ctc_head": head.startswith("hybrid")}

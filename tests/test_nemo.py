@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,15 +37,6 @@ TIMED = [
 CLIPS = ["speech0", "speech1", "speech2", "synthetic", "short"]
 # a hybrid of which the transducer is asked has no such argument
 CTC_OF_HYBRID = {"generate_kwargs": {"decoder": "ctc"}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On models this small a second thread costs more than it brings: three times the time on two busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache

@@ -215,17 +215,17 @@ def greedy_transducer(
     active = [index for index, row in enumerate(rows) if not row.done]
     while active:
         searching = active
-        # the prediction network runs once half of the rows wait for it
+        # the prediction network waits until every row has found its label: it is as dear as the joint
         while searching:
             searching = _search(encoded, predicted, rows, searching, joint, options)
             if on_step is not None:
                 for row, stop in zip(rows, on_step([row.tokens for row in rows]), strict=True):
                     row.stopped = row.stopped or bool(stop)
                 searching = [index for index in searching if not rows[index].done]
-        labelled = [index for index in active if not rows[index].done and index not in searching]
-        if labelled:
-            predicted, state = _predict_rows(predict, predicted, state, rows, labelled)
+        # what is not done stands behind a new label
         active = [index for index in active if not rows[index].done]
+        if active:
+            predicted, state = _predict_rows(predict, predicted, state, rows, active)
     return _collect(rows, pad_id, encoded.device)
 
 

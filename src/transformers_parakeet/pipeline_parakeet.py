@@ -50,17 +50,16 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
             return super()._sanitize_parameters(**kwargs)
         preprocess: dict[str, Any] = {k: kwargs.pop(k) for k in ("chunk_length_s", "stride_length_s") if k in kwargs}
         kwargs.pop("ignore_warning", None)
-        levels = (
-            {"return_timestamps": timestamp_level(kwargs.pop("return_timestamps", None))}
-            if "return_timestamps" in kwargs
-            else {}
-        )
-        aggregation = {k: kwargs.pop(k) for k in ("confidence_aggregation",) if k in kwargs}
+        postprocess: dict[str, Any] = {
+            k: kwargs.pop(k) for k in ("return_timestamps", "confidence_aggregation") if k in kwargs
+        }
+        if "return_timestamps" in postprocess:
+            postprocess["return_timestamps"] = timestamp_level(postprocess["return_timestamps"])
         forward = {**kwargs.pop("generate_kwargs", {})}
         if "return_confidence" in kwargs:
             forward["output_confidence"] = kwargs.pop("return_confidence")
         forward.update(kwargs)
-        return preprocess, forward, {**levels, **aggregation}
+        return preprocess, forward, postprocess
 
     def preprocess(
         self, inputs: Any, chunk_length_s: float | None = None, stride_length_s: Any = None, **kwargs: Any

@@ -48,6 +48,16 @@ class Span:
     confidence: float | None = None
 
 
+def ctc_runs(ids: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Merge consecutive repeats of frame-wise ids into (token, first frame, frame after the last); blanks stay in."""
+    runs, frame = [], 0
+    for token, group in groupby(ids):
+        length = len(list(group))
+        runs.append((token, frame, frame + length))
+        frame += length
+    return runs
+
+
 def ctc_emissions(ids: Sequence[int], blank_id: int, confidence: Sequence[float] | None = None) -> Emissions:
     """Merge the frame-wise ids of a CTC head: repeats collapse, blanks go.
 
@@ -56,14 +66,9 @@ def ctc_emissions(ids: Sequence[int], blank_id: int, confidence: Sequence[float]
         blank_id: the blank.
         confidence: confidence of every frame; a token takes the smallest of its frames.
     """
-    runs, frame = [], 0
-    for token, group in groupby(ids):
-        length = len(list(group))
-        if token != blank_id:
-            runs.append((token, frame, length))
-        frame += length
-    sure = None if confidence is None else [min(confidence[start : start + n]) for _, start, n in runs]
-    return Emissions([t for t, _, _ in runs], [f for _, f, _ in runs], [n for _, _, n in runs], sure)
+    runs = [run for run in ctc_runs(ids) if run[0] != blank_id]
+    sure = None if confidence is None else [min(confidence[start:end]) for _, start, end in runs]
+    return Emissions([t for t, _, _ in runs], [f for _, f, _ in runs], [end - f for _, f, end in runs], sure)
 
 
 def transducer_emissions(

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import TokenizersBackend
 
+from .timestamps import ctc_runs
+
 # what SentencePiece writes for a space
 WORD_START = "\u2581"
 
@@ -86,16 +88,6 @@ class ParakeetTokenizer(TokenizersBackend):
                     {"word": word, "start_offset": entries[0]["start_offset"], "end_offset": entries[-1]["end_offset"]}
                 )
         return words
-
-
-def ctc_runs(ids: list[int]) -> list[tuple[int, int, int]]:
-    """Merge consecutive repeats of frame-wise ids into (token, first frame, frame after the last); blanks stay in."""
-    runs, frame = [], 0
-    for token, group in groupby(ids):
-        length = len(list(group))
-        runs.append((token, frame, frame + length))
-        frame += length
-    return runs
 
 
 __all__ = ["ParakeetTokenizer"]
