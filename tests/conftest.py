@@ -73,8 +73,13 @@ def ctc_model(seed=0, **changes):
 
 def run_stock(code, *arguments):
     """Run a program with stock transformers, in a process that never imports this package; return what it prints."""
+    return run_program(code, *arguments, PYTHONPATH="")
+
+
+def run_program(code, *arguments, **environment):
+    """Run a program in a process of its own; return what it prints."""
     program = textwrap.dedent(code)
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": ""}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", **environment}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)], capture_output=True, text=True, env=env
     )

@@ -165,7 +165,7 @@ def assert_same(ours: list, truth: list) -> None:
 
 
 # a hybrid is its transducer and one head more
-@pytest.mark.parametrize("head", ["ctc", "hybrid_rnnt", "hybrid_tdt"])
+@pytest.mark.parametrize("head", HEADS)
 def test_a_clip_decodes_the_same_in_any_company(head: str):
     everyone = list(range(len(SECONDS)))
     # no argmax is closer than 1e-3: rounding cannot move it
@@ -196,7 +196,7 @@ def test_frames_are_steps_in_time(head: str):
     assert moves <= ({0, 1} if head.endswith("rnnt") else set(DURATIONS))
 
 
-@pytest.mark.parametrize("head", ["ctc", "tdt"])
+@pytest.mark.parametrize("head", ["ctc", "rnnt", "tdt"])
 def test_threads_share_a_model(head: str):
     model = tiny(head)
     inputs = [batch_of([index], extra) for index in (0, 2, 6) for extra in (0, 5)]
