@@ -7,7 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import encoder_fields, noise, run_program, run_stock, tiny_tokenizer
+from packaging.version import Version
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -165,11 +167,17 @@ def test_pipeline_takes_a_stock_folder(stock_folder):
 def test_a_program_written_for_stock_runs_unchanged(stock_folder):
     kind, folder = stock_folder
     program = PROGRAM.replace("{head}", kind.upper())
-    stock = json.loads(run_stock(program, folder))
-    ours = json.loads(run_program("import transformers_parakeet\n" + program, folder))
+    # stock leaves the last bits of a product in its seconds: 3.7600000000000002
+    stock, ours = (
+        json.loads(printed, parse_float=lambda number: round(float(number), 6))
+        for printed in (run_stock(program, folder), run_program("import transformers_parakeet\n" + program, folder))
+    )
     assert len(stock["generate"][0]) > 10
     # gradients of the same loss, summed in another order
     assert ours.pop("training", []) == pytest.approx(stock.pop("training", []), rel=1e-4)
+    if Version(transformers.__version__) < Version("5.23"):
+        # stock's pipeline dropped the attention mask and heard the padding: the text is that of `generate`
+        stock["pipeline"] = stock["generate"][0]
     assert ours == stock
 
 
@@ -195,7 +203,6 @@ def test_our_checkpoints_load_into_stock(stock_folder, tmp_path):
 
 
 def test_names_of_transformers_are_ours():
-    import transformers
     import transformers.models.parakeet as package
 
     for name in ("ParakeetForCTC", "ParakeetForTDT", "ParakeetProcessor", "ParakeetEncoderConfig"):
