@@ -327,6 +327,13 @@ def draw_silent(voices: Voices, length: int, rng: Rng) -> Array:
     return clip.audio[start : start + length]
 
 
+def word_spans(string: DigitString) -> list[tuple[float, float]] | None:
+    """Return start and end of every word in seconds, if every span is one word; else `None`."""
+    if any(" " in span.text for span in string.spans):
+        return None
+    return [(span.start_s, span.end_s) for span in string.spans]
+
+
 class TrainingExamples:
     """A map-style dataset of augmented strings; an item depends on the seed and its index only.
 
@@ -344,7 +351,12 @@ class TrainingExamples:
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, object]:
-        """Return `audio` (S,) float32, its `text` (empty for a tenth) and a `seed` for masking the features, if any."""
+        """Build one example.
+
+        Returns:
+            `audio` (S,) float32, its `text` (empty for a tenth), `spans`: start and end of every word in seconds or
+            `None` where they are not known, and a `seed` for masking the features, if any.
+        """
         batch = index // self.batch_size
         hardness = (batch - REPEATING_BATCHES) / RAMP_BATCHES
         if hardness < 0:
@@ -354,13 +366,13 @@ class TrainingExamples:
         hard = rng.random() < hardness
         count = self.draw_count(batch, rng)
         if hard and rng.random() < SILENT_SHARE:
-            audio, text = draw_silent(self.voices, int((0.5 + 0.7 * count) * SAMPLE_RATE), rng), ""
+            audio, text, spans = draw_silent(self.voices, int((0.5 + 0.7 * count) * SAMPLE_RATE), rng), "", []
         else:
             string = join(draw_clips(self.voices, count, rng), rng, floor_db=rng.uniform(30, 65))
-            audio, text = string.audio, string.text
+            audio, text, spans = string.audio, string.text, word_spans(string)
         if hard:
             audio = augment(audio, self.voices.other, rng)
-        return {"audio": audio, "text": text, "seed": int(rng.integers(2**31)) if hard else None}
+        return {"audio": audio, "text": text, "spans": spans, "seed": int(rng.integers(2**31)) if hard else None}
 
     def draw_count(self, batch: int, rng: Rng) -> int:
         """Draw the number of digits, close to that of the other items of the batch."""
