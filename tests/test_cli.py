@@ -1,6 +1,7 @@
 """The command: what it prints, on the bundled recordings."""
 
 import json
+import re
 import shutil
 
 import jiwer
@@ -25,8 +26,11 @@ def test_the_demo_shows_every_clip_and_its_word_error_rate():
         assert clip["file"] in result.stdout
         assert clip["text"] in result.stdout
     assert len(MANIFEST) >= 5
-    rate = float(result.stdout.split("word error rate: ")[1].split("%")[0])
-    assert rate < 20
+    for head in ("TDT", "CTC"):
+        rate = float(result.stdout.split(f"word error rate, {head}: ")[1].split("%")[0])
+        assert rate < 20
+    # the times and the confidence of a word
+    assert re.search(r"seven \d\.\d\d-\d\.\d\d +[01]\.\d\d", result.stdout)
 
 
 def test_the_demo_model_recognises_what_it_was_made_for():

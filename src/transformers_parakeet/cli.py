@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import jiwer
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import pipeline
 from transformers.utils import logging
 
@@ -71,17 +71,30 @@ def transcribe(
 
 @app.command()
 def demo() -> None:
-    """Transcribe the bundled clips with the bundled model and compare with what was said."""
+    """Transcribe the bundled clips with both heads of the bundled model and compare with what was said."""
     folder = demo_model_path()
     pipe = load_pipeline(None)
     clips = json.loads((folder / "clips" / "manifest.json").read_text(encoding="utf-8"))
-    heard = [pipe(str(folder / "clips" / clip["file"]))["text"] for clip in clips]
-    said = [clip["text"] for clip in clips]
-    table = Table("clip", "said", "recognised", title="Parakeet demo model: spoken English digits")
-    for clip, reference, hypothesis in zip(clips, said, heard, strict=True):
-        table.add_row(clip["file"], reference, hypothesis)
+    files = [str(folder / "clips" / clip["file"]) for clip in clips]
+    heard = pipe(files, return_timestamps="word", return_confidence=True)
+    second = pipe(files, generate_kwargs={"decoder": "ctc"})
+    words = Column("TDT: seconds, confidence", no_wrap=True)
+    table = Table("clip", "said", words, "CTC", title="Parakeet demo model: spoken English digits")
+    for clip, tdt, ctc in zip(clips, heard, second, strict=True):
+        table.add_row(
+            clip["file"], clip["text"], "\n".join(map(timed_word, tdt["chunks"])), ctc["text"], end_section=True
+        )
     console.print(table)
-    console.print(f"word error rate: {jiwer.wer(said, heard):.1%} on {len(clips)} clips")
+    said = [clip["text"] for clip in clips]
+    for head, results in (("TDT", heard), ("CTC", second)):
+        rate = jiwer.wer(said, [result["text"] for result in results])
+        console.print(f"word error rate, {head}: {rate:.1%} on {len(clips)} clips", highlight=False)
+
+
+def timed_word(chunk: dict[str, Any]) -> str:
+    """Write a word with its times in seconds and its confidence."""
+    start, end = chunk["timestamp"]
+    return f"{chunk['text'].strip():5} {start:.2f}-{end:.2f}  {chunk['confidence']:.2f}"
 
 
 def word(chunk: dict[str, Any]) -> dict[str, Any]:
