@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 # log-probability of what cannot happen: finite, so that gradients through it are zero and not NaN
 NEVER = -1e30
+
+# memory for scores of the fused loss, in bytes
+WORKSPACE_BYTES = 256 * 2**20
 
 REDUCTIONS = ("none", "sum", "mean", "mean_batch", "mean_volume")
 
@@ -100,6 +104,90 @@ def ctc_loss(
             zero_infinity=zero_infinity,
         )
     return reduce_loss(losses, lengths, reduction)
+
+
+class TransducerLoss(nn.Module):
+    """Stateless layer around `transducer_loss`: the place where a kernel with the same `forward` can stand."""
+
+    def forward(
+        self,
+        encoder_states: Tensor,
+        predictor_states: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        labels: Tensor,
+        frame_lengths: Tensor,
+        label_lengths: Tensor,
+        blank_id: int,
+        durations: Sequence[int] | None = None,
+        sigma: float = 0.0,
+        omega: float = 0.0,
+        fastemit_lambda: float = 0.0,
+        activation: str = "relu",
+        reduction: str = "mean_volume",
+        zero_infinity: bool = False,
+        workspace_bytes: int = WORKSPACE_BYTES,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """Compute the loss; arguments and result are those of `transducer_loss`."""
+        return transducer_loss(
+            encoder_states, predictor_states, head_weight, head_bias, labels, frame_lengths, label_lengths, blank_id,
+            durations, sigma, omega, fastemit_lambda, activation, reduction, zero_infinity, workspace_bytes, dropout,
+        )  # fmt: skip
+
+
+def transducer_loss(
+    encoder_states: Tensor,
+    predictor_states: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    labels: Tensor,
+    frame_lengths: Tensor,
+    label_lengths: Tensor,
+    blank_id: int,
+    durations: Sequence[int] | None = None,
+    sigma: float = 0.0,
+    omega: float = 0.0,
+    fastemit_lambda: float = 0.0,
+    activation: str = "relu",
+    reduction: str = "mean_volume",
+    zero_infinity: bool = False,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Compute the RNN-T (arXiv 1211.3711) or TDT (arXiv 2304.06795) loss together with the joint network.
+
+    Args:
+        encoder_states: (B, T, J) projected frames.
+        predictor_states: (B, U+1, J) predictor states, the first one that of the blank.
+        head_weight: (V, J), or (V + D, J) with durations: the joint's output layer.
+        head_bias: (V,) or (V + D,).
+        labels: (B, U) labels; what lies behind `label_lengths` is never read.
+        frame_lengths: (B,) valid frames.
+        label_lengths: (B,) valid labels.
+        blank_id: id of the blank.
+        durations: frames of each duration output; `None` for RNN-T.
+        sigma: subtracted from every token log-probability, with durations.
+        omega: probability that the minibatch gets the RNN-T loss of its tokens instead, drawn from torch's generator.
+        fastemit_lambda: FastEmit weight (arXiv 2010.11148): gradients of labels are scaled by 1 + lambda.
+        activation: of the joint network, a name that transformers knows.
+        reduction: see `reduce_loss`.
+        zero_infinity: count a transcript that no path can emit as zero.
+        workspace_bytes: memory for scores.
+        dropout: probability of zeroing an input of the output layer.
+
+    Returns:
+        Scalar, or (B,) with `reduction="none"`.
+    """
+    hidden = ACT2FN[activation](encoder_states[:, :, None] + predictor_states[:, None])
+    logits = F.linear(F.dropout(hidden, dropout), head_weight, head_bias)
+    if durations is None:
+        return rnnt_loss(logits, labels, frame_lengths, label_lengths, blank_id, reduction)
+    tokens = logits.shape[-1] - len(durations)
+    return tdt_loss(
+        logits[..., :tokens], logits[..., tokens:], labels, frame_lengths, label_lengths, blank_id, durations, sigma,
+        reduction,
+    )  # fmt: skip
 
 
 def tdt_loss(
