@@ -5,15 +5,20 @@ What a label is and where the scores come from is for `modeling_parakeet.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 
-# log-probability of what cannot happen: finite, so that gradients through it are zero and not NaN
-NEVER = -1e30
+from .fused_loss import Joint, fused_losses
+from .lattice import Task, accurate, locate, make_task, of_cells, solve, to_gradient
+
+# scores that the losses of given logits treat at once: 16 MiB in float32, within a cache
+BLOCK = 2**22
 
 # memory for scores of the fused loss, in bytes
 WORKSPACE_BYTES = 256 * 2**20
@@ -157,6 +162,8 @@ def transducer_loss(
 ) -> Tensor:
     """Compute the RNN-T (arXiv 1211.3711) or TDT (arXiv 2304.06795) loss together with the joint network.
 
+    The (B, T, U+1, V) scores are never held: they are computed a few cells at a time, and again in backward.
+
     Args:
         encoder_states: (B, T, J) projected frames.
         predictor_states: (B, U+1, J) predictor states, the first one that of the blank.
@@ -169,25 +176,30 @@ def transducer_loss(
         durations: frames of each duration output; `None` for RNN-T.
         sigma: subtracted from every token log-probability, with durations.
         omega: probability that the minibatch gets the RNN-T loss of its tokens instead, drawn from torch's generator.
-        fastemit_lambda: FastEmit weight (arXiv 2010.11148): gradients of labels are scaled by 1 + lambda.
+        fastemit_lambda: FastEmit weight (arXiv 2010.11148): scales the token gradients of labels by 1 + lambda, as in
+            NeMo's numba kernels; the value stays the negative log-likelihood.
         activation: of the joint network, a name that transformers knows.
         reduction: see `reduce_loss`.
-        zero_infinity: count a transcript that no path can emit as zero.
-        workspace_bytes: memory for scores.
+        zero_infinity: count a transcript that no path can emit as zero. Its gradient is zero either way.
+        workspace_bytes: memory for scores; what fits is kept for backward.
         dropout: probability of zeroing an input of the output layer.
 
     Returns:
-        Scalar, or (B,) with `reduction="none"`.
+        Scalar, or (B,) with `reduction="none"`; float32, float64 for float64 input.
+
+    Raises:
+        ValueError: shapes, lengths or labels that do not fit together.
     """
-    hidden = ACT2FN[activation](encoder_states[:, :, None] + predictor_states[:, None])
-    logits = F.linear(F.dropout(hidden, dropout), head_weight, head_bias)
-    if durations is None:
-        return rnnt_loss(logits, labels, frame_lengths, label_lengths, blank_id, reduction)
-    tokens = logits.shape[-1] - len(durations)
-    return tdt_loss(
-        logits[..., :tokens], logits[..., tokens:], labels, frame_lengths, label_lengths, blank_id, durations, sigma,
-        reduction,
-    )  # fmt: skip
+    tokens = head_weight.shape[0] - len(durations or ())
+    if durations is not None and omega > 0 and float(torch.rand(())) < omega:
+        durations = None
+    shape = (*encoder_states.shape[:2], predictor_states.shape[1])
+    task = make_task(shape, encoder_states.device, tokens, labels, frame_lengths, label_lengths, blank_id, durations,
+                     sigma, fastemit_lambda)  # fmt: skip
+    seed = int(torch.randint(2**62, ())) if dropout > 0 else 0
+    joint = Joint(tokens, activation, dropout, seed, workspace_bytes)
+    losses = fused_losses(encoder_states, predictor_states, head_weight, head_bias, task, joint)
+    return _finish(losses, task, reduction, zero_infinity)
 
 
 def tdt_loss(
@@ -200,8 +212,10 @@ def tdt_loss(
     durations: Sequence[int],
     sigma: float = 0.0,
     reduction: str = "mean",
+    fastemit_lambda: float = 0.0,
+    zero_infinity: bool = False,
 ) -> Tensor:
-    """Compute the token-and-duration transducer loss (arXiv 2304.06795).
+    """Compute the token-and-duration transducer loss (arXiv 2304.06795) from scores that exist already.
 
     A blank needs a duration above 0, a label may stay; the last blank lands exactly on the end.
 
@@ -215,20 +229,20 @@ def tdt_loss(
         durations: frames of each duration output.
         sigma: subtracted from every token log-probability.
         reduction: see `reduce_loss`.
+        fastemit_lambda: as in `transducer_loss`.
+        zero_infinity: as in `transducer_loss`.
 
     Returns:
-        Scalar, or (B,) with `reduction="none"`; float32. Infinite where no path fits.
+        Scalar, or (B,) with `reduction="none"`; float32, float64 for float64 input. Infinite where no path fits.
+
+    Raises:
+        ValueError: shapes, lengths or labels that do not fit together.
     """
-    blank, label = _arc_scores(token_logits, targets, blank_token_id)
-    spans = F.log_softmax(duration_logits, dim=-1, dtype=torch.float32)
-    arcs = {
-        duration: (blank - sigma + spans[..., index], label - sigma + spans[..., :-1, index])
-        for index, duration in enumerate(durations)
-    }
-    blanks = {duration: pair[0] for duration, pair in arcs.items() if duration > 0}
-    labels = {duration: pair[1] for duration, pair in arcs.items()}
-    losses = _lattice(blanks, labels, logit_lengths, target_lengths)
-    return reduce_loss(losses, target_lengths.to(losses.device), reduction)
+    task = make_task(
+        token_logits.shape[:3], token_logits.device, token_logits.shape[3], targets, logit_lengths, target_lengths,
+        blank_token_id, durations, sigma, fastemit_lambda,
+    )  # fmt: skip
+    return _finish(_LogitsLoss.apply(token_logits, duration_logits, task), task, reduction, zero_infinity)
 
 
 def rnnt_loss(
@@ -238,8 +252,10 @@ def rnnt_loss(
     target_lengths: Tensor,
     blank_token_id: int,
     reduction: str = "mean_volume",
+    fastemit_lambda: float = 0.0,
+    zero_infinity: bool = False,
 ) -> Tensor:
-    """Compute the RNN-T loss (arXiv 1211.3711): the lattice of TDT in which a label stays and a blank moves one frame.
+    """Compute the RNN-T loss (arXiv 1211.3711) from scores that exist already.
 
     Args:
         logits: (B, N, U+1, V) raw scores.
@@ -248,84 +264,78 @@ def rnnt_loss(
         target_lengths: (B,) valid labels.
         blank_token_id: id of the blank.
         reduction: see `reduce_loss`.
+        fastemit_lambda: as in `transducer_loss`.
+        zero_infinity: as in `transducer_loss`.
 
     Returns:
-        Scalar, or (B,) with `reduction="none"`; float32.
+        Scalar, or (B,) with `reduction="none"`; float32, float64 for float64 input.
+
+    Raises:
+        ValueError: shapes, lengths or labels that do not fit together.
     """
-    blank, label = _arc_scores(logits, targets, blank_token_id)
-    losses = _lattice({1: blank}, {0: label}, logit_lengths, target_lengths)
-    return reduce_loss(losses, target_lengths.to(losses.device), reduction)
+    task = make_task(
+        logits.shape[:3], logits.device, logits.shape[3], targets, logit_lengths, target_lengths, blank_token_id, None,
+        0.0, fastemit_lambda,
+    )  # fmt: skip
+    return _finish(_LogitsLoss.apply(logits, None, task), task, reduction, zero_infinity)
 
 
-def _arc_scores(logits: Tensor, targets: Tensor, blank_token_id: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B, N, U+1) of the blank and (B, N, U) of the next label."""
-    scores = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-    index = targets.to(logits.device, torch.long)[:, None, :, None].expand(-1, logits.shape[1], -1, 1)
-    return scores[..., blank_token_id], scores[:, :, :-1].gather(-1, index)[..., 0]
+def _finish(losses: Tensor, task: Task, reduction: str, zero_infinity: bool) -> Tensor:
+    """Reduce the losses of the clips."""
+    if zero_infinity:
+        losses = losses.masked_fill(losses == math.inf, 0.0)
+    return reduce_loss(losses, task.labels, reduction)
 
 
-def _lattice(
-    blanks: dict[int, Tensor], labels: dict[int, Tensor], logit_lengths: Tensor, target_lengths: Tensor
-) -> Tensor:
-    """Sum over all paths of a transducer lattice, frame by frame; double precision, the lattice is small.
+class _LogitsLoss(torch.autograd.Function):
+    """Losses (B,) from (B, T, W, V) token scores and (B, T, W, D) duration scores, with an analytic gradient."""
 
-    Args:
-        blanks: per duration above 0, (B, N, U+1) scores of the blank arcs.
-        labels: per duration, (B, N, U) scores of the label arcs.
-        logit_lengths: (B,) frames.
-        target_lengths: (B,) labels.
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, spans: Tensor | None, task: Task) -> Tensor:
+        """Look the arcs up, a few frames at a time, and sum the paths."""
+        dtype = accurate(tokens.dtype)
+        blank, label = (torch.empty(len(task.cells), dtype=dtype, device=tokens.device) for _ in range(2))
+        timed = torch.empty(len(task.cells), len(task.durations), dtype=dtype, device=tokens.device)
+        for place, some in _places(task, tokens.shape[3]):
+            scores = tokens[place].log_softmax(-1, dtype=dtype).flatten(0, 1)
+            blank[some] = scores[:, task.blank]
+            label[some] = scores.gather(1, locate(task, task.cells[some]).next_label[:, None])[:, 0]
+            if spans is not None:
+                timed[some] = spans[place].log_softmax(-1, dtype=dtype).flatten(0, 1)
+        losses, flow = solve(task, blank, label, None if spans is None else timed)
+        ctx.task = task
+        ctx.save_for_backward(tokens, spans, flow.blank, flow.label, flow.spans)
+        return losses
 
-    Returns:
-        (B,) negative log-likelihoods, float32.
-    """
-    some = next(iter(blanks.values()))
-    batch, frames, width = some.shape
-    logit_lengths, target_lengths = logit_lengths.to(some.device), target_lengths.to(some.device)
-    blanks = {d: arc.double() for d, arc in blanks.items()}
-    labels = {d: arc.double() for d, arc in labels.items()}
-    nothing = torch.full((batch, width), NEVER, dtype=torch.double, device=some.device)
-    first = nothing.clone()
-    first[:, 0] = 0.0
-    alphas: list[Tensor] = []
-    for frame in range(frames + 1):
-        arriving = [first] if frame == 0 else []
-        for duration in {*blanks, *labels} - {0}:
-            start = frame - duration
-            if start < 0:
-                continue
-            if duration in blanks:
-                arriving.append(alphas[start] + blanks[duration][:, start])
-            if duration in labels and frame < frames:
-                moved = alphas[start][:, :-1] + labels[duration][:, start]
-                arriving.append(F.pad(moved, (1, 0), value=NEVER))
-        alpha = torch.stack(arriving).logsumexp(0) if arriving else nothing
-        if 0 in labels and frame < frames and width > 1:
-            alpha = _stay(alpha, labels[0][:, frame])
-        alphas.append(alpha)
-    rows = torch.arange(batch, device=some.device)
-    # a path ends with a blank that lands on the end: what blanks alone bring there
-    return -_ends(alphas, blanks, logit_lengths)[rows, target_lengths.long()].float()
-
-
-def _stay(alpha: Tensor, arcs: Tensor) -> Tensor:
-    """Add the paths that emit labels without moving: a first-order recurrence along U, as a scan in the log semiring.
-
-    Args:
-        alpha: (B, U+1) scores of arriving at a frame.
-        arcs: (B, U) scores of its labels of duration 0.
-    """
-    total = F.pad(arcs.cumsum(-1), (1, 0))
-    return total + torch.logcumsumexp(alpha - total, dim=-1)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Write the gradient of a few frames at a time."""
+        tokens, spans, *flow = ctx.saved_tensors
+        task: Task = ctx.task
+        blank, label, timed = (part * of_cells(task, gradient, part.ndim) for part in flow)
+        out = [torch.zeros_like(scores, memory_format=torch.contiguous_format) if need else None
+               for scores, need in zip((tokens, spans), ctx.needs_input_grad, strict=False)]  # fmt: skip
+        for place, some in _places(task, tokens.shape[3]):
+            if out[0] is not None:
+                scores = tokens[place].softmax(-1, dtype=blank.dtype)
+                next_label = locate(task, task.cells[some]).next_label
+                to_gradient(scores.flatten(0, 1), task.blank, next_label, blank[some], label[some])
+                out[0][place] = scores
+            if out[1] is not None:
+                scores = spans[place].softmax(-1, dtype=blank.dtype)
+                part = timed[some].view_as(scores)
+                out[1][place] = scores * part.sum(-1, keepdim=True) - part
+        return (*out, None)
 
 
-def _ends(alphas: list[Tensor], blanks: dict[int, Tensor], lengths: Tensor) -> Tensor:
-    """(B, U+1) scores of landing on each row's end with a blank."""
-    table = torch.stack(alphas, dim=1)
-    rows = torch.arange(len(lengths), device=lengths.device)
-    landing = []
-    for duration, arcs in blanks.items():
-        start = lengths.long() - duration
-        at = start.clamp(min=0)
-        score = table[rows, at] + arcs[rows, at.clamp(max=arcs.shape[1] - 1)]
-        landing.append(score.masked_fill((start < 0)[:, None], NEVER))
-    return torch.stack(landing).logsumexp(0)
+def _places(task: Task, outputs: int) -> Iterator[tuple[tuple[int, slice, slice], slice]]:
+    """Cut the valid cells into blocks of frames of one clip: index into the grid, and range of the valid cells."""
+    start = 0
+    for clip, (frames, labels) in enumerate(zip(task.frames.tolist(), task.labels.tolist(), strict=True)):
+        step = max(1, BLOCK // ((labels + 1) * outputs))
+        for first in range(0, frames, step):
+            last = min(first + step, frames)
+            count = (last - first) * (labels + 1)
+            yield (clip, slice(first, last), slice(labels + 1)), slice(start, start + count)
+            start += count

@@ -29,7 +29,7 @@ from .conformer import (
     subsampled_lengths,
 )
 from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin, frame_lengths
-from .losses import compact_labels, ctc_loss, rnnt_loss, tdt_loss
+from .losses import TransducerLoss, compact_labels, ctc_loss
 from .transducer import ParakeetRNNTDecoder, ParakeetRNNTJointNetwork
 
 
@@ -208,7 +208,7 @@ class ParakeetRNNTOutput(BaseModelOutputWithPooling):
 
     Args:
         loss: with labels.
-        logits: (B, N, U+1, V) raw scores of the joint network, (B, N, U+1, V + D) for TDT.
+        logits: (B, N, U+1, V) raw scores of the joint network, (B, N, U+1, V + D) for TDT; with labels, when asked for.
         last_hidden_state: (B, N, H) encoder frames.
         pooler_output: (B, N, J) frames projected for the joint network.
         hidden_states: the encoder's, when asked for.
@@ -259,9 +259,13 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         decoder_input_ids: Tensor | None = None,
         encoder_outputs: ParakeetEncoderModelOutput | None = None,
         labels: Tensor | None = None,
+        output_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ParakeetRNNTOutput:
-        """Score every frame with every prefix of the labels.
+        """Compute the loss of the labels, or without labels score every frame with every prefix.
+
+        The loss does not build the scores, B * N * (U+1) * (V + D) numbers, so with labels they are returned only when
+        asked for.
 
         Args:
             input_features: (B, T, F) log-mel features.
@@ -269,10 +273,11 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
             decoder_input_ids: (B, U+1) the blank, then the labels; made from `labels`, else the blank alone.
             encoder_outputs: result of `get_audio_features`, in place of `input_features`.
             labels: (B, U) token ids; -100 and `pad_token_id` are ignored.
+            output_logits: also return the logits when there are labels.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            `logits` (B, N, U+1, V [+ D]) and, with labels, `loss`. Without a prefix the logits are (B, N, V [+ D]).
+            With labels `loss`, else `logits` (B, N, U+1, V [+ D]), or (B, N, V [+ D]) without a prefix.
         """
         encoded = encoder_outputs
         if encoded is None:
@@ -283,10 +288,13 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         elif decoder_input_ids is None:
             batch = encoded.pooler_output.shape[0]
             decoder_input_ids = torch.full((batch, 1), self.config.blank_token_id, device=encoded.pooler_output.device)
-        logits = self.joint(self.decoder(decoder_input_ids)[:, None], encoded.pooler_output[:, :, None])
+        prefixes = self.decoder(decoder_input_ids)
+        logits = None
+        if targets is None or output_logits:
+            logits = self.joint(prefixes[:, None], encoded.pooler_output[:, :, None]).squeeze(2)
         return ParakeetRNNTOutput(
-            loss=None if targets is None else self._loss(encoded, logits, *targets),
-            logits=logits.squeeze(2),
+            loss=None if targets is None else self._loss(encoded, prefixes, *targets),
+            logits=logits,
             last_hidden_state=encoded.last_hidden_state,
             pooler_output=encoded.pooler_output,
             hidden_states=encoded.hidden_states,
@@ -300,11 +308,11 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         return compact_labels(labels, keep)
 
     def _loss(
-        self, encoded: ParakeetEncoderModelOutput, logits: Tensor, labels: Tensor, label_lengths: Tensor
+        self, encoded: ParakeetEncoderModelOutput, prefixes: Tensor, labels: Tensor, label_lengths: Tensor
     ) -> Tensor:
         """Transducer loss; for a hybrid (1 - w) * transducer + w * CTC."""
         config, lengths = self.config, frame_lengths(encoded)
-        loss = self._transducer_loss(logits, labels, lengths, label_lengths)
+        loss = self._transducer_loss(encoded.pooler_output, prefixes, labels, lengths, label_lengths)
         if not config.ctc_head:
             return loss
         padded = labels.masked_fill(~length_mask(label_lengths, labels.shape[1]), -100)
@@ -318,9 +326,29 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         )
         return (1 - config.ctc_loss_weight) * loss + config.ctc_loss_weight * ctc
 
-    def _transducer_loss(self, logits: Tensor, labels: Tensor, lengths: Tensor, label_lengths: Tensor) -> Tensor:
+    def _transducer_loss(
+        self, frames: Tensor, prefixes: Tensor, labels: Tensor, lengths: Tensor, label_lengths: Tensor
+    ) -> Tensor:
         config = self.config
-        return rnnt_loss(logits, labels, lengths, label_lengths, config.blank_token_id, config.loss_reduction)
+        loss = TransducerLoss()
+        return loss(
+            frames,
+            prefixes,
+            *self.joint.output_layer(frames),
+            labels,
+            lengths,
+            label_lengths,
+            config.blank_token_id,
+            fastemit_lambda=config.fastemit_lambda,
+            activation=config.hidden_act,
+            reduction=config.loss_reduction,
+            dropout=config.joint_dropout if self.training else 0.0,
+            **self._duration_options(),
+        )
+
+    def _duration_options(self) -> dict[str, Any]:
+        """Arguments of the loss that TDT adds."""
+        return {}
 
 
 class ParakeetForTDT(ParakeetForRNNT):
@@ -332,19 +360,9 @@ class ParakeetForTDT(ParakeetForRNNT):
     def _outputs(self) -> int:
         return self.config.vocab_size + len(self.config.durations)
 
-    def _transducer_loss(self, logits: Tensor, labels: Tensor, lengths: Tensor, label_lengths: Tensor) -> Tensor:
+    def _duration_options(self) -> dict[str, Any]:
         config = self.config
-        return tdt_loss(
-            logits[..., : config.vocab_size],
-            logits[..., config.vocab_size :],
-            labels,
-            lengths,
-            label_lengths,
-            config.blank_token_id,
-            config.durations,
-            config.loss_sigma,
-            config.loss_reduction,
-        )
+        return {"durations": config.durations, "sigma": config.loss_sigma, "omega": config.loss_omega}
 
 
 __all__ = [

@@ -13,6 +13,10 @@ from .configuration_parakeet import ParakeetRNNTConfig
 # hidden and cell state of every LSTM layer, each (layers, B, P)
 LSTMState = tuple[Tensor, Tensor]
 
+# length of the vectors that read a wrapped output layer: in 16-bit types the bias must not swamp the weight, and a
+# power of two loses no digits
+PROBE = 256.0
+
 
 class ParakeetRNNTDecoder(nn.Module):
     """Prediction network: embedding, LSTM and projection to the joint's width (Graves, arXiv 1211.3711, section 2)."""
@@ -111,6 +115,22 @@ class ParakeetRNNTJointNetwork(nn.Module):
         """
         hidden = self.activation(encoder_hidden_states + decoder_hidden_states)
         return self.head(F.dropout(hidden, self.dropout, self.training))
+
+    def output_layer(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weight (V [+ D], J) and bias (V [+ D],) of the output layer, through which gradients reach it.
+
+        What stands around the layer (LoRA, a quantised weight, a hook that brings it from elsewhere) is affine, too:
+        its weight is read off its answers to the unit vectors. Dropout on LoRA's input then drops the same inputs in
+        all cells.
+
+        Args:
+            like: an input of the joint network, for its type and device.
+        """
+        if type(self.head) is nn.Linear and not hasattr(self.head, "_hf_hook"):
+            return self.head.weight, self.head.bias
+        units = PROBE * torch.eye(self.head.in_features, dtype=like.dtype, device=like.device)
+        bias = self.head(torch.zeros_like(units[:1]))[0]
+        return ((self.head(units) - bias) / PROBE).t(), bias
 
     def score(self, encoder_hidden_states: Tensor, decoder_hidden_states: Tensor) -> Tensor:
         """Score (R, K, J) frames with (R, 1, J) predictor states in decoding; returns (R, K, V [+ D])."""
