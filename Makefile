@@ -26,7 +26,7 @@ check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: setup
-	$(BIN)/python benchmarks/encoder.py && $(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/encoder.py && $(BIN)/python benchmarks/decoding.py && $(BIN)/python benchmarks/loss.py
 
 docs: setup
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -33,15 +33,25 @@ class Timing:
     peak_mib: float
 
 
-def peak_memory() -> int:
-    """Return the largest resident size since the last reset, in KiB."""
+def gpu() -> Any:
+    """Return torch's module for the GPU; torch itself is for the side's process to import."""
+    return importlib.import_module("torch").cuda
+
+
+def peak_memory(device: str = "cpu") -> int:
+    """Return the largest resident size since the last reset, or the largest memory in use on a GPU, in KiB."""
+    if device != "cpu":
+        return gpu().max_memory_allocated() // 1024
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])
 
 
-def reset_peak() -> int:
-    """Start a new peak; return the resident size now, in KiB."""
+def reset_peak(device: str = "cpu") -> int:
+    """Start a new peak; return the memory in use now, in KiB."""
     gc.collect()
+    if device != "cpu":
+        gpu().reset_peak_memory_stats()
+        return peak_memory(device)
     # memory that the allocator keeps for later would hide what a run needs
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -58,10 +68,12 @@ def serve(prepare: Callable[[Any, str, dict[str, Any]], tuple[Callable[[], Any],
     module = importlib.import_module("transformers_parakeet" if side == "ours" else "transformers")
     run: Callable[[], Any] = lambda: None  # noqa: E731
     save: Callable[[Any, str], None] = lambda result, path: None  # noqa: E731
+    device = "cpu"
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any] = {}
         if request["do"] == "prepare":
+            device = request["case"].get("device", "cpu")
             run, save = prepare(module, side, request["case"])
         elif request["do"] == "save":
             save(run(), request["path"])
@@ -70,9 +82,9 @@ def serve(prepare: Callable[[Any, str, dict[str, Any]], tuple[Callable[[], Any],
             run()
             answer = {"seconds": time.perf_counter() - start}
         else:
-            before = reset_peak()
+            before = reset_peak(device)
             run()
-            answer = {"peak_mib": (peak_memory() - before) / 1024}
+            answer = {"peak_mib": (peak_memory(device) - before) / 1024}
         print(json.dumps(answer), file=sys.__stdout__, flush=True)
 
 
