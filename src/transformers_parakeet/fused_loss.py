@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from .lattice import Flow, Located, Task, accurate, locate, of_cells, solve, to_gradient
+from .lattice import Flow, Located, Task, accurate, locate, of_cells, refuse_second_derivative, solve, to_gradient
 
 
 @dataclass(frozen=True)
@@ -135,9 +134,9 @@ class _FusedLoss(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Turn the scores of each chunk into gradients and add them up."""
+        refuse_second_derivative()
         encoder, predictor, weight, bias, *flow = ctx.saved_tensors
         # used up: with `retain_graph` the next backward computes them again
         kept, ctx.kept = ctx.kept, []

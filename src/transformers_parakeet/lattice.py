@@ -265,3 +265,9 @@ def to_gradient(probabilities: Tensor, blank: int, next_label: Tensor, by_blank:
     probabilities.mul_((by_blank + by_label)[:, None])
     probabilities[:, blank] -= by_blank
     probabilities.scatter_add_(1, next_label[:, None], -by_label[:, None])
+
+
+def refuse_second_derivative() -> None:
+    """Raise where the gradient itself is to be differentiated: its graph would lack the scores."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the transducer loss has no second derivative: call backward without `create_graph=True`")

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .fused_loss import Joint, fused_losses
-from .lattice import Task, accurate, locate, make_task, of_cells, solve, to_gradient
+from .lattice import Task, accurate, locate, make_task, of_cells, refuse_second_derivative, solve, to_gradient
 
 # scores that the losses of given logits treat at once: 16 MiB in float32, within a cache
 BLOCK = 2**22
@@ -308,9 +307,9 @@ class _LogitsLoss(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Write the gradient of a few frames at a time."""
+        refuse_second_derivative()
         tokens, spans, *flow = ctx.saved_tensors
         task: Task = ctx.task
         blank, label, timed = (part * of_cells(task, gradient, part.ndim) for part in flow)
