@@ -253,7 +253,7 @@ def test_rnnt_loss_equals_nemos_numba_kernel():
 
 
 def test_fastemit_equals_nemos_numba_kernel():
-    # NeMo 3.0.0, RNNTLossNumba(fastemit_lambda=0.25) on the scores of the golden file, on a CPU: losses, the gradient of
+    # NeMo 3.0.0, RNNTLossNumba(fastemit_lambda=0.25) on the scores of the golden file, on a CPU: losses, gradient of
     # their sum weighted by cos(0), cos(1), ... and its absolute sum, per clip
     losses = [121.56846618652344, 74.39897918701172]
     weighted, absolute = [-0.9327284820974842, 1.0816713695953377], [17.350650750472212, 11.70567098253673]
@@ -266,11 +266,11 @@ def test_fastemit_equals_nemos_numba_kernel():
     assert (1.25 * ours).tolist() == pytest.approx(losses, rel=2e-6)
     ours.sum().backward()
     gradient = logits.grad.double().flatten(1)
-    # measured: 4e-6 apart, where NeMo computes in float32
+    # measured: 7e-6 and 8e-6 relative; NOTES.md section 9 gives 3e-5 as NeMo's own distance from float64
     assert (gradient * torch.arange(gradient.shape[1]).double().cos()).sum(1).tolist() == pytest.approx(
         weighted, abs=5e-5
     )
-    assert gradient.abs().sum(1).tolist() == pytest.approx(absolute, rel=1e-5)
+    assert gradient.abs().sum(1).tolist() == pytest.approx(absolute, rel=5e-5)
 
 
 @pytest.mark.parametrize("pad", [-100, 128])
