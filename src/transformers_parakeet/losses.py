@@ -319,7 +319,7 @@ class _LogitsLoss(torch.autograd.Function):
             if out[0] is not None:
                 scores = tokens[place].softmax(-1, dtype=blank.dtype)
                 next_label = locate(task, task.cells[some]).next_label
-                to_gradient(scores.flatten(0, 1), task.blank, next_label, blank[some], label[some])
+                to_gradient(scores.view(-1, scores.shape[-1]), task.blank, next_label, blank[some], label[some])
                 out[0][place] = scores
             if out[1] is not None:
                 scores = spans[place].softmax(-1, dtype=blank.dtype)
