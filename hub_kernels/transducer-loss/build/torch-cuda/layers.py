@@ -1,0 +1,1 @@
+../../torch-ext/transducer_loss/layers.py

@@ -1,0 +1,6 @@
+"""Exact RNN-T and TDT losses in Triton, of logits or fused with the joint network."""
+
+from . import layers
+from .loss import transducer_loss, transducer_loss_from_logits
+
+__all__ = ["layers", "transducer_loss", "transducer_loss_from_logits"]
