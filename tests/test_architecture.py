@@ -27,7 +27,15 @@ ALLOWED = {
     "conformer": {"configuration_parakeet"},
     "transducer": {"configuration_parakeet"},
     "generation_parakeet": {"decoding"},
-    "modeling_parakeet": {"configuration_parakeet", "conformer", "transducer", "generation_parakeet", "losses"},
+    "kernel": {"losses"},
+    "modeling_parakeet": {
+        "configuration_parakeet",
+        "conformer",
+        "transducer",
+        "generation_parakeet",
+        "kernel",
+        "losses",
+    },
     "longform": {"timestamps"},
     "pipeline_parakeet": {"audio", "longform", "processing_parakeet", "timestamps"},
     "nemo": {

@@ -162,6 +162,7 @@ class ParakeetRNNTConfig(_HeadConfig):
         joint_dropout: dropout of the joint network, in training.
         loss_reduction: `"mean"`, `"mean_batch"`, `"mean_volume"`, `"sum"` or `"none"`.
         fastemit_lambda: FastEmit weight (arXiv 2010.11148).
+        kernel: of the transducer loss: `"auto"` (on a GPU, where it can be used), `"off"` or `"require"`.
         ctc_head: the checkpoint is a hybrid, with a CTC head beside the transducer.
         ctc_loss_weight: w in the hybrid loss (1 - w) * transducer + w * CTC.
         ctc_loss_reduction: as in `ParakeetCTCConfig`.
@@ -187,6 +188,7 @@ class ParakeetRNNTConfig(_HeadConfig):
     joint_dropout: float | int = 0.0
     loss_reduction: str = "mean_volume"
     fastemit_lambda: float | int = 0.0
+    kernel: str = "auto"
     ctc_head: bool = False
     ctc_loss_weight: float | int = 0.3
     ctc_loss_reduction: str = "mean"
@@ -201,6 +203,7 @@ class ParakeetRNNTConfig(_HeadConfig):
         self.initializer_range = self.encoder_config.initializer_range
         _check(0 <= self.blank_token_id < self.vocab_size, "blank_token_id", self.blank_token_id,
                f"an id below `vocab_size` ({self.vocab_size})")  # fmt: skip
+        _check(self.kernel in ("auto", "off", "require"), "kernel", self.kernel, "auto, off or require")
         _check(self.max_symbols_per_step > 0, "max_symbols_per_step", self.max_symbols_per_step, "at least 1")
 
 

@@ -29,7 +29,8 @@ from .conformer import (
     subsampled_lengths,
 )
 from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin, frame_lengths
-from .losses import TransducerLoss, compact_labels, ctc_loss
+from .kernel import select_loss
+from .losses import compact_labels, ctc_loss
 from .transducer import ParakeetRNNTDecoder, ParakeetRNNTJointNetwork
 
 
@@ -330,7 +331,7 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         self, frames: Tensor, prefixes: Tensor, labels: Tensor, lengths: Tensor, label_lengths: Tensor
     ) -> Tensor:
         config = self.config
-        loss = TransducerLoss()
+        loss = select_loss(config.kernel, frames, config.hidden_act)
         return loss(
             frames,
             prefixes,

@@ -158,7 +158,8 @@ def sum_over_frames(
     highest = tl.load(encoder_row + tl.load(cells + chunk_end - 1)) - clip * frames
     frame = tl.maximum(lowest, 0)
     end = tl.minimum(highest + 1, tl.load(frame_lengths + clip))
-    if (frame < end) & (column < width):
+    end = tl.where(column < width, end, 0)
+    if frame < end:
         total = tl.zeros((BLOCK_J,), tl.float32)
         while frame < end:
             at = frame + tl.arange(0, BLOCK_N)

@@ -40,15 +40,16 @@ def describe_cells(
     frame_row = tl.program_id(0)
     clip = frame_row // frames
     frame = frame_row % frames
-    inside_frame = frame < tl.load(frame_lengths + clip)
     width = tl.load(label_lengths + clip) + 1
     first = tl.load(starts + clip) + frame * width
+    # no column of a padded frame is inside
+    end = tl.where(frame < tl.load(frame_lengths + clip), width, 0)
     base = 0
     while base < columns:
         column = base + tl.arange(0, BLOCK)
-        inside = inside_frame & (column < width)
+        inside = column < end
         cell = first + column
-        label = tl.load(labels + clip * (columns - 1) + column, mask=inside & (column < width - 1), other=-1)
+        label = tl.load(labels + clip * (columns - 1) + column, mask=column < end - 1, other=-1)
         tl.store(encoder_row + cell, tl.zeros_like(column) + frame_row, mask=inside)
         tl.store(predictor_row + cell, clip * columns + column, mask=inside)
         tl.store(next_label + cell, label, mask=inside)
@@ -108,7 +109,7 @@ def score_cells(
         spoken = tl.load(tokens + tl.maximum(label, 0)).to(tl.float32) - total - sigma
         # written so that NaN stays NaN, and a score of -inf becomes finite
         blank = tl.where(blank < NEVER, NEVER, blank)
-        spoken = tl.where((label < 0) | (spoken < NEVER), NEVER, spoken)
+        spoken = tl.where(label < 0, NEVER, tl.where(spoken < NEVER, NEVER, spoken))
         tl.store(normaliser + cell, total)
         tl.store(blank_score + cell, blank)
         tl.store(label_score + cell, spoken)
@@ -147,7 +148,7 @@ def _chain(step, value, next_step, next_value):
 @triton.jit
 def _stay(value, step, lane, base, carry, BLOCK: tl.constexpr):
     """Sum the paths along a frame: x[i] = log(exp(value[i]) + exp(step[i] + x[i-1])); `carry` is x before the tile."""
-    value = tl.where((lane == 0) & (base > 0), _log_add(value, step + carry), value)
+    value = tl.where(lane == tl.where(base > 0, 0, -1), _log_add(value, step + carry), value)
     _, value = tl.associative_scan((step, value), 0, _chain)
     return value, tl.sum(tl.where(lane == BLOCK - 1, value, 0.0), axis=0)
 
@@ -175,7 +176,7 @@ def _forward_frame(
         column = base + lane
         inside = column < width
         cell = start + frame.to(tl.int64) * width + column
-        begins = (frame == 0) & (column == 0)
+        begins = column == tl.where(frame == 0, 0, -1)
         peak = tl.where(begins, 0.0, NEVER).to(tl.float64)
         # an impossible path of its own: no sum is below NEVER
         total = tl.full((BLOCK,), 1.0, tl.float32)
@@ -183,7 +184,7 @@ def _forward_frame(
             if index != ZERO:
                 duration = tl.load(durations + index)
                 source = cell - duration * width
-                there = inside & (frame >= duration)
+                there = column < tl.where(frame >= duration, width, 0)
                 score = tl.load(alpha + source, mask=there, other=NEVER)
                 score += tl.load(blank_score + source, mask=there, other=0.0).to(tl.float64)
                 score += _duration_score(duration_score, index, cell_count, source, there, TIMED)
@@ -227,8 +228,8 @@ def _backward_frame(
             if index != ZERO:
                 duration = tl.load(durations + index)
                 target = cell + duration * width
-                there = inside & (frame + duration < frames)
-                ends = (frame + duration == frames) & (column == width - 1)
+                there = inside & (column < tl.where(frame + duration < frames, width, 0))
+                ends = column == tl.where(frame + duration == frames, width - 1, width)
                 timing = _duration_score(duration_score, index, cell_count, cell, inside, TIMED)
                 score = tl.load(beta + target, mask=there, other=NEVER)
                 score = tl.where(ends, 0.0, score) + blank + timing
@@ -332,7 +333,8 @@ def weigh_arcs(
         start = tl.load(starts + clip)
         evidence = tl.load(beta + start)
         scale = tl.load(loss_gradient + clip).to(tl.float32)
-        possible = (evidence > NO_PATH) | (evidence != evidence)
+        # false for NaN, which must reach the gradients
+        lost = evidence < NO_PATH
         limit = negligible / (frames * width).to(tl.float32)
         base = 0
         while base < width:
@@ -361,16 +363,16 @@ def weigh_arcs(
                     at = index * cell_count + cell
                     chance = tl.exp(tl.load(duration_score + at, mask=inside, other=NEVER))
                     value = (leaves * chance - blank_arc - label_arc) * scale
-                    tl.store(duration_gradient + at, tl.where(possible, value, 0.0), mask=inside)
-            # NaN is kept: it must reach the gradients
-            above = tl.where((leaves > limit) | (leaves != leaves), 1, 0)
+                    tl.store(duration_gradient + at, tl.where(lost, 0.0, value), mask=inside)
+            # NaN is kept too
+            above = tl.where(leaves <= limit, 0, 1)
             # FastEmit is about tokens: durations have their gradient by now
             labels *= label_scale
             leaves = blanks + labels
-            tl.store(occupancy + cell, tl.where(possible, leaves * scale, 0.0), mask=inside)
-            tl.store(blank_weight + cell, tl.where(possible, blanks * scale, 0.0), mask=inside)
-            tl.store(label_weight + cell, tl.where(possible, labels * scale, 0.0), mask=inside)
-            tl.store(kept + cell, tl.where(possible & (scale != 0.0), above, 0).to(tl.int8), mask=inside)
+            tl.store(occupancy + cell, tl.where(lost, 0.0, leaves * scale), mask=inside)
+            tl.store(blank_weight + cell, tl.where(lost, 0.0, blanks * scale), mask=inside)
+            tl.store(label_weight + cell, tl.where(lost, 0.0, labels * scale), mask=inside)
+            tl.store(kept + cell, tl.where(lost, 0, tl.where(scale == 0.0, 0, above)).to(tl.int8), mask=inside)
             base += BLOCK
 
 
@@ -382,17 +384,16 @@ def _arc_weights(
     """Posterior probabilities of the blank and the label of one duration that leave some cells."""
     duration = tl.load(durations + index)
     target = cell + duration * width
-    there = inside & (frame + duration < frames)
-    ends = (frame + duration == frames) & (column == width - 1)
+    end = tl.where(frame + duration < frames, width, 0)
+    ends = column == tl.where(frame + duration == frames, width - 1, width)
     timing = _duration_score(duration_score, index, cell_count, cell, inside, TIMED)
     moves = duration > 0
-    after = tl.where(ends, 0.0, tl.load(beta + target, mask=there & moves, other=NEVER))
+    after = tl.where(ends, 0.0, tl.load(beta + target, mask=column < end, other=NEVER))
     blank_arc = tl.where(moves, tl.exp((blank + timing + after).to(tl.float32)), 0.0)
-    speaks = there & (column < width - 1)
     if not TIMED:
         # a plain transducer's labels stay on their frame
-        speaks = speaks & (duration == 0)
-    after = tl.load(beta + target + 1, mask=speaks, other=NEVER)
+        end = tl.where(duration == 0, end, 0)
+    after = tl.load(beta + target + 1, mask=column < end - 1, other=NEVER)
     return blank_arc, tl.exp((label + timing + after).to(tl.float32))
 
 
@@ -434,15 +435,15 @@ def differentiate_logits(
     total = tl.load(normaliser + cell, mask=exists, other=0.0)
     for base in range(0, V, BLOCK_V):
         column = base + tl.arange(0, BLOCK_V)
-        inside = column < V
-        value = tl.load(token_logits + row * token_stride + column, mask=inside & exists, other=0.0).to(tl.float32)
+        given = column < tl.where(exists, V, 0)
+        value = tl.load(token_logits + row * token_stride + column, mask=given, other=0.0).to(tl.float32)
         value = leaves * tl.exp(value - total)
         value -= tl.where(column == blank_id, blank, 0.0) + tl.where(column == label, spoken, 0.0)
         into = token_gradient + row * token_gradient_stride + column
-        tl.store(into, value.to(token_gradient.dtype.element_ty), mask=inside)
+        tl.store(into, value.to(token_gradient.dtype.element_ty), mask=column < V)
     if TIMED:
         which = tl.arange(0, BLOCK_D)
-        there = which < D
-        value = tl.load(duration_gradient + which.to(tl.int64) * cell_count + cell, mask=there & exists, other=0.0)
+        given = which < tl.where(exists, D, 0)
+        value = tl.load(duration_gradient + which.to(tl.int64) * cell_count + cell, mask=given, other=0.0)
         into = duration_gradient_out + row * duration_gradient_stride + which
-        tl.store(into, value.to(duration_gradient_out.dtype.element_ty), mask=there)
+        tl.store(into, value.to(duration_gradient_out.dtype.element_ty), mask=which < D)
