@@ -35,8 +35,8 @@ def select_loss(choice: str, states: Tensor, activation: str) -> nn.Module:
     """Choose the layer that computes the transducer loss.
 
     The environment variable `PARAKEET_KERNEL` stands above the argument; it may also name a kernel on the Hub,
-    `owner/name`, which is then required. `LOCAL_KERNELS` of the library `kernels` can give `KERNEL_ID` another folder. A
-    kernel is used on a device once it has agreed there with PyTorch, loss and gradients, on a small problem.
+    `owner/name`, which is then required. `LOCAL_KERNELS` of the library `kernels` can give `KERNEL_ID` another folder.
+    A kernel is used on a device once it has agreed there with PyTorch, loss and gradients, on a small problem.
 
     Args:
         choice: `"auto"` takes the kernel on a CUDA device and, where that cannot be, PyTorch with one warning;
@@ -130,5 +130,5 @@ def _try(layer: nn.Module, device: torch.device) -> list[Tensor]:
         leaves = [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes]
         labels = torch.tensor([[0, 4, 2], [6, 1, 0]], device=device)
         lengths = torch.tensor([[5, 4], [3, 2]], device=device)
-        loss = layer(*leaves, labels, *lengths, 8, (0, 1, 2), sigma=0.05, reduction="sum")
+        loss = layer(*leaves, labels, *lengths, 8, (0, 1, 2), sigma=0.5, reduction="sum")
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]

@@ -1,6 +1,7 @@
-"""Compile every program for NVIDIA GPUs, which needs none: `python compile_programs.py [80 90 ...]`.
+"""Compile every program for NVIDIA GPUs, which needs none: `python compile_programs.py [--quick] [80 90 ...]`.
 
-Prints one line per program. Run without TRITON_INTERPRET.
+Prints one line per program: the sizes of its binaries for float32, float16, bfloat16 and for arguments of 1, or with
+`--quick` for bfloat16 alone. Run without TRITON_INTERPRET.
 """
 
 import inspect
@@ -20,7 +21,10 @@ FLOAT32 = (
     "normaliser blank_score label_score duration_score occupancy blank_weight label_weight duration_gradient "
     "loss_gradient encoder_gradient predictor_gradient"
 )
-INT32 = "frame_lengths label_lengths labels encoder_row predictor_row next_label row_cell cells row_first position durations"
+INT32 = (
+    "frame_lengths label_lengths labels encoder_row predictor_row next_label row_cell cells row_first position "
+    "durations"
+)
 INPUTS = "encoder predictor hidden gradient token_logits duration_logits token_gradient duration_gradient_out"
 TYPES = {
     **dict.fromkeys(FLOAT32.split(), "*fp32"),
@@ -72,16 +76,18 @@ def compile_program(program, constants, dtype, capability, ones):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def main(capabilities):
-    """Compile all cases, for each dtype, with and without ones."""
+def main(capabilities, variants):
+    """Compile all cases in some variants: dtype, and whether integers are 1."""
     for capability in capabilities:
         for program, constants in CASES:
-            sizes = [
-                len(compile_program(program, constants, dtype, capability, ones).asm["cubin"])
-                for dtype, ones in (("fp32", False), ("fp16", False), ("bf16", False), ("bf16", True))
+            binaries = [
+                compile_program(program, constants, dtype, capability, ones).asm["cubin"] for dtype, ones in variants
             ]
-            print(f"sm_{capability} {program.fn.__name__} {constants}: {sizes} bytes")
+            print(f"sm_{capability} {program.fn.__name__} {constants}: {[len(binary) for binary in binaries]} bytes")
 
 
 if __name__ == "__main__":
-    main([int(given) for given in sys.argv[1:]] or [80, 90])
+    arguments = set(sys.argv[1:])
+    quick = "--quick" in arguments
+    every = [("fp32", False), ("fp16", False), ("bf16", False), ("bf16", True)]
+    main(sorted(int(given) for given in arguments - {"--quick"}) or [80, 90], every[2:3] if quick else every)
