@@ -169,7 +169,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--small", action="store_true", help="sizes that Triton's interpreter can do, to try the script")
+    parser.add_argument(
+        "--small", action="store_true", help="sizes that Triton's interpreter can do, to try the script"
+    )
     args = parser.parse_args()
     dtype, device = getattr(torch, args.dtype), "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU, interpreted: times mean nothing"
