@@ -16,6 +16,7 @@ MODULES = sorted(path.stem for path in SOURCE.glob("*.py"))
 ALLOWED = {
     "configuration_parakeet": set(),
     "audio": set(),
+    "augmentation": set(),
     "timestamps": set(),
     "tokenization_parakeet": {"timestamps"},
     "losses": set(),
@@ -25,9 +26,19 @@ ALLOWED = {
     "conformer": {"configuration_parakeet"},
     "transducer": {"configuration_parakeet"},
     "generation_parakeet": {"decoding"},
-    "modeling_parakeet": {"configuration_parakeet", "conformer", "transducer", "generation_parakeet", "losses"},
+    "modeling_parakeet": {
+        "augmentation",
+        "configuration_parakeet",
+        "conformer",
+        "transducer",
+        "generation_parakeet",
+        "losses",
+    },
     "longform": {"timestamps"},
     "pipeline_parakeet": {"audio", "longform", "processing_parakeet", "timestamps"},
+    "training_data": {"audio"},
+    "training": {"audio", "augmentation", "losses", "processing_parakeet", "training_data"},
+    "finetuning": {"modeling_parakeet", "nemo", "training", "training_data"},
     "nemo": {
         "losses",
         "configuration_parakeet",

@@ -34,6 +34,7 @@ def check_spec_augment(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: a setting that is not implemented, or a value that cannot be.
+        TypeError: `mask_value` is no number.
     """
     known = {**DEFAULTS, **{name: value for name, value in settings.items() if name in DEFAULTS}}
     others = {k: v for k, v in settings.items() if k not in DEFAULTS and k not in WITHOUT_EFFECT}
@@ -45,10 +46,10 @@ def check_spec_augment(settings: Mapping[str, Any]) -> dict[str, Any]:
         )
     if isinstance(known["time_width"], float) and not 0 <= known["time_width"] <= 1:
         raise ValueError(
-            f"`time_width` as a float is a share and must lie in [0, 1], got {known['time_width']}: for frames, give an int"
+            f"`time_width` as a float is a share and must lie in [0, 1], got {known['time_width']}: frames are an int"
         )
     if not isinstance(known["mask_value"], (int, float)):
-        raise ValueError(f"`mask_value` must be a number, got {known['mask_value']!r}: NeMo's default is 0.0")
+        raise TypeError(f"`mask_value` must be a number, got {known['mask_value']!r}: NeMo's default is 0.0")
     return known
 
 
@@ -69,7 +70,7 @@ def spec_augment(
         (B, T, F) features.
     """
     known = check_spec_augment(settings)
-    batch, frames, bins = features.shape
+    frames, bins = features.shape[1:]
     lengths = lengths.to(features.device, torch.float32)
     width = known["time_width"]
     widths = width * lengths if isinstance(width, float) else torch.full_like(lengths, width)
@@ -107,5 +108,5 @@ def dither(samples: npt.NDArray[np.float32], amount: float, seed: int) -> npt.ND
     """
     if not amount:
         return samples
-    rng = np.random.default_rng((seed, len(samples), zlib.crc32(np.ascontiguousarray(samples))))
+    rng = np.random.default_rng((seed, len(samples), zlib.crc32(samples.tobytes())))
     return samples + np.float32(amount) * rng.standard_normal(len(samples), dtype=np.float32)

@@ -86,11 +86,13 @@ class ParakeetPreTrainedModel(PreTrainedModel):
     def _encoder_config(self) -> Any:
         return getattr(self.config, "encoder_config", self.config)
 
-    def _augmented(self, features: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _augmented(self, features: Any, attention_mask: Tensor | None) -> Any:
         """Apply `config.spec_augment` to (B, T, F) features, in training only."""
         if not (self.training and self.config.spec_augment):
             return features
-        frames = features.new_full((len(features),), features.shape[1]) if attention_mask is None else attention_mask.sum(-1)
+        frames = (
+            features.new_full((len(features),), features.shape[1]) if attention_mask is None else attention_mask.sum(-1)
+        )
         return spec_augment(features, frames, self.config.spec_augment)
 
     def _get_subsampling_output_length(self, input_lengths: Tensor) -> Tensor:

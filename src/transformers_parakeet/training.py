@@ -10,6 +10,7 @@ import multiprocessing
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import jiwer
@@ -205,13 +206,13 @@ class SpeechCollator:
             return
         for position, ((row, features), ids) in enumerate(zip(kept, labels, strict=True)):
             # a repeated token needs a blank between
-            needed = len(ids) + sum(a == b for a, b in zip(ids, ids[1:], strict=False))
+            needed = len(ids) + sum(a == b for a, b in pairwise(ids))
             frames = -(-len(features) // SUBSAMPLING_FACTOR)
             if needed > frames:
                 logger.warning(
-                    f"{clip_name(row, position)}: the transcript needs {needed} frames and the clip has {frames}, a CTC "
-                    f"loss counts it as zero; the {count_up(self.counts.unfit)}. so far. A larger vocabulary has shorter "
-                    "transcripts."
+                    f"{clip_name(row, position)}: the transcript needs {needed} frames and the clip has {frames}: a "
+                    f"CTC loss counts it as zero; the {count_up(self.counts.unfit)}. so far. With a larger vocabulary "
+                    "transcripts are shorter."
                 )
 
 
@@ -326,9 +327,7 @@ def add_lora(model: Any, rank: int, alpha: int | None = None, targets: Sequence[
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError(
-            "LoRA needs the package peft: pip install 'transformers-parakeet[train]'"
-        ) from error
+        raise ImportError("LoRA needs the package peft: pip install 'transformers-parakeet[train]'") from error
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=list(targets)))
 
 
@@ -404,6 +403,7 @@ class ParakeetTrainer(Trainer):
         generate_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.data_collator: Any
         self.batch_duration_s = batch_duration_s
         self.generate_kwargs = dict(generate_kwargs or {})
         self.guard = NonFiniteGuard()
@@ -434,7 +434,7 @@ class ParakeetTrainer(Trainer):
         )
         loader: Any = DataLoader(
             self.train_dataset,
-            batch_sampler=sampler,  # type: ignore[arg-type]  # any iterable of lists will do
+            batch_sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,

@@ -5,6 +5,8 @@ Rows go to `SpeechCollator` in `training.py` as they are; decoding is for `audio
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,8 @@ import numpy.typing as npt
 from .audio import AudioError, load_audio
 
 AUDIO_COLUMNS = ("audio", "audio_filepath", "file", "path")
+# files in which libsndfile finds a sample without decoding what lies before; `load_audio` reads them with it, too
+SEEKABLE = {".wav", ".flac", ".aiff", ".au"}
 TEXT_COLUMNS = ("text", "transcription", "sentence", "transcript", "normalized_text")
 
 
@@ -30,8 +34,8 @@ def load_speech(
     """Open a set of clips with transcripts.
 
     Args:
-        source: a `datasets` dataset; a NeMo manifest (`.json` or `.jsonl`); a folder that `save_to_disk` wrote; a folder
-            of audio with a `metadata.csv` or `metadata.jsonl`; or the name of a dataset on the Hub.
+        source: a `datasets` dataset; a NeMo manifest (`.json` or `.jsonl`); a folder that `save_to_disk` wrote; a
+            folder of audio with a `metadata.csv` or `metadata.jsonl`; or the name of a dataset on the Hub.
         split: which part of it.
         name: the configuration of a Hub dataset.
         streaming: read while training instead of downloading first.
@@ -53,7 +57,8 @@ def load_speech(
     elif (Path(source) / "state.json").exists() or (Path(source) / "dataset_dict.json").exists():
         found = datasets.load_from_disk(str(source))
     elif Path(source).is_dir():
-        found = datasets.load_dataset("audiofolder", data_dir=str(source), split=split, streaming=streaming)
+        found = datasets.Dataset.from_list(read_folder(Path(source), split))
+        found = found.to_iterable_dataset() if streaming else found
     else:
         found = datasets.load_dataset(str(source), name, split=split, streaming=streaming)
     if isinstance(found, dict):
@@ -80,7 +85,8 @@ def _with_standard_columns(found: Any, datasets: Any, audio_column: str | None, 
     audio = _choose("audio", audio_column, AUDIO_COLUMNS, columns)
     text = _choose("text", text_column, TEXT_COLUMNS, columns)
     if isinstance((found.features or {}).get(audio), datasets.Audio):
-        found = found.cast_column(audio, datasets.Audio(decode=False))
+        # even with `decode=False` an audio column of a stream may ask for torchcodec; what it holds does not
+        found = found.cast_column(audio, {"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
     for old, new in ((audio, "audio"), (text, "text")):
         if old != new:
             found = (found.remove_columns(new) if new in columns else found).rename_column(old, new)
@@ -91,9 +97,7 @@ def _choose(kind: str, asked: str | None, usual: Sequence[str], columns: Sequenc
     for name in [asked] if asked else usual:
         if name in columns:
             return name
-    raise ValueError(
-        f"the data needs a column of {kind}, and has {', '.join(columns)}: name it with `{kind}_column`"
-    )
+    raise ValueError(f"the data needs a column of {kind}, and has {', '.join(columns)}: name it with `{kind}_column`")
 
 
 def read_manifest(path: Path) -> list[dict[str, Any]]:
@@ -126,6 +130,37 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_folder(folder: Path, split: str) -> list[dict[str, Any]]:
+    """Read a folder of audio in the layout of the Hub: a metadata file with `file_name` and a transcript per clip.
+
+    Args:
+        folder: holds `metadata.csv` or `metadata.jsonl`, or has a subfolder `split` that does.
+        split: name of the subfolder.
+
+    Returns:
+        The lines of the metadata, with the path of the clip as `audio`.
+
+    Raises:
+        ValueError: there is no metadata file, or it has no column `file_name`.
+    """
+    for parent in (folder / split, folder):
+        for path in (parent / "metadata.csv", parent / "metadata.jsonl"):
+            if not path.exists():
+                continue
+            with open(path, encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, file))
+            if not rows or any("file_name" not in row for row in rows):
+                raise ValueError(f"every line of {path} must have a `file_name`: add it, relative to the file's folder")
+            return [
+                {**{k: v for k, v in row.items() if k != "file_name"}, "audio": str(parent / row["file_name"])}
+                for row in rows
+            ]
+    raise ValueError(
+        f"a folder of audio must have a metadata.csv or metadata.jsonl with `file_name` and a transcript, in it or in a "
+        f"subfolder {split!r}: {folder} has none; write one"
+    )
+
+
 def read_clip(row: Mapping[str, Any], sampling_rate: int) -> npt.NDArray[np.float32]:
     """Decode the audio of a row.
 
@@ -153,15 +188,12 @@ def _read_part(audio: Any, offset: float, duration: float | None, sampling_rate:
     """Decode some seconds of a file; of a long one only these, where libsndfile can seek in it."""
     import soundfile
 
-    if isinstance(audio, str):
-        try:
-            with soundfile.SoundFile(audio) as file:
-                file.seek(min(round(offset * file.samplerate), file.frames))
-                frames = -1 if duration is None else round(duration * file.samplerate)
-                return load_audio(file.read(frames, dtype="float32"), file.samplerate, target_rate=sampling_rate)
-        except soundfile.LibsndfileError:
-            # a format of FFmpeg's: decoded as a whole below, which also says what is wrong with a broken file
-            pass
+    if isinstance(audio, str) and Path(audio).suffix.lower() in SEEKABLE:
+        with contextlib.suppress(soundfile.LibsndfileError), soundfile.SoundFile(audio) as file:
+            file.seek(min(round(offset * file.samplerate), file.frames))
+            frames = -1 if duration is None else round(duration * file.samplerate)
+            return load_audio(file.read(frames, dtype="float32"), file.samplerate, target_rate=sampling_rate)
+    # decoded as a whole, which also says what is wrong with a broken file
     samples = load_audio(audio, target_rate=sampling_rate)
     end = len(samples) if duration is None else round((offset + duration) * sampling_rate)
     return samples[round(offset * sampling_rate) : end]
@@ -214,4 +246,4 @@ def add_durations(dataset: Any, sampling_rate: int = 16000) -> Any:
     return dataset.map(measure, desc="durations")
 
 
-__all__ = ["add_durations", "clip_durations", "load_speech", "read_manifest"]
+__all__ = ["add_durations", "clip_durations", "load_speech", "read_folder", "read_manifest"]
