@@ -1,6 +1,6 @@
 """Trains a small model from random weights, on a CPU in minutes or on a GPU: spoken digits, or sentences.
 
-The packed speech is read by `packed_speech.py`; without it, the digits recipe trains on the eight clips of the demo model.
+The packed speech is read by `packed_speech.py`; without it, the digits recipe takes the eight clips of the demo model.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from transformers_parakeet import (
     ParakeetTDTConfig,
     ParakeetTokenizer,
     demo_model_path,
+    load_audio,
 )
 from transformers_parakeet.training import ParakeetTrainer, SpeechCollator
 
@@ -124,9 +125,9 @@ class DemoClips:
     def __init__(self) -> None:
         folder = demo_model_path() / "clips"
         entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        self.rows = [{"audio": str(folder / entry["file"]), "text": entry["text"]} for entry in entries]
-        # seconds: none of them is longer, and all are about as long
-        self.durations = [3.0] * len(self.rows)
+        # decoded once, they are few
+        self.rows = [{"audio": load_audio(folder / entry["file"]), "text": entry["text"]} for entry in entries]
+        self.durations = [len(row["audio"]) / 16000 for row in self.rows]
         self.texts = [row["text"] for row in self.rows]
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
 """Training: what a batch is, what an update does, and that every head learns."""
 
-import json
+import copy
 import logging
 import multiprocessing
 
@@ -71,7 +71,9 @@ def test_features_and_labels_can_come_computed(ctc):
     from_audio = collator(ROWS[:3])
     rows = [
         {"input_features": features[mask].tolist(), "labels": labels.tolist()}
-        for features, mask, labels in zip(*(from_audio[k] for k in ("input_features", "attention_mask", "labels")))
+        for features, mask, labels in zip(
+            *(from_audio[k] for k in ("input_features", "attention_mask", "labels")), strict=True
+        )
     ]
     again = collator(rows)
     assert all(torch.equal(again[name], from_audio[name]) for name in from_audio)
@@ -384,7 +386,7 @@ def test_accumulated_batches_are_one_large_batch(ctc, tmp_path):
         trainer = ParakeetTrainer(model, settings, train_dataset=rows, processing_class=processor)
         trainer.train()
         curves.append([(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e])
-    # measured: 2e-6
+    # measured: 3e-6
     assert np.allclose(*curves, rtol=3e-5)
     assert curves[0][-1][0] < curves[0][0][0]
 
@@ -445,24 +447,19 @@ def test_mixed_precision_follows_full_precision(head, tmp_path):
         trainer.train()
         curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         assert trainer.evaluate()["eval_loss"] < curves[-1][0]
-    # measured: 0.4 %
-    assert np.allclose(*curves, rtol=0.02)
+    # measured: 0.11 %
+    assert np.allclose(*curves, rtol=0.005)
 
 
 # learning
 
 
-def overfit(head, folder, steps, width=64, model=None, rows=ROWS, **changes):
+def learn(model, processor, rows, folder, steps, learning_rate=3e-3):
     """Train on few sentences until they are known; return the trainer and its last scores."""
-    built, processor = small(head, width, **changes)
-    features = features_of(rows, processor)
-    trainer = ParakeetTrainer(
-        model or built,
-        arguments(folder, steps, learning_rate=3e-3, warmup_steps=20, lr_scheduler_type="cosine", logging_steps=100),
-        train_dataset=features,
-        eval_dataset=features,
-        processing_class=processor,
+    settings = arguments(
+        folder, steps, learning_rate=learning_rate, warmup_steps=20, lr_scheduler_type="cosine", logging_steps=100
     )
+    trainer = ParakeetTrainer(model, settings, train_dataset=rows, eval_dataset=rows, processing_class=processor)
     trainer.train()
     return trainer, trainer.evaluate()
 
@@ -471,13 +468,14 @@ def overfit(head, folder, steps, width=64, model=None, rows=ROWS, **changes):
     ("head", "steps"),
     [
         ("ctc", 240),
-        pytest.param("rnnt", 500, marks=pytest.mark.slow),
-        pytest.param("tdt", 240, marks=pytest.mark.slow),
-        pytest.param("hybrid", 240, marks=pytest.mark.slow),
+        pytest.param("rnnt", 600, marks=pytest.mark.slow),
+        pytest.param("tdt", 300, marks=pytest.mark.slow),
+        pytest.param("hybrid", 400, marks=pytest.mark.slow),
     ],
 )
 def test_twenty_sentences_are_learnt_by_heart(head, steps, tmp_path):
-    trainer, scores = overfit(head, tmp_path, steps)
+    model, processor = small(head, 64)
+    trainer, scores = learn(model, processor, features_of(ROWS, processor), tmp_path, steps)
     assert scores["eval_wer"] == 0
     trainer.save_model()
     pipe = pipeline("automatic-speech-recognition", model=str(tmp_path))
@@ -486,3 +484,25 @@ def test_twenty_sentences_are_learnt_by_heart(head, steps, tmp_path):
     if head == "hybrid":
         texts = [pipe(row["audio"], generate_kwargs={"decoder": "ctc"})["text"] for row in ROWS]
         assert jiwer.wer([row["text"] for row in ROWS], texts) < 0.1
+
+
+@pytest.mark.slow
+def test_adapters_learn_other_sentences_by_heart(ctc, tmp_path):
+    from peft import PeftModel
+
+    processor, rows = ctc
+    model, _ = small("ctc", 64)
+    learn(model, processor, rows[:10], tmp_path, 160)
+    plain = copy.deepcopy(model)
+    adapted = add_lora(model, rank=32)
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("self_attn" in name and "lora" in name for name in trained)
+    _, scores = learn(adapted, processor, rows[10:], tmp_path, 400, learning_rate=5e-3)
+    assert scores["eval_wer"] == 0
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload()
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    for model in (merged, loaded):
+        trainer = ParakeetTrainer(model, arguments(tmp_path, 1), eval_dataset=rows[10:], processing_class=processor)
+        assert trainer.evaluate()["eval_wer"] == 0

@@ -52,7 +52,7 @@ def test_offset_and_duration_choose_a_part(clips, suffix):
 def test_a_bad_line_of_a_manifest_is_named(tmp_path):
     path = tmp_path / "manifest.json"
     path.write_text('{"audio_filepath": "a.wav", "text": "a"}\n\n{"audio_filepath": "b.wav"}\n')
-    with pytest.raises(ValueError, match="line 3: .*'text'"):
+    with pytest.raises(ValueError, match=r"line 3: .*'text'"):
         read_manifest(path)
     path.write_text("no json\n")
     with pytest.raises(ValueError, match="line 1"):
@@ -70,7 +70,7 @@ def test_a_folder_of_audio(clips, tmp_path):
     assert data["text"] == ["one", "two"]
     assert [len(samples(row)) for row in data] == [16000, 32000]
     (tmp_path / "train" / "metadata.jsonl").unlink()
-    with pytest.raises(ValueError, match="must have a metadata.csv"):
+    with pytest.raises(ValueError, match=r"must have a metadata\.csv"):
         load_speech(tmp_path)
     (tmp_path / "metadata.csv").write_text('file_name,text\ntrain/0.wav,"one, or so"\n')
     data = load_speech(tmp_path)

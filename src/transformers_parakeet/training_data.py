@@ -156,8 +156,8 @@ def read_folder(folder: Path, split: str) -> list[dict[str, Any]]:
                 for row in rows
             ]
     raise ValueError(
-        f"a folder of audio must have a metadata.csv or metadata.jsonl with `file_name` and a transcript, in it or in a "
-        f"subfolder {split!r}: {folder} has none; write one"
+        f"a folder of audio must have a metadata.csv or metadata.jsonl with `file_name` and a transcript, in it or in "
+        f"its subfolder {split!r}: {folder} has none; write one"
     )
 
 
