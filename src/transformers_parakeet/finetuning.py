@@ -47,7 +47,7 @@ class FinetuneArguments:
     eval_data: str | None = option(None, "as train_data; default: the eval_split of train_data, if one is named")
     data_name: str | None = option(None, "configuration of a Hub dataset")
     train_split: str = option("train", "split to train on")
-    eval_split: str | None = option(None, "split to evaluate on")
+    eval_split: str | None = option(None, "split to evaluate on; of eval_data the default is validation")
     audio_column: str | None = option(None, "column of the audio")
     text_column: str | None = option(None, "column of the transcripts")
     streaming: bool = option(False, "read while training; needs --max_steps")
@@ -103,7 +103,7 @@ def load_data(options: FinetuneArguments) -> tuple[Any, Any]:
         train = add_durations(train)
     if options.eval_data is None and options.eval_split is None:
         return train, None
-    source, split = options.eval_data or options.train_data, options.eval_split or "train"
+    source, split = options.eval_data or options.train_data, options.eval_split or "validation"
     return train, load_speech(source, split, options.data_name, options.streaming, **columns)
 
 
