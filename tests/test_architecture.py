@@ -16,6 +16,7 @@ MODULES = sorted(path.stem for path in SOURCE.glob("*.py"))
 ALLOWED = {
     "configuration_parakeet": set(),
     "audio": set(),
+    "augmentation": set(),
     "timestamps": set(),
     "tokenization_parakeet": {"timestamps"},
     "lattice": set(),
@@ -29,6 +30,7 @@ ALLOWED = {
     "generation_parakeet": {"decoding"},
     "kernel": {"losses"},
     "modeling_parakeet": {
+        "augmentation",
         "configuration_parakeet",
         "conformer",
         "transducer",
@@ -38,6 +40,9 @@ ALLOWED = {
     },
     "longform": {"timestamps"},
     "pipeline_parakeet": {"audio", "longform", "processing_parakeet", "timestamps"},
+    "training_data": {"audio"},
+    "training": {"audio", "augmentation", "losses", "processing_parakeet", "training_data"},
+    "finetuning": {"modeling_parakeet", "nemo", "training", "training_data"},
     "nemo": {
         "losses",
         "configuration_parakeet",

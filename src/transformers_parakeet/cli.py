@@ -97,6 +97,39 @@ def timed_word(chunk: dict[str, Any]) -> str:
     return f"{chunk['text'].strip():5} {start:.2f}-{end:.2f}  {chunk['confidence']:.2f}"
 
 
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def finetune(context: typer.Context) -> None:
+    """Train a model further on audio with transcripts; `parakeet finetune --help` lists the options."""
+    from .finetuning import main as train
+
+    train(context.args)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or .nemo file.")],
+    data: Annotated[str, typer.Argument(help="NeMo manifest, folder, or name of a Hub dataset.")],
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    name: Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Clips recognised together.")] = 8,
+    decoder: Annotated[str | None, typer.Option(help="ctc: the CTC head of a hybrid.")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="File for references and hypotheses, one JSON object a line.")
+    ] = None,
+) -> None:
+    """Measure the word error rate of a model on audio with transcripts."""
+    from .finetuning import evaluate as score
+    from .training_data import load_speech
+
+    result = score(load_pipeline(model), load_speech(data, split, name), batch_size, decoder)
+    if output is not None:
+        with open(output, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(clip, ensure_ascii=False) + "\n" for clip in result["clips"])
+    print_text(
+        f"{len(result['clips'])} clips, word error rate {result['wer']:.2%}, character error rate {result['cer']:.2%}"
+    )
+
+
 def word(chunk: dict[str, Any]) -> dict[str, Any]:
     """Return a word with its times in seconds."""
     start, end = chunk["timestamp"]

@@ -18,6 +18,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .augmentation import spec_augment
 from .configuration_parakeet import ParakeetCTCConfig, ParakeetEncoderConfig, ParakeetRNNTConfig, ParakeetTDTConfig
 from .conformer import (
     ParakeetEncoderAttention,
@@ -56,6 +57,8 @@ class ParakeetPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_features"
     input_modalities = "audio"
+    # each batch has its loss: `Trainer` is not to hand over a count of labels, but to average over batches and devices
+    accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["ParakeetEncoderBlock"]
     _supports_flat_attention_mask = True
@@ -83,6 +86,15 @@ class ParakeetPreTrainedModel(PreTrainedModel):
     @property
     def _encoder_config(self) -> Any:
         return getattr(self.config, "encoder_config", self.config)
+
+    def _augmented(self, features: Any, attention_mask: Tensor | None) -> Any:
+        """Apply `config.spec_augment` to (B, T, F) features, in training only."""
+        if not (self.training and self.config.spec_augment):
+            return features
+        frames = (
+            features.new_full((len(features),), features.shape[1]) if attention_mask is None else attention_mask.sum(-1)
+        )
+        return spec_augment(features, frames, self.config.spec_augment)
 
     def _get_subsampling_output_length(self, input_lengths: Tensor) -> Tensor:
         """Encoder frames of so many mel frames."""
@@ -186,7 +198,8 @@ class ParakeetForCTC(ParakeetPreTrainedModel, ParakeetCTCGenerationMixin):
         Returns:
             `logits` (B, N, V) and, with labels, `loss` as `config.ctc_loss_reduction` says.
         """
-        encoded = self.encoder(input_features=input_features, attention_mask=attention_mask, **kwargs)
+        features = self._augmented(input_features, attention_mask)
+        encoded = self.encoder(input_features=features, attention_mask=attention_mask, **kwargs)
         logits = self.ctc_head(encoded.last_hidden_state)
         loss = None
         if labels is not None:
@@ -282,7 +295,8 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         """
         encoded = encoder_outputs
         if encoded is None:
-            encoded = self.get_audio_features(input_features, attention_mask=attention_mask, **kwargs)
+            features = self._augmented(input_features, attention_mask)
+            encoded = self.get_audio_features(features, attention_mask=attention_mask, **kwargs)
         targets = None if labels is None else self._targets(labels.to(encoded.pooler_output.device))
         if targets is not None:
             decoder_input_ids = F.pad(targets[0], (1, 0), value=self.config.blank_token_id)

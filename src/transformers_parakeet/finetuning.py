@@ -1,0 +1,208 @@
+"""The commands `parakeet finetune` and `parakeet evaluate`: from names of models and data to a folder and to scores.
+
+Every setting of the training itself is one of transformers' own `TrainingArguments`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    EarlyStoppingCallback,
+    HfArgumentParser,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from .modeling_parakeet import ParakeetForCTC, ParakeetForRNNT, ParakeetForTDT
+from .nemo import load_nemo
+from .training import ParakeetTrainer, SpeechCollator, add_lora, error_rates, freeze, normalize_text
+from .training_data import add_durations, load_speech, read_clip
+
+logger = logging.get_logger(__name__)
+
+MODELS = {"parakeet_ctc": ParakeetForCTC, "parakeet_rnnt": ParakeetForRNNT, "parakeet_tdt": ParakeetForTDT}
+
+
+def option(default: Any, text: str) -> Any:
+    """Describe a field that is an option of the command line."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class FinetuneArguments:
+    """What to train on what; the rest are `TrainingArguments`."""
+
+    model: str = field(metadata={"help": "Hub id, folder, or .nemo file"})
+    train_data: str = field(metadata={"help": "NeMo manifest (.json, .jsonl), folder, or name of a Hub dataset"})
+    eval_data: str | None = option(None, "as train_data; default: the eval_split of train_data, if one is named")
+    data_name: str | None = option(None, "configuration of a Hub dataset")
+    train_split: str = option("train", "split to train on")
+    eval_split: str | None = option(None, "split to evaluate on; of eval_data the default is validation")
+    audio_column: str | None = option(None, "column of the audio")
+    text_column: str | None = option(None, "column of the transcripts")
+    streaming: bool = option(False, "read while training; needs --max_steps")
+    skip_broken: bool = option(False, "leave out clips that cannot be read, and count them")
+    batch_duration_s: float | None = option(None, "seconds per batch and process, not per_device_train_batch_size")
+    freeze: str | None = option(None, "modules to keep, with commas between: encoder,decoder or encoder.layers.0")
+    lora_rank: int = option(0, "train adapters of this rank on the attention projections only")
+    spec_augment: str | None = option(None, "JSON of freq_masks, freq_width, time_masks, time_width; or none")
+    decoder: str | None = option(None, "ctc: evaluate a hybrid by its CTC head")
+    early_stopping_patience: int | None = option(None, "evaluations without a better word error rate before the end")
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """Load model and processor for training, in float32.
+
+    Args:
+        name: Hub id, folder, or `.nemo` file.
+
+    Returns:
+        The model and its processor.
+
+    Raises:
+        ValueError: it is no model with a Parakeet head.
+    """
+    if name.endswith(".nemo"):
+        model, processor = load_nemo(name)
+        return model.float(), processor
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type not in MODELS:
+        raise ValueError(f"a model to train must be a {', a '.join(MODELS)}, got a {config.model_type}: choose another")
+    model = MODELS[config.model_type].from_pretrained(name, dtype=torch.float32)
+    return model, AutoProcessor.from_pretrained(name)
+
+
+def prepare_model(options: FinetuneArguments) -> tuple[Any, Any]:
+    """Load the model and set what of it is trained, and how."""
+    model, processor = load_model(options.model)
+    if options.spec_augment is not None:
+        model.config.spec_augment = None if options.spec_augment == "none" else json.loads(options.spec_augment)
+    frozen = freeze(model, options.freeze.split(",") if options.freeze else ())
+    if options.lora_rank:
+        model = add_lora(model, options.lora_rank)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.warning(f"{trained:,} parameters are trained, {frozen:,} were frozen by name.")
+    return model, processor
+
+
+def load_data(options: FinetuneArguments) -> tuple[Any, Any]:
+    """Open the training data, and the evaluation data or None."""
+    columns = {"audio_column": options.audio_column, "text_column": options.text_column}
+    train = load_speech(options.train_data, options.train_split, options.data_name, options.streaming, **columns)
+    if options.batch_duration_s is not None and not options.streaming:
+        train = add_durations(train)
+    if options.eval_data is None and options.eval_split is None:
+        return train, None
+    source, split = options.eval_data or options.train_data, options.eval_split or "validation"
+    return train, load_speech(source, split, options.data_name, options.streaming, **columns)
+
+
+def finetune(options: FinetuneArguments, arguments: Any) -> dict[str, float]:
+    """Train, evaluate, and save a folder that `pipeline` loads.
+
+    Args:
+        options: model and data.
+        arguments: `TrainingArguments`; with `resume_from_checkpoint="last"`, the newest checkpoint in `output_dir`.
+
+    Returns:
+        The last evaluation, or the summary of the training where there is no evaluation data.
+    """
+    set_seed(arguments.seed)
+    model, processor = prepare_model(options)
+    train, evaluation = load_data(options)
+    callbacks = []
+    if options.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
+    if arguments.load_best_model_at_end or callbacks:
+        # of word error rates the smallest is the best
+        arguments.metric_for_best_model, arguments.greater_is_better = "wer", False
+    base = model.get_base_model() if options.lora_rank else model
+    trainer = ParakeetTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=processor,
+        data_collator=SpeechCollator(
+            processor,
+            seed=arguments.seed,
+            skip_broken=options.skip_broken,
+            ctc=isinstance(base, ParakeetForCTC) or base.config.ctc_head,
+        ),
+        batch_duration_s=options.batch_duration_s,
+        generate_kwargs={"decoder": options.decoder} if options.decoder else None,
+        callbacks=callbacks,
+    )
+    resume = arguments.resume_from_checkpoint
+    if resume in ("last", "True", "true"):
+        resume = get_last_checkpoint(arguments.output_dir)
+    metrics = dict(trainer.train(resume_from_checkpoint=resume).metrics)
+    if evaluation is not None:
+        metrics = trainer.evaluate()
+    save(trainer, processor, arguments, merge=bool(options.lora_rank))
+    return metrics
+
+
+def save(trainer: Any, processor: Any, arguments: Any, merge: bool) -> None:
+    """Write model and processor to `output_dir`, adapters merged and also on their own in `adapter`."""
+    folder = Path(arguments.output_dir)
+    if not merge:
+        trainer.save_model(str(folder))
+    elif trainer.is_world_process_zero():
+        adapted = trainer.accelerator.unwrap_model(trainer.model)
+        adapted.save_pretrained(folder / "adapter")
+        adapted.merge_and_unload().save_pretrained(folder)
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(folder)
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
+
+
+def evaluate(pipe: Any, dataset: Any, batch_size: int = 8, decoder: str | None = None) -> dict[str, Any]:
+    """Recognise every clip of a dataset and score the texts.
+
+    Args:
+        pipe: a speech recognition pipeline.
+        dataset: rows with `audio` and `text`, see `load_speech`.
+        batch_size: clips recognised together.
+        decoder: `"ctc"` for the second head of a hybrid.
+
+    Returns:
+        `wer`, `cer`, and `clips`: a dict of `reference` and `hypothesis` each.
+    """
+    rate, references = pipe.feature_extractor.sampling_rate, []
+
+    def clips() -> Iterator[Any]:
+        for row in dataset:
+            references.append(row["text"])
+            yield {"raw": read_clip(row, rate), "sampling_rate": rate}
+
+    options = {"generate_kwargs": {"decoder": decoder}} if decoder else {}
+    hypotheses = [result["text"] for result in pipe(clips(), batch_size=batch_size, **options)]
+    pairs = [{"reference": said, "hypothesis": heard} for said, heard in zip(references, hypotheses, strict=True)]
+    return {**error_rates(references, hypotheses, normalize_text), "clips": pairs}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read options of the command line, or one JSON or YAML file of them, and train."""
+    parser = HfArgumentParser((FinetuneArguments, TrainingArguments), prog="parakeet finetune")
+    given = None if arguments is None else list(arguments)
+    if given and len(given) == 1 and given[0].endswith((".json", ".yaml", ".yml")):
+        read = parser.parse_json_file if given[0].endswith(".json") else parser.parse_yaml_file
+        options, training = read(given[0])
+    else:
+        options, training = parser.parse_args_into_dataclasses(given)
+    finetune(options, training)
+
+
+__all__ = ["FinetuneArguments", "evaluate", "finetune", "load_model", "main"]

@@ -1,0 +1,67 @@
+"""Two processes on one machine: the same training as one process with the same batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise
+from distributed_worker import train
+from safetensors.torch import load_file
+from transformers import pipeline
+
+TESTS = Path(__file__).parent
+
+
+def launch(mode, folder):
+    """Run the worker on two processes; return what it wrote."""
+    source = str(TESTS.parent / "src")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([source, str(TESTS)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(TESTS / "distributed_worker.py"), mode, str(folder)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process that accumulates the two batches."""
+    return train(tmp_path_factory.mktemp("alone"), gradient_accumulation_steps=2)
+
+
+def check_saved_model(folder):
+    """The saved folder is one that a pipeline loads."""
+    pipe = pipeline("automatic-speech-recognition", model=str(folder / "model"))
+    assert isinstance(pipe(noise(1.0))["text"], str)
+
+
+def test_two_processes_are_one_that_accumulates_as_many_batches(alone, tmp_path):
+    result, trainer = alone
+    shared = launch("ddp", tmp_path)
+    # measured: 0
+    assert np.allclose(shared["losses"], result["losses"], rtol=1e-6)
+    assert np.allclose(shared["norms"], result["norms"], rtol=1e-6)
+    assert result["losses"][-1] < result["losses"][0]
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    for name, value in trainer.model.named_parameters():
+        # measured: 0
+        assert torch.allclose(weights[name], value, atol=1e-6), name
+    check_saved_model(tmp_path)
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_decode_and_are_saved(alone, tmp_path):
+    result, _ = alone
+    sharded = launch("fsdp", tmp_path)
+    # measured: 0
+    assert np.allclose(sharded["losses"], result["losses"][:2], rtol=1e-6)
+    assert np.allclose(sharded["norms"], result["norms"][:2], rtol=1e-6)
+    assert np.isfinite(sharded["scores"]["eval_loss"])
+    assert sharded["scores"]["eval_cer"] > 0
+    check_saved_model(tmp_path)
