@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import pipeline
 
 from transformers_parakeet import NemoError, load_nemo
-from transformers_parakeet.nemo import build_tokenizer
+from transformers_parakeet.nemo import read_tokenizer
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
@@ -87,7 +87,7 @@ def test_tokenizer(name: str):
 def test_real_tokenizer(case: dict[str, Any]):
     content = (HERE / "data" / "parakeet-tdt-0.6b-v3.model").read_bytes()
     section = {"tokenizer": {"type": "bpe", "model_path": "nemo:tokenizer.model"}}
-    tokenizer = build_tokenizer(section, lambda reference: content, "tdt")
+    tokenizer = read_tokenizer(section, lambda reference: content, "tdt")
     assert len(tokenizer) == 8193
     assert tokenizer(case["text"], add_special_tokens=False)["input_ids"] == case["ids"]
     if 0 not in case["ids"]:
@@ -358,7 +358,7 @@ def test_settings_that_are_not_implemented_are_named(name: str, setting: str, va
     [
         ("preprocessor.window_stride", 0.02, "window_stride.*320"),
         ("tokenizer.type", "wpe", "tokenizer.type.*'wpe'"),
-        ("encoder.d_model", "${model_defaults.enc_hidden}", "encoder.d_model.*interpolation"),
+        ("encoder.d_model", "${oc.env:WIDTH}", "encoder.d_model.*interpolation"),
         ("encoder", None, "no section `encoder`"),
         ("joint.jointnet.activation", "gelu_of_mine", "gelu_of_mine"),
     ],
@@ -430,7 +430,7 @@ def test_an_unknown_weight_is_refused(tmp_path: Path):
 
 
 def test_a_weight_of_a_third_layer_is_refused(tmp_path: Path):
-    with pytest.raises(NemoError, match=r"left over \['encoder\.layers\.2\.norm_out\.bias'\]"):
+    with pytest.raises(NemoError, match=r"`encoder\.n_layers` is 2, but .* 3 such layers"):
         load_nemo(
             edited(
                 "ctc", tmp_path, weights=lambda state: state.update({"encoder.layers.2.norm_out.bias": torch.ones(48)})

@@ -36,6 +36,7 @@ from .modeling_parakeet import (
     ParakeetPreTrainedModel,
 )
 from .nemo import NemoError, load_nemo
+from .nemo_export import export_nemo
 from .pipeline_parakeet import ParakeetASRPipeline
 from .processing_parakeet import ParakeetProcessor
 from .tokenization_parakeet import ParakeetTokenizer
@@ -98,6 +99,7 @@ __all__ = [
     "ParakeetTDTConfig",
     "ParakeetTokenizer",
     "demo_model_path",
+    "export_nemo",
     "load_audio",
     "load_nemo",
 ]
