@@ -40,6 +40,7 @@ from .nemo_export import export_nemo
 from .pipeline_parakeet import ParakeetASRPipeline
 from .processing_parakeet import ParakeetProcessor
 from .tokenization_parakeet import ParakeetTokenizer
+from .vocabulary import extend_vocabulary, replace_tokenizer
 
 __version__ = "0.1.0"
 
@@ -100,6 +101,8 @@ __all__ = [
     "ParakeetTokenizer",
     "demo_model_path",
     "export_nemo",
+    "extend_vocabulary",
     "load_audio",
     "load_nemo",
+    "replace_tokenizer",
 ]

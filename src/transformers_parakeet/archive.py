@@ -111,7 +111,7 @@ class Archive:
         """Return the state dict. Its tensors are private views of the file: no byte is read before it is used."""
         info = self._member(WEIGHTS)
         try:
-            file = Window(self.view[info.offset_data : info.offset_data + info.size])
+            file: Any = Window(self.view[info.offset_data : info.offset_data + info.size])
             if not zipfile.is_zipfile(file):
                 # written by torch before 1.6
                 return only_tensors(torch.load(file, map_location="cpu", weights_only=True))
@@ -119,7 +119,7 @@ class Archive:
             file.seek(0)
             with FakeTensorMode():
                 layout = only_tensors(torch.load(file, map_location="cpu", weights_only=True))
-            if not all(hasattr(fake.untyped_storage(), "_checkpoint_offset") for fake in layout.values()):
+            if any(offset_of(fake) is None for fake in layout.values()):
                 warnings.warn(
                     "weights are copied, not mapped: torch before 2.7 does not say where they lie", stacklevel=2
                 )
@@ -135,8 +135,9 @@ class Archive:
         """Return the tensor that a fake one describes, as a view of the file."""
         if not fake.dtype.is_floating_point and fake.dtype not in (torch.int64, torch.int32, torch.bool):
             raise NemoError(f"{key!r} is {fake.dtype}: quantised weights are not implemented, save them in float32")
-        offset = fake.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]  # torch documents it
-        width, first = fake.element_size(), fake.storage_offset()
+        offset = offset_of(fake)
+        assert offset is not None
+        width, first = fake.element_size(), int(fake.storage_offset())
         if min((first, *fake.stride())) < 0 or fake.numel() == 0:
             raise NemoError(
                 f"{key!r} has shape {list(fake.shape)} and strides {list(fake.stride())}: no weight has these"
@@ -228,6 +229,11 @@ def stored_records(file: Any) -> dict[int, int]:
             name, extra = struct.unpack("<26x2H", file.read(30))
             records[entry.header_offset + 30 + name + extra] = entry.file_size
     return records
+
+
+def offset_of(fake: Tensor) -> int | None:
+    """Return where in its file torch found a tensor that it loaded without its values; `None` before torch 2.7."""
+    return getattr(fake.untyped_storage(), "_checkpoint_offset", None)
 
 
 def only_tensors(state: Any) -> dict[str, Tensor]:

@@ -112,21 +112,30 @@ def load_nemo(
     found = find_checkpoint(path, **hub)
     if found.suffix != ".nemo" and not found.is_file():
         return load_folder(path, dtype=dtype, **hub)
-    archive = Archive(found)
+    return load_archive(Archive(found), dtype)
+
+
+def load_archive(
+    archive: Archive, dtype: torch.dtype | None = None
+) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
+    """Build model and processor from an open archive.
+
+    Raises:
+        NemoError: the file is damaged, or holds a setting or weight that is not implemented.
+    """
+    path = archive.path
     try:
         return read_archive(archive, dtype)
     except KeyError as error:
-        raise NemoError(f"{SETTINGS} of {found} lacks the setting {error}") from error
+        raise NemoError(f"{SETTINGS} of {path} lacks the setting {error}") from error
     except NemoError as error:
-        raise NemoError(f"{error} (in {found})" if found.name not in str(error) else str(error)) from error
+        raise NemoError(f"{error} (in {path})" if path.name not in str(error) else str(error)) from error
     except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise NemoError(f"a setting in {SETTINGS} of {found} has no valid value: {error}") from error
+        raise NemoError(f"a setting in {SETTINGS} of {path} has no valid value: {error}") from error
 
 
-def read_archive(
-    archive: Archive, dtype: torch.dtype | None = None
-) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
-    """Build model and processor from an open archive."""
+def read_archive(archive: Archive, dtype: torch.dtype | None) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
+    """Do what `load_archive` does; what goes wrong is raised as it is."""
     raw = parse_settings(archive.read(SETTINGS))
     settings = Resolver(raw).visit(raw)
     kind = head_kind(check_section(settings, ""))

@@ -356,8 +356,8 @@ def mel_filters(extractor: Any) -> Tensor:
     triangles = mel_filter_bank(
         extractor.n_fft // 2 + 1, bins, 0.0, top, extractor.sampling_rate, norm=None, mel_scale="slaney"
     )
-    limits = hertz_to_mel(np.array([0.0, top]), mel_scale="slaney")
-    edges = mel_to_hertz(np.linspace(*limits, bins + 2), mel_scale="slaney")
+    low, high = (float(hertz_to_mel(hertz, mel_scale="slaney")) for hertz in (0.0, top))
+    edges = np.asarray(mel_to_hertz(np.linspace(low, high, bins + 2), mel_scale="slaney"))
     norm = 2.0 / (edges[2:] - edges[:-2])
     return torch.from_numpy((triangles.T.astype(np.float32) * norm[:, None]).astype(np.float32))[None]
 
