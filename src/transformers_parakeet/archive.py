@@ -114,6 +114,7 @@ class Archive:
             file: Any = Window(self.view[info.offset_data : info.offset_data + info.size])
             if not zipfile.is_zipfile(file):
                 # written by torch before 1.6
+                file.seek(0)
                 return only_tensors(torch.load(file, map_location="cpu", weights_only=True))
             records = stored_records(file)
             file.seek(0)
