@@ -149,7 +149,7 @@ def base_settings(config: Any) -> dict[str, Any]:
     ctc_decoder = {"_target_": f"{MODULES}ConvASRDecoder", "feat_in": width, "num_classes": -1, "vocabulary": PIECES}
     settings: dict[str, Any] = {
         "sample_rate": 16000,
-        "tokenizer": {"type": "bpe"},
+        "tokenizer": {"dir": "tokenizer", "type": "bpe"},
         "train_ds": None,
         "validation_ds": None,
         "test_ds": None,
@@ -231,7 +231,8 @@ def with_tokenizer(settings: dict[str, Any], models: list[bytes]) -> tuple[dict[
         if len(models) > 1:
             raise NemoError(f"the tokenizer has {len(models)} languages, `tokenizer.langs` must name as many")
         kept = {} if langs is not None else section
-        settings["tokenizer"] = section = {**kept, "type": "bpe"}
+        # NeMo asks for `dir` and does not use it
+        settings["tokenizer"] = section = {"dir": "tokenizer", **kept, "type": "bpe"}
         langs = {"": section}
     files: dict[str, bytes] = {}
     for part, model in zip(langs.values(), models, strict=True):

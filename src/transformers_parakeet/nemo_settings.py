@@ -225,7 +225,10 @@ class Resolver:
         # one leading dot is a sibling, two are a sibling of the parent
         keys = (*path[: max(len(path) - dots, 0)], *name.lstrip(".").split(".")) if dots else tuple(name.split("."))
         found: Any = self.settings
-        for key in keys:
+        for depth, key in enumerate(keys):
+            if isinstance(found, str):
+                # a section that is an interpolation itself
+                found = self.visit(found, keys[:depth], (*trail, name))
             if not isinstance(found, dict) or key not in found:
                 return text
             found = found[key]

@@ -5,10 +5,11 @@ Where the models lie in a `.nemo` file is for `nemo.py`; a vocabulary that chang
 
 import base64
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 
 from .archive import NemoError
@@ -89,10 +90,19 @@ def sentencepiece_backend(proto: Any, more: list[str]) -> Tokenizer:
         seen.add(piece)
         pieces.append((piece, float("-inf")))
     spec = proto.trainer_spec
+    # single characters are never split
+    user_defined = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.USER_DEFINED) and len(p.piece) > 1]
+    texts = [piece for piece in user_defined if not re.fullmatch("<.*>", piece)]
     if spec.model_type == spec.BPE:
         vocabulary = {piece: index for index, (piece, _) in enumerate(pieces)}
         model: BPE | Unigram = BPE(
-            vocabulary, merges(proto), unk_token=spec.unk_piece, fuse_unk=True, byte_fallback=spec.byte_fallback
+            vocabulary,
+            merges(proto),
+            unk_token=spec.unk_piece,
+            fuse_unk=True,
+            byte_fallback=spec.byte_fallback,
+            # no merge leads to a piece that its user defines
+            ignore_merges=bool(texts),
         )
     else:
         model = Unigram(pieces, spec.unk_id, spec.byte_fallback)
@@ -106,9 +116,12 @@ def sentencepiece_backend(proto: Any, more: list[str]) -> Tokenizer:
             decoders.Metaspace(replacement=WORD_START, prepend_scheme="always"),
         ]
     )
-    # single characters are never split, and an added token would cut the text around it
-    user_defined = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.USER_DEFINED) and len(p.piece) > 1]
-    tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in user_defined])
+    # an added token cuts the text before it is normalised: right for markup, but words would lose the spaces around them
+    markup = [AddedToken(piece, normalized=False, special=False) for piece in user_defined if piece not in texts]
+    tokenizer.add_tokens(markup)
+    if texts:
+        longest_first = "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), "isolated")
     return tokenizer
 
 
@@ -161,6 +174,10 @@ def rebuilt_model(backend: dict[str, Any], names: list[str]) -> bytes:
 
     proto = import_protobuf().ModelProto()
     model, spec = backend["model"], proto.trainer_spec
+    if (backend["pre_tokenizer"] or {}).get("type", "Metaspace") != "Metaspace":
+        raise NemoError(
+            f"SentencePiece does not split as {backend['pre_tokenizer']['type']}: train a model with it and replace"
+        )
     if model["type"] not in ("BPE", "Unigram"):
         raise NemoError(
             f"a tokenizer for NeMo must be BPE or Unigram, got {model['type']}: train one with SentencePiece"
