@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ctc_model, noise
+from conftest import noise
+from tokenizers import Tokenizer
 
 import transformers_parakeet as tp
 from transformers_parakeet import NemoError, export_nemo, load_nemo
@@ -90,6 +91,13 @@ def test_texts_and_times_survive(kind, tmp_path):
     assert "".join(texts[0][0] if kind != "ctc" else texts[0])
 
 
+def shared(tree, other):
+    """What two trees have settings for, as the first has it."""
+    if not isinstance(tree, dict) or not isinstance(other, dict):
+        return tree
+    return {key: shared(value, other[key]) for key, value in tree.items() if key in other}
+
+
 @pytest.mark.parametrize("kind", KINDS[:4])
 def test_a_checkpoint_that_never_was_a_nemo_file(kind, tmp_path):
     model, processor = fresh(kind)
@@ -104,10 +112,10 @@ def test_a_checkpoint_that_never_was_a_nemo_file(kind, tmp_path):
     assert checkpoint(ours).keys() == checkpoint(theirs).keys()
     tree, given = (yaml.safe_load(files["./model_config.yaml"]) for files in (ours, theirs))
     assert tree["target"] == given["target"]
-    for section in ("encoder", "preprocessor"):
-        assert {k: v for k, v in tree[section].items() if k in given[section]} == {
-            k: v for k, v in given[section].items() if k in tree[section]
-        }
+    for section in ("encoder", "preprocessor", "decoder", "joint", "decoding", "aux_ctc", "model_defaults"):
+        assert shared(tree.get(section, {}), given.get(section, {})) == shared(
+            given.get(section, {}), tree.get(section, {})
+        )
 
 
 def test_changed_fields_are_written_and_others_stay(tmp_path):
@@ -154,10 +162,13 @@ def test_interpolations_come_back_as_they_were(tmp_path):
 
 
 def test_interpolations_are_resolved():
-    tree = {"a": {"b": 3, "c": "${.b}", "d": "${..e}", "f": ["${a.b}", "x${a.c}y"]}, "e": {"g": "${a.d.h}", "h": 1.5}}
+    tree = {
+        "a": {"b": 3, "c": "${.b}", "d": "${..e}", "f": ["${a.b}", "x${a.c}y"], "i": "${a.d.h}"},
+        "e": {"b": "${a.c}", "h": 1.5},
+    }
     assert Resolver(tree).visit(tree) == {
-        "a": {"b": 3, "c": 3, "d": {"g": 1.5, "h": 1.5}, "f": [3, "x3y"]},
-        "e": {"g": 1.5, "h": 1.5},
+        "a": {"b": 3, "c": 3, "d": {"b": 3, "h": 1.5}, "f": [3, "x3y"], "i": 1.5},
+        "e": {"b": 3, "h": 1.5},
     }
     assert Resolver({}).visit({"x": "${now:%Y}", "y": "${no.where}"}) == {"x": "${now:%Y}", "y": "${no.where}"}
 
@@ -240,9 +251,28 @@ def test_what_nemo_has_no_place_for(change, words, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tokenizer_that_no_sentencepiece_model_splits_like(tmp_path):
-    model, processor = ctc_model(intermediate_size=64)
+def test_tokenizers_that_no_sentencepiece_model_splits_like(tmp_path):
+    model, processor = fresh("tdt")
+    backend = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    made = ["".join(pair) for pair in backend["model"]["merges"]]
+    # one of two ways to the same piece
+    del backend["model"]["merges"][next(i for i, piece in enumerate(made) if made.count(piece) > 1)]
+    processor.tokenizer = tp.ParakeetTokenizer(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), unk_token="<unk>"
+    )
     with pytest.raises(NemoError, match=r"merges are not those of a SentencePiece model: train one"):
+        export_nemo(model, processor, tmp_path / "model.nemo")
+    backend["normalizer"] = {"type": "NFKC"}
+    processor.tokenizer = tp.ParakeetTokenizer(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), unk_token="<unk>"
+    )
+    with pytest.raises(NemoError, match=r"no normalizer NFKC: train a model with it"):
+        export_nemo(model, processor, tmp_path / "model.nemo")
+    backend["pre_tokenizer"] = {"type": "Whitespace"}
+    processor.tokenizer = tp.ParakeetTokenizer(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), unk_token="<unk>"
+    )
+    with pytest.raises(NemoError, match=r"no splitter Whitespace"):
         export_nemo(model, processor, tmp_path / "model.nemo")
 
 

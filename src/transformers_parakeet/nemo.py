@@ -110,7 +110,7 @@ def load_nemo(
     """
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     found = find_checkpoint(path, **hub)
-    if found.suffix != ".nemo" and not found.is_file():
+    if not found.is_file():
         return load_folder(path, dtype=dtype, **hub)
     return load_archive(Archive(found), dtype)
 
@@ -291,8 +291,10 @@ def find_checkpoint(path: str | Path, **hub: Any) -> Path:
     local = Path(path)
     if local.is_dir():
         return choose(str(path), sorted(file.name for file in local.iterdir()), lambda name: local / name)
-    if local.is_file() or isinstance(path, Path) or not is_repo_id(path):
+    if local.is_file():
         return local
+    if isinstance(path, Path) or not is_repo_id(path):
+        raise FileNotFoundError(f"there is no file {path}")
     files = HfFiles(path, **hub)
     return choose(path, files.names, files.fetch)
 

@@ -172,24 +172,27 @@ def base_settings(config: Any) -> dict[str, Any]:
     }  # fmt: skip
     if kind == "ctc":
         return {**settings, "decoder": ctc_decoder, "target": f"{MODELS}ctc_bpe_models.EncDecCTCModelBPE"}
-    settings |= transducer_settings(kind)
+    settings |= transducer_settings(kind, width)
     if config.ctc_head:
         settings["aux_ctc"] = {"decoder": ctc_decoder, "decoding": {"strategy": "greedy_batch", "greedy": {}}}
         settings["target"] = f"{MODELS}hybrid_rnnt_ctc_bpe_models.EncDecHybridRNNTCTCBPEModel"
     return settings
 
 
-def transducer_settings(kind: str) -> dict[str, Any]:
-    """Return what a new transducer has beside the settings of every model; sizes are filled in later."""
+def transducer_settings(kind: str, width: int) -> dict[str, Any]:
+    """Return what a new transducer over an encoder of that width has beside the settings of every model.
+
+    Sizes that are 0 or -1 here are filled in later.
+    """
     loss: dict[str, Any] = {"loss_name": "default"}
     decoding: dict[str, Any] = {"strategy": "greedy_batch", "greedy": {"max_symbols": 0}}
-    joint: dict[str, Any] = {"joint_hidden": 0, "activation": "relu", "dropout": 0.0, "encoder_hidden": 0}
+    joint: dict[str, Any] = {"joint_hidden": 0, "activation": "relu", "dropout": 0.0, "encoder_hidden": width}
     if kind == "tdt":
         decoding |= {"model_type": "tdt", "durations": [0]}
         loss = {"loss_name": "tdt", "tdt_kwargs": {"durations": [0], "sigma": 0.0, "omega": 0.0, "clamp": -1.0}}
     return {
         # NeMo reads both widths from here as well
-        "model_defaults": {"enc_hidden": 0, "pred_hidden": 0, "joint_hidden": 0},
+        "model_defaults": {"enc_hidden": width, "pred_hidden": 0, "joint_hidden": 0},
         "decoder": {
             "_target_": f"{MODULES}RNNTDecoder",
             "normalization_mode": None,

@@ -219,11 +219,12 @@ class Resolver:
     def _target(self, reference: str, text: str, path: tuple[str, ...], trail: tuple[str, ...]) -> Any:
         """Return what a reference leads to, or its own text where it does not lead into the file."""
         name = reference.strip()
-        if name in trail:
-            raise NemoError(f"`{'.'.join(path)}` in {SETTINGS} refers to itself by `{text}`: write its value there")
         dots = len(name) - len(name.lstrip("."))
         # one leading dot is a sibling, two are a sibling of the parent
         keys = (*path[: max(len(path) - dots, 0)], *name.lstrip(".").split(".")) if dots else tuple(name.split("."))
+        name = ".".join(keys)
+        if name in trail:
+            raise NemoError(f"`{'.'.join(path)}` in {SETTINGS} refers to itself by `{text}`: write its value there")
         found: Any = self.settings
         for depth, key in enumerate(keys):
             if isinstance(found, str):

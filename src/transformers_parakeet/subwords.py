@@ -116,7 +116,7 @@ def sentencepiece_backend(proto: Any, more: list[str]) -> Tokenizer:
             decoders.Metaspace(replacement=WORD_START, prepend_scheme="always"),
         ]
     )
-    # an added token cuts the text before it is normalised: right for markup, but words would lose the spaces around them
+    # an added token cuts the text before it is normalised: right for markup, but words would lose the spaces at them
     markup = [AddedToken(piece, normalized=False, special=False) for piece in user_defined if piece not in texts]
     tokenizer.add_tokens(markup)
     if texts:
@@ -175,9 +175,7 @@ def rebuilt_model(backend: dict[str, Any], names: list[str]) -> bytes:
     proto = import_protobuf().ModelProto()
     model, spec = backend["model"], proto.trainer_spec
     if (backend["pre_tokenizer"] or {}).get("type", "Metaspace") != "Metaspace":
-        raise NemoError(
-            f"SentencePiece does not split as {backend['pre_tokenizer']['type']}: train a model with it and replace"
-        )
+        raise NemoError(f"SentencePiece has no splitter {backend['pre_tokenizer']['type']}: train a model with it")
     if model["type"] not in ("BPE", "Unigram"):
         raise NemoError(
             f"a tokenizer for NeMo must be BPE or Unigram, got {model['type']}: train one with SentencePiece"
