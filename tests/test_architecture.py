@@ -28,14 +28,22 @@ ALLOWED = {
     "modeling_parakeet": {"configuration_parakeet", "conformer", "transducer", "generation_parakeet", "losses"},
     "longform": {"timestamps"},
     "pipeline_parakeet": {"audio", "longform", "processing_parakeet", "timestamps"},
+    "archive": set(),
+    "subwords": {"archive", "tokenization_parakeet"},
+    "nemo_settings": {"archive", "configuration_parakeet", "feature_extraction_parakeet", "losses"},
     "nemo": {
-        "losses",
+        "archive",
         "configuration_parakeet",
         "feature_extraction_parakeet",
         "modeling_parakeet",
+        "nemo_settings",
         "processing_parakeet",
+        "subwords",
         "tokenization_parakeet",
     },
+    "nemo_export": {"archive", "nemo", "nemo_settings", "subwords"},
+    "conversion": {"archive", "nemo", "nemo_export"},
+    "vocabulary": {"processing_parakeet", "subwords", "tokenization_parakeet"},
 }
 
 

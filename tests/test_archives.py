@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from transformers_parakeet import NemoError, load_nemo
+from transformers_parakeet import NemoError, export_nemo, load_nemo
 from transformers_parakeet.archive import Archive, write_archive
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -337,6 +337,16 @@ def test_damaged_bytes_are_refused_or_harmless(seed, workplace, tmp_path):
         model, _ = load_nemo(path)
     assert model is None or all(bool(weight.isfinite().all()) for weight in model.parameters())
     assert list(workplace.iterdir()) == []
+
+
+def test_optional_files_may_be_absent(tmp_path):
+    path = tmp_path / "small.nemo"
+    needed = ("model_config.yaml", "model_weights.ckpt", "tokenizer.model")
+    path.write_bytes(packed({name: content for name, content in members().items() if name.endswith(needed)}))
+    model, processor = load_nemo(path)
+    assert model.config.vocab_size == len(processor.tokenizer) == 129
+    export_nemo(model, processor, tmp_path / "full.nemo")
+    assert members((tmp_path / "full.nemo").read_bytes()).keys() == members().keys()
 
 
 def test_links_and_odd_names_beside_a_good_archive_are_ignored(workplace, tmp_path):

@@ -185,7 +185,7 @@ def transducer_settings(kind: str, width: int) -> dict[str, Any]:
     Sizes that are 0 or -1 here are filled in later.
     """
     loss: dict[str, Any] = {"loss_name": "default"}
-    decoding: dict[str, Any] = {"strategy": "greedy_batch", "greedy": {"max_symbols": 0}}
+    decoding: dict[str, Any] = {"strategy": "greedy_batch", "greedy": {"max_symbols": 10}}
     joint: dict[str, Any] = {"joint_hidden": 0, "activation": "relu", "dropout": 0.0, "encoder_hidden": width}
     if kind == "tdt":
         decoding |= {"model_type": "tdt", "durations": [0]}
