@@ -342,7 +342,26 @@ REFUSED = [
     ("rnnt", "decoder.prednet.context_size", 2),
     ("rnnt", "joint.log_softmax", True),
     ("rnnt", "joint.temperature", 2.0),
+    ("rnnt", "decoder._target_", "nemo.collections.asr.modules.StatelessTransducerDecoder"),
+    ("tdt", "encoder._target_", "nemo.collections.asr.modules.conformer_encoder.ConformerEncoderAdapter"),
+    ("ctc", "target", "nemo.collections.asr.models.EncDecMultiTaskModel"),
+    ("ctc", "adapters", {"enabled": True}),
 ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "advice"),
+    [
+        ("encoder.self_attention_model", "rel_pos_local_attn", r"change_attention_model\('rel_pos', \[-1, -1\]\)"),
+        ("encoder.att_context_size", [128, 128], r"full context is \[-1, -1\]"),
+        ("tokenizer.type", "wpe", "`change_vocabulary` there gives a bpe one"),
+        ("encoder._target_", "x.ConformerEncoderAdapter", "merge or disable adapters in NeMo"),
+        ("decoder._target_", "x.StatelessTransducerDecoder", "stateless prediction networks .* need NeMo"),
+    ],
+)
+def test_refusals_say_what_to_do(setting: str, value: Any, advice: str, tmp_path: Path):
+    with pytest.raises(NemoError, match=advice):
+        load_nemo(edited("tdt", tmp_path, settings=setter(setting, value)))
 
 
 @pytest.mark.parametrize(("name", "setting", "value"), REFUSED)
