@@ -43,14 +43,22 @@ ALLOWED = {
     "training_data": {"audio"},
     "training": {"audio", "augmentation", "losses", "processing_parakeet", "training_data"},
     "finetuning": {"modeling_parakeet", "nemo", "training", "training_data"},
+    "archive": set(),
+    "subwords": {"archive", "tokenization_parakeet"},
+    "nemo_settings": {"archive", "configuration_parakeet", "feature_extraction_parakeet", "losses"},
     "nemo": {
-        "losses",
+        "archive",
         "configuration_parakeet",
         "feature_extraction_parakeet",
         "modeling_parakeet",
+        "nemo_settings",
         "processing_parakeet",
+        "subwords",
         "tokenization_parakeet",
     },
+    "nemo_export": {"archive", "nemo", "nemo_settings", "subwords"},
+    "conversion": {"archive", "nemo", "nemo_export"},
+    "vocabulary": {"processing_parakeet", "subwords", "tokenization_parakeet"},
 }
 
 

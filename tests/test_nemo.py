@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import pipeline
 
 from transformers_parakeet import NemoError, load_nemo
-from transformers_parakeet.nemo import build_tokenizer
+from transformers_parakeet.nemo import read_tokenizer
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
@@ -87,7 +87,7 @@ def test_tokenizer(name: str):
 def test_real_tokenizer(case: dict[str, Any]):
     content = (HERE / "data" / "parakeet-tdt-0.6b-v3.model").read_bytes()
     section = {"tokenizer": {"type": "bpe", "model_path": "nemo:tokenizer.model"}}
-    tokenizer = build_tokenizer(section, lambda reference: content, "tdt")
+    tokenizer = read_tokenizer(section, lambda reference: content, "tdt")
     assert len(tokenizer) == 8193
     assert tokenizer(case["text"], add_special_tokens=False)["input_ids"] == case["ids"]
     if 0 not in case["ids"]:
@@ -342,7 +342,26 @@ REFUSED = [
     ("rnnt", "decoder.prednet.context_size", 2),
     ("rnnt", "joint.log_softmax", True),
     ("rnnt", "joint.temperature", 2.0),
+    ("rnnt", "decoder._target_", "nemo.collections.asr.modules.StatelessTransducerDecoder"),
+    ("tdt", "encoder._target_", "nemo.collections.asr.modules.conformer_encoder.ConformerEncoderAdapter"),
+    ("ctc", "target", "nemo.collections.asr.models.EncDecMultiTaskModel"),
+    ("ctc", "adapters", {"enabled": True}),
 ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "advice"),
+    [
+        ("encoder.self_attention_model", "rel_pos_local_attn", r"change_attention_model\('rel_pos', \[-1, -1\]\)"),
+        ("encoder.att_context_size", [128, 128], r"full context is \[-1, -1\]"),
+        ("tokenizer.type", "wpe", "`change_vocabulary` there gives a bpe one"),
+        ("encoder._target_", "x.ConformerEncoderAdapter", "merge or disable adapters in NeMo"),
+        ("decoder._target_", "x.StatelessTransducerDecoder", "stateless prediction networks .* need NeMo"),
+    ],
+)
+def test_refusals_say_what_to_do(setting: str, value: Any, advice: str, tmp_path: Path):
+    with pytest.raises(NemoError, match=advice):
+        load_nemo(edited("tdt", tmp_path, settings=setter(setting, value)))
 
 
 @pytest.mark.parametrize(("name", "setting", "value"), REFUSED)
@@ -358,7 +377,7 @@ def test_settings_that_are_not_implemented_are_named(name: str, setting: str, va
     [
         ("preprocessor.window_stride", 0.02, "window_stride.*320"),
         ("tokenizer.type", "wpe", "tokenizer.type.*'wpe'"),
-        ("encoder.d_model", "${model_defaults.enc_hidden}", "encoder.d_model.*interpolation"),
+        ("encoder.d_model", "${oc.env:WIDTH}", "encoder.d_model.*interpolation"),
         ("encoder", None, "no section `encoder`"),
         ("joint.jointnet.activation", "gelu_of_mine", "gelu_of_mine"),
     ],
@@ -430,7 +449,7 @@ def test_an_unknown_weight_is_refused(tmp_path: Path):
 
 
 def test_a_weight_of_a_third_layer_is_refused(tmp_path: Path):
-    with pytest.raises(NemoError, match=r"left over \['encoder\.layers\.2\.norm_out\.bias'\]"):
+    with pytest.raises(NemoError, match=r"`encoder\.n_layers` is 2, but .* 3 such layers"):
         load_nemo(
             edited(
                 "ctc", tmp_path, weights=lambda state: state.update({"encoder.layers.2.norm_out.bias": torch.ones(48)})

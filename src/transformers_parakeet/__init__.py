@@ -36,9 +36,11 @@ from .modeling_parakeet import (
     ParakeetPreTrainedModel,
 )
 from .nemo import NemoError, load_nemo
+from .nemo_export import export_nemo
 from .pipeline_parakeet import ParakeetASRPipeline
 from .processing_parakeet import ParakeetProcessor
 from .tokenization_parakeet import ParakeetTokenizer
+from .vocabulary import extend_vocabulary, replace_tokenizer
 
 __version__ = "0.1.0"
 
@@ -98,6 +100,9 @@ __all__ = [
     "ParakeetTDTConfig",
     "ParakeetTokenizer",
     "demo_model_path",
+    "export_nemo",
+    "extend_vocabulary",
     "load_audio",
     "load_nemo",
+    "replace_tokenizer",
 ]

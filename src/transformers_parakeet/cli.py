@@ -1,6 +1,6 @@
-"""The command `parakeet`: transcribe files, and show the bundled demo.
+"""The command `parakeet`: transcribe, convert, fine-tune, evaluate, and show the bundled demo.
 
-Only arguments and output live here; the work is done by the pipeline.
+Only arguments and output live here; the work is done by the pipeline, `conversion.py` and `finetuning.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from rich.table import Column, Table
 from transformers import pipeline
 from transformers.utils import logging
 
-from . import demo_model_path, load_nemo
+from . import NemoError, demo_model_path, load_nemo
 from .audio import AudioError
+from .conversion import convert as convert_checkpoint
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speech recognition with NVIDIA Parakeet models.")
 console = Console()
@@ -95,6 +96,24 @@ def timed_word(chunk: dict[str, Any]) -> str:
     """Write a word with its times in seconds and its confidence."""
     start, end = chunk["timestamp"]
     return f"{chunk['text'].strip():5} {start:.2f}-{end:.2f}  {chunk['confidence']:.2f}"
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A .nemo file, a folder, or the Hub id of either.")],
+    target: Annotated[str, typer.Argument(help="A folder to write, or a .nemo file; with --push-to-hub the Hub id.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: as it is.")] = None,
+    push_to_hub: Annotated[bool, typer.Option(help="Upload the folder to the Hub as well.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
+) -> None:
+    """Convert a .nemo file to a folder of transformers, or a folder to a .nemo file, and check the result on noise."""
+    logging.disable_progress_bar()
+    try:
+        written = convert_checkpoint(source, target, dtype=dtype, push_to_hub=push_to_hub, revision=revision)
+    except (NemoError, OSError) as error:
+        errors.print(f"[red]{error}[/red]", highlight=False)
+        raise typer.Exit(1) from error
+    print_text(f"{written}: written, and equal to {source} on noise")
 
 
 @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

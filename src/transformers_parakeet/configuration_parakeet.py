@@ -124,6 +124,7 @@ class ParakeetCTCConfig(_HeadConfig):
         spec_augment: NeMo's SpecAugment settings for training: `freq_masks`, `freq_width`, `time_masks`, `time_width`.
         segment_separators: characters that end a segment in timestamps.
         segment_gap_threshold: frames of silence that end a segment instead, as in NeMo.
+        nemo_config: YAML of the `.nemo` file that the checkpoint came from; `export_nemo` gives them back.
     """
 
     model_type = "parakeet_ctc"
@@ -135,6 +136,7 @@ class ParakeetCTCConfig(_HeadConfig):
     spec_augment: dict[str, Any] | None = None
     segment_separators: list[str] | tuple[str, ...] = (".", "?", "!")
     segment_gap_threshold: int | None = None
+    nemo_config: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.encoder_config = self._build_encoder_config(self.encoder_config)
@@ -170,6 +172,7 @@ class ParakeetRNNTConfig(_HeadConfig):
         spec_augment: as in `ParakeetCTCConfig`.
         segment_separators: as in `ParakeetCTCConfig`.
         segment_gap_threshold: as in `ParakeetCTCConfig`.
+        nemo_config: as in `ParakeetCTCConfig`.
     """
 
     model_type = "parakeet_rnnt"
@@ -196,6 +199,7 @@ class ParakeetRNNTConfig(_HeadConfig):
     spec_augment: dict[str, Any] | None = None
     segment_separators: list[str] | tuple[str, ...] = (".", "?", "!")
     segment_gap_threshold: int | None = None
+    nemo_config: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.encoder_config = self._build_encoder_config(self.encoder_config)

@@ -1,0 +1,11 @@
+"""Converts a folder of transformers to a `.nemo` file: `parakeet convert` for those who run scripts.
+
+python conversion/convert_hf_to_nemo.py FOLDER OUT.nemo [--dtype bfloat16]
+"""
+
+import sys
+
+from transformers_parakeet.cli import app
+
+if __name__ == "__main__":
+    app(["convert", *sys.argv[1:]])

@@ -1,0 +1,11 @@
+"""Converts a `.nemo` file to a folder of transformers: `parakeet convert` for those who run scripts.
+
+python conversion/convert_nemo_to_hf.py MODEL.nemo OUT [--dtype bfloat16]
+"""
+
+import sys
+
+from transformers_parakeet.cli import app
+
+if __name__ == "__main__":
+    app(["convert", *sys.argv[1:]])
