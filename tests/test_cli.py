@@ -62,6 +62,12 @@ def test_several_files_are_named_and_a_bad_one_is_not_the_end(tmp_path):
     assert "bad.wav" in result.stderr
 
 
+def test_a_model_that_is_not_there_is_named():
+    result = run("transcribe", CLIPS / MANIFEST[0]["file"], "--model", "no/such/folder")
+    assert result.exit_code == 1
+    assert "no/such/folder" in result.stderr
+
+
 @pytest.mark.parametrize("form", ["folder", "nemo"])
 def test_other_models_are_taken(form, golden, tmp_path):
     model = golden / "tdt" / "model.nemo"

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import jiwer
@@ -16,8 +17,8 @@ from transformers import pipeline
 from typer.testing import CliRunner
 
 import transformers_parakeet as tp
+from transformers_parakeet import NemoError, load_nemo
 from transformers_parakeet.cli import app
-from transformers_parakeet.finetuning import load_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS = sentence_rows()
@@ -76,7 +77,7 @@ def test_a_nemo_file_is_trained_by_seconds_per_batch(golden, tmp_path):
     finetune(tmp_path, "--max_steps", 2, "--batch_duration_s", 6, "--learning_rate", 1e-3, model=model)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["ParakeetForTDT"]
-    before, after = load_model(str(model))[0], load_model(str(tmp_path))[0]
+    before, after = load_nemo(model)[0], load_nemo(tmp_path)[0]
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     heard = run("transcribe", ROWS[0]["audio"], "--model", tmp_path)
     assert heard.exit_code == 0
@@ -112,12 +113,12 @@ def test_adapters_are_saved_alone_and_merged(tmp_path):
     from peft import PeftModel
 
     finetune(tmp_path, "--lora_rank", 4, "--max_steps", 3, "--learning_rate", 1e-2, "--per_device_train_batch_size", 4)
-    base, processor = load_model(str(tp.demo_model_path()))
+    base, processor = load_nemo(tp.demo_model_path())
     inputs = processor([noise(2.0)], sampling_rate=16000)
     with torch.no_grad():
         before = base.eval()(**inputs).logits
         adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(**inputs).logits
-        merged = load_model(str(tmp_path))[0].eval()(**inputs).logits
+        merged = load_nemo(tmp_path)[0](**inputs).logits
     assert not torch.allclose(before, adapted, atol=1e-2)
     # measured: 1e-5 on logits of up to 25
     assert torch.allclose(merged, adapted, atol=1e-4)
@@ -152,8 +153,35 @@ def test_options_can_come_from_a_file_and_are_listed(tmp_path):
 
 def test_another_kind_of_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "whisper"}')
-    with pytest.raises(ValueError, match="got a whisper"):
-        load_model(str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(NemoError, match="holds a model of type 'whisper'"):
+        finetune(tmp_path / "out", model=tmp_path)
+
+
+def test_tokens_are_added_and_what_was_learnt_stays(golden, tmp_path):
+    model = golden / "hybrid_tdt_ctc" / "model.nemo"
+    finetune(tmp_path, "--max_steps", 1, "--learning_rate", 0, "--new_tokens", "ß", "æ", model=model)
+    before = load_nemo(model)[0]
+    after, new = load_nemo(tmp_path)
+    labels = before.config.vocab_size - 1
+    assert new.tokenizer.convert_ids_to_tokens([labels, labels + 1]) == ["ß", "æ"]
+    assert after.config.vocab_size == before.config.vocab_size + 2
+    assert after.config.blank_token_id == labels + 2
+    torch.testing.assert_close(after.joint.head.weight[:labels], before.joint.head.weight[:labels], rtol=0, atol=0)
+
+
+def test_a_tokenizer_can_be_replaced(golden, tmp_path):
+    archive = golden / "ctc" / "model.nemo"
+    donor = golden / "tdt" / "model.nemo"
+    with tarfile.open(donor) as tar:
+        (name,) = [name for name in tar.getnames() if name.endswith("tokenizer.model")]
+        content = tar.extractfile(name).read()
+    (tmp_path / "other.model").write_bytes(content)
+    finetune(tmp_path / "out", "--max_steps", 1, "--tokenizer", tmp_path / "other.model", model=archive)
+    model, processor = load_nemo(tmp_path / "out")
+    wanted = load_nemo(donor)[1].tokenizer
+    assert processor.tokenizer("the answer")["input_ids"] == wanted("the answer")["input_ids"]
+    assert model.config.vocab_size == len(wanted)
 
 
 def from_scratch(monkeypatch, capsys, *given):

@@ -35,13 +35,17 @@ class Format(str, Enum):
 def load_pipeline(model: str | None) -> Any:
     """Return the pipeline of a Hub id, a folder, a `.nemo` file, or the demo model."""
     logging.disable_progress_bar()
-    task = "automatic-speech-recognition"
-    if model is not None and model.endswith(".nemo"):
-        loaded, processor = load_nemo(model)
-        return pipeline(
-            task, model=loaded, tokenizer=processor.tokenizer, feature_extractor=processor.feature_extractor
-        )
-    return pipeline(task, model=model or str(demo_model_path()))
+    try:
+        loaded, processor = load_nemo(model or demo_model_path())
+    except (NemoError, OSError) as error:
+        errors.print(f"[red]{error}[/red]", highlight=False)
+        raise typer.Exit(1) from error
+    return pipeline(
+        "automatic-speech-recognition",
+        model=loaded,
+        tokenizer=processor.tokenizer,
+        feature_extractor=processor.feature_extractor,
+    )
 
 
 @app.command()

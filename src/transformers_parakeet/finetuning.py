@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
-    AutoProcessor,
     EarlyStoppingCallback,
     HfArgumentParser,
     TrainingArguments,
@@ -23,14 +21,13 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from .modeling_parakeet import ParakeetForCTC, ParakeetForRNNT, ParakeetForTDT
+from .modeling_parakeet import ParakeetForCTC
 from .nemo import load_nemo
 from .training import ParakeetTrainer, SpeechCollator, add_lora, error_rates, freeze, normalize_text
 from .training_data import add_durations, load_speech, read_clip
+from .vocabulary import extend_vocabulary, replace_tokenizer
 
 logger = logging.get_logger(__name__)
-
-MODELS = {"parakeet_ctc": ParakeetForCTC, "parakeet_rnnt": ParakeetForRNNT, "parakeet_tdt": ParakeetForTDT}
 
 
 def option(default: Any, text: str) -> Any:
@@ -53,6 +50,8 @@ class FinetuneArguments:
     streaming: bool = option(False, "read while training; needs --max_steps")
     skip_broken: bool = option(False, "leave out clips that cannot be read, and count them")
     batch_duration_s: float | None = option(None, "seconds per batch and process, not per_device_train_batch_size")
+    tokenizer: str | None = option(None, "SentencePiece model whose vocabulary replaces the model's own")
+    new_tokens: list[str] = field(default_factory=list, metadata={"help": "tokens to add to the vocabulary: ä ö ü ß"})
     freeze: str | None = option(None, "modules to keep, with commas between: encoder,decoder or encoder.layers.0")
     lora_rank: int = option(0, "train adapters of this rank on the attention projections only")
     spec_augment: str | None = option(None, "JSON of freq_masks, freq_width, time_masks, time_width; or none")
@@ -60,31 +59,13 @@ class FinetuneArguments:
     early_stopping_patience: int | None = option(None, "evaluations without a better word error rate before the end")
 
 
-def load_model(name: str) -> tuple[Any, Any]:
-    """Load model and processor for training, in float32.
-
-    Args:
-        name: Hub id, folder, or `.nemo` file.
-
-    Returns:
-        The model and its processor.
-
-    Raises:
-        ValueError: it is no model with a Parakeet head.
-    """
-    if name.endswith(".nemo"):
-        model, processor = load_nemo(name)
-        return model.float(), processor
-    config = AutoConfig.from_pretrained(name)
-    if config.model_type not in MODELS:
-        raise ValueError(f"a model to train must be a {', a '.join(MODELS)}, got a {config.model_type}: choose another")
-    model = MODELS[config.model_type].from_pretrained(name, dtype=torch.float32)
-    return model, AutoProcessor.from_pretrained(name)
-
-
 def prepare_model(options: FinetuneArguments) -> tuple[Any, Any]:
     """Load the model and set what of it is trained, and how."""
-    model, processor = load_model(options.model)
+    model, processor = load_nemo(options.model, dtype=torch.float32)
+    if options.tokenizer is not None:
+        replace_tokenizer(model, processor, options.tokenizer)
+    if options.new_tokens:
+        extend_vocabulary(model, processor, options.new_tokens)
     if options.spec_augment is not None:
         model.config.spec_augment = None if options.spec_augment == "none" else json.loads(options.spec_augment)
     frozen = freeze(model, options.freeze.split(",") if options.freeze else ())
@@ -205,4 +186,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finetune(options, training)
 
 
-__all__ = ["FinetuneArguments", "evaluate", "finetune", "load_model", "main"]
+__all__ = ["FinetuneArguments", "evaluate", "finetune", "main"]
