@@ -52,9 +52,9 @@ class Recipe:
 RECIPES = {
     # about 12 s per batch: with more, a model this small stays on blanks for long
     "digits": Recipe(("fsdd",), 64, 96, 3, 16, 12.0, 2e-3, 1200, 1, None),
-    # what two cores can do in about two hours; a GPU can take more of everything
+    # what a core can do in about two hours; a GPU can take more of everything
     "sentences": Recipe(
-        ("librispeech20", "speechocean762"), 256, 144, 6, 32, 30.0, 1e-3, 6000, 2,
+        ("librispeech20", "speechocean762"), 256, 144, 6, 32, 30.0, 1e-3, 12000, 1,
         {"freq_masks": 2, "freq_width": 20, "time_masks": 5, "time_width": 0.05},
     ),
 }  # fmt: skip

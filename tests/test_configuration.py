@@ -13,7 +13,7 @@ NAMES = ["ParakeetEncoderConfig", "ParakeetCTCConfig", "ParakeetRNNTConfig", "Pa
 ADDED = {
     "spec_augment", "segment_separators", "segment_gap_threshold", "joint_hidden_size", "forced_blanks",
     "decoder_dropout", "joint_dropout", "loss_reduction", "fastemit_lambda", "ctc_head", "ctc_loss_weight",
-    "ctc_loss_reduction", "ctc_zero_infinity", "loss_sigma", "loss_omega", "kernel",
+    "ctc_loss_reduction", "ctc_zero_infinity", "loss_sigma", "loss_omega", "kernel", "nemo_config",
 }  # fmt: skip
 
 

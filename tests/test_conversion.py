@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import run_stock
 from huggingface_hub import constants
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import transformers_parakeet as tp
@@ -103,7 +104,10 @@ def test_a_result_that_differs_is_not_kept(what, way, tmp_path, monkeypatch):
     def damaged(path, **options):
         model, processor = load(path, **options)
         if what == "a weight":
-            model.encoder.layers[1].norm_out.bias.data[0] += 1e-7
+            weights = {key: weight.clone() for key, weight in model.state_dict().items()}
+            weights["encoder.layers.1.norm_out.bias"][0] += 1e-7
+            model.load_state_dict(weights)
+            save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
         else:
             model.encoder.input_scale = 1.0
             model.config.encoder_config.scale_input = model.encoder.config.scale_input = True

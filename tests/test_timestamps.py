@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from transformers_parakeet import ParakeetFeatureExtractor, ParakeetProcessor, load_nemo
-from transformers_parakeet.nemo import build_tokenizer
+from transformers_parakeet.subwords import build_tokenizer
 from transformers_parakeet.timestamps import (
     AGGREGATIONS,
     Emissions,
@@ -38,8 +38,7 @@ FRAME_S = GOLDEN["frame_seconds"]
 def tokenizer(name: str, kind: str) -> Any:
     if name == "trained":
         return load_nemo(HERE / "golden" / "ctc" / "model.nemo")[1].tokenizer
-    section = {"tokenizer": {"type": "bpe", "model_path": "nemo:tokenizer.model"}}
-    return build_tokenizer(section, lambda reference: REAL.read_bytes(), kind)
+    return build_tokenizer([REAL.read_bytes()], kind)
 
 
 @cache

@@ -3,14 +3,20 @@
 What either side means is for `nemo.py` and `nemo_export.py`.
 """
 
+import gc
+import hashlib
 import shutil
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub import HfApi
+from safetensors import safe_open
 from torch import Tensor
 
 from .archive import Archive, NemoError
@@ -23,8 +29,11 @@ SHARD_SIZE = "5GB"
 # seconds of noise that both models hear in the check
 NOISE_S = 1.5
 
-# largest difference of scores in units of rounding: weights at another address may be summed in another order;
-# measured for 627 M parameters: 0.5
+# seconds after which the memory of weights is given back
+RELEASE_S = 0.05
+
+# largest difference of scores in units of rounding: sums may be taken in another order; measured for 627 M
+# parameters with weights at another address: 0.5
 ROUNDING = 64
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -80,10 +89,11 @@ def to_folder(source: str | Path, folder: Path, dtype: torch.dtype | None, hub: 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as workplace:
         part = Path(workplace) / folder.name
-        model.save_pretrained(part, max_shard_size=SHARD_SIZE)
+        with released(archive, model):
+            model.save_pretrained(part, max_shard_size=SHARD_SIZE)
         processor.save_pretrained(part)
         (part / "README.md").write_text(model_card(str(source), model), encoding="utf-8")
-        check((model, processor), load_folder(part), archive, source)
+        check((model, processor), load_folder(part), archive, file_digests(part), source)
         shutil.copytree(part, folder, dirs_exist_ok=True, copy_function=shutil.move)
 
 
@@ -96,43 +106,89 @@ def to_nemo(source: str | Path, path: Path, dtype: torch.dtype | None, hub: dict
     part = path.with_name(f".part-{path.name}")
     try:
         export_nemo(model, processor, part)
+        weights = model.state_dict()
+        digests = {key: digest(weight) for key, weight in weights.items()}
+        # the check gives it those of the archive: one copy in memory is enough
+        model.load_state_dict({key: weight.to("meta") for key, weight in weights.items()}, assign=True)
+        del weights
+        # torch.save leaves cycles that hold the storages
+        gc.collect()
         archive = Archive(part)
-        check(load_archive(archive), (model, processor), archive, source)
+        check(load_archive(archive), (model, processor), archive, digests, source)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
     return path
 
 
-def check(from_archive: tuple[Any, Any], from_folder: tuple[Any, Any], archive: Archive, source: str | Path) -> None:
+def digest(weight: Tensor) -> bytes:
+    """Return the SHA-256 of a tensor's type, shape and bytes."""
+    content = weight.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode() + bytes(1) + content.data).digest()
+
+
+def file_digests(folder: Path) -> dict[str, bytes]:
+    """Return the digests of a folder's weights, of which only one is in memory at a time."""
+    digests = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as names:
+            keys = list(names.keys())
+        for key in keys:
+            # a mapping is given back as a whole, hence one for each weight
+            with safe_open(file, "pt") as weights:
+                digests[key] = digest(weights.get_tensor(key))
+    return digests
+
+
+@contextmanager
+def released(archive: Archive, model: torch.nn.Module) -> Iterator[None]:
+    """Keep giving back the memory of an archive's weights while something goes through all of them."""
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.wait(RELEASE_S):
+            for weight in weights:
+                archive.release(weight)
+
+    weights = list(model.parameters())
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def check(
+    from_archive: tuple[Any, Any],
+    from_folder: tuple[Any, Any],
+    archive: Archive,
+    digests: dict[str, bytes],
+    source: str | Path,
+) -> None:
     """Refuse a pair of models that are not the same: bit for bit in their weights, and in what they compute from noise.
 
     Args:
         from_archive: model and processor of a `.nemo` file.
-        from_folder: model and processor of a folder.
+        from_folder: model and processor of a folder; once its weights are found equal, it gets those of the archive, so
+            that one copy is in memory.
         archive: the `.nemo` file; the memory of its weights is given back as soon as they are used.
+        digests: of the folder's weights.
         source: named in the error.
     """
-
-    def release(module: Any, *_: Any) -> None:
-        for weight in module.parameters():
-            archive.release(weight)
-
-    # one after the other, so that the memory of one copy of the weights is enough
-    release(from_archive[0])
-    for layer in from_archive[0].encoder.layers:
-        layer.register_forward_hook(release)
-    heard = computed(*from_archive)
-    theirs, wrong = from_folder[0].state_dict(), []
-    for key, value in from_archive[0].state_dict().items():
-        if key not in theirs or not torch.equal(value, theirs[key]):
-            wrong.append(key)
-        archive.release(value)
-    other = computed(*from_folder)
-    scores, scale = heard.pop("scores"), other["scores"].abs().max()
-    if not bool((scores - other.pop("scores")).abs().max() <= ROUNDING * torch.finfo(scores.dtype).eps * scale):
-        wrong.append("scores of noise")
-    wrong += [f"{name} of noise" for name, value in heard.items() if not torch.equal(value, other[name])]
+    weights = from_archive[0].state_dict()
+    with released(archive, from_archive[0]):
+        found = {key: digest(weight) for key, weight in weights.items()}
+    wrong = sorted(key for key in found.keys() | digests.keys() if found.get(key) != digests.get(key))
+    if not wrong:
+        from_folder[0].load_state_dict(weights, assign=True)
+        with released(archive, from_archive[0]):
+            heard, other = computed(*from_archive), computed(*from_folder)
+        scores, scale = heard.pop("scores"), other["scores"].abs().max()
+        if not bool((scores - other.pop("scores")).abs().max() <= ROUNDING * torch.finfo(scores.dtype).eps * scale):
+            wrong.append("scores of noise")
+        wrong += [f"{name} of noise" for name, value in heard.items() if not torch.equal(value, other[name])]
     if wrong:
         raise NemoError(f"the conversion of {source} changes {', '.join(wrong[:5])}: nothing was written")
 
