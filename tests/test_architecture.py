@@ -26,7 +26,8 @@ ALLOWED = {
     "feature_extraction_parakeet": {"audio"},
     "processing_parakeet": {"timestamps", "tokenization_parakeet"},
     "conformer": {"configuration_parakeet"},
-    "transducer": {"configuration_parakeet"},
+    "screening": set(),
+    "transducer": {"configuration_parakeet", "decoding", "screening"},
     "generation_parakeet": {"decoding"},
     "kernel": {"losses"},
     "modeling_parakeet": {

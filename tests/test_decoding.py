@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from transformers_parakeet.decoding import Hypotheses, TransducerOptions, confidence, greedy_ctc, greedy_transducer
+from transformers_parakeet.decoding import (
+    Hypotheses,
+    Shortcuts,
+    TransducerOptions,
+    confidence,
+    greedy_ctc,
+    greedy_transducer,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -167,8 +174,11 @@ def random_joints(seed: int, rows: int, frames: int, options: TransducerOptions,
     )
 
 
-def run_batch(joints: Joints, lengths: list[int], options: TransducerOptions) -> Hypotheses:
-    """Decode all rows at once; the state carries the row's number, so that a mixed-up row shows."""
+def run_batch(joints: Joints, lengths: list[int], options: TransducerOptions, known: str = "") -> Hypotheses:
+    """Decode all rows at once; the state carries the row's number, so that a mixed-up row shows.
+
+    `known` names what the joint tells by shortcuts.
+    """
     embed, recur, out, bias, encoded = (torch.from_numpy(part) for part in joints)
     # a frame past the end must never be believed
     beyond = torch.arange(encoded.shape[1]) >= torch.tensor(lengths)[:, None]
@@ -186,7 +196,16 @@ def run_batch(joints: Joints, lengths: list[int], options: TransducerOptions) ->
         hidden = torch.tanh(frames + predicted[..., :-1])
         return hidden @ out[ids].transpose(1, 2) + bias[ids, None]
 
-    return greedy_transducer(encoded, torch.tensor(lengths), predict, joint, options, pad_id=77)
+    def durations(frames: Tensor, predicted: Tensor) -> Tensor:
+        return joint(frames, predicted)[..., options.vocab_size :].argmax(-1)
+
+    def tokens(frames: Tensor, predicted: Tensor) -> Tensor:
+        return joint(frames, predicted)[..., : options.vocab_size].argmax(-1)
+
+    shortcuts = Shortcuts(
+        durations if "durations" in known and options.durations else None, tokens if "tokens" in known else None
+    )
+    return greedy_transducer(encoded, torch.tensor(lengths), predict, joint, options, pad_id=77, shortcuts=shortcuts)
 
 
 def walk_frame_by_frame(
@@ -239,9 +258,10 @@ ROWS, FRAMES = 28, 15
 LENGTHS = [0, 1, 15, 1, 0, 2, 3] + [3 + (5 * row) % 13 for row in range(ROWS - 7)]
 
 
+@pytest.mark.parametrize("known", ["", "durations", "durations and tokens"])
 @pytest.mark.parametrize("blank_bias", [4.8, 100.0, -100.0], ids=["plausible", "all-blank", "never-blank"])
 @pytest.mark.parametrize("durations", DURATION_SETS, ids=str)
-def test_batched_label_looping_equals_the_frame_loop(durations: tuple[int, ...] | None, blank_bias: float):
+def test_batched_label_looping_equals_the_frame_loop(durations: tuple[int, ...] | None, blank_bias: float, known: str):
     labels = total = 0
     for case, (max_symbols, forced_blanks, lookahead, max_steps) in enumerate(LIMITS):
         options = TransducerOptions(
@@ -254,7 +274,7 @@ def test_batched_label_looping_equals_the_frame_loop(durations: tuple[int, ...] 
             lookahead=lookahead,
         )
         joints = random_joints(case, ROWS, FRAMES, options, blank_bias)
-        ours = run_batch(joints, LENGTHS, options)
+        ours = run_batch(joints, LENGTHS, options, known)
         for row, length in enumerate(LENGTHS):
             truth = [step[:3] for step in walk_frame_by_frame(joints, row, length, options)]
             assert steps(ours, row) == truth, (row, options)
@@ -277,12 +297,35 @@ def test_lookahead_changes_nothing(durations: tuple[int, ...] | None):
     joints = random_joints(99, ROWS, FRAMES, options, 4.8)
     truth = [[step[:3] for step in walk_frame_by_frame(joints, row, LENGTHS[row], options)] for row in range(ROWS)]
     for lookahead in (0, 1, 2, 3, 7, 40):
-        ours = run_batch(joints, LENGTHS, TransducerOptions(**{**vars(options), "lookahead": lookahead}))
-        assert [steps(ours, row) for row in range(ROWS)] == truth
+        for known in ("", "durations", "tokens and durations"):
+            ours = run_batch(joints, LENGTHS, TransducerOptions(**{**vars(options), "lookahead": lookahead}), known)
+            assert [steps(ours, row) for row in range(ROWS)] == truth
 
 
+def test_only_frames_on_the_way_are_scored():
+    # blanks of duration 4: of 100 frames every fourth is scored, and none past the end
+    options = TransducerOptions(blank_id=0, vocab_size=3, durations=(0, 4), max_symbols=3)
+    scored: list[int] = []
+
+    def joint(frames: Tensor, predicted: Tensor) -> Tensor:
+        scored.extend(frames.flatten().long().tolist())
+        return torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0]).expand(*frames.shape[:2], 5)
+
+    hypotheses = greedy_transducer(
+        torch.arange(100.0).reshape(1, 100, 1),
+        torch.tensor([100]),
+        predict=lambda tokens, state: (torch.zeros(len(tokens), 1), ()),
+        joint=joint,
+        options=options,
+        shortcuts=Shortcuts(durations=lambda frames, predicted: torch.ones(frames.shape[:2], dtype=torch.long)),
+    )
+    assert hypotheses.frames[0].tolist() == list(range(0, 100, 4))
+    assert set(scored) - {99} == set(range(0, 100, 4))
+
+
+@pytest.mark.parametrize("known", ["", "durations and tokens"])
 @pytest.mark.parametrize("method", ["max_prob", "entropy"])
-def test_confidence_and_scores_belong_to_their_steps(method: str):
+def test_confidence_and_scores_belong_to_their_steps(method: str, known: str):
     options = TransducerOptions(
         blank_id=RANDOM_BLANK,
         vocab_size=RANDOM_VOCAB,
@@ -293,7 +336,7 @@ def test_confidence_and_scores_belong_to_their_steps(method: str):
         lookahead=3,
     )
     joints = random_joints(5, ROWS, FRAMES, options, 3.0)
-    ours = run_batch(joints, LENGTHS, options)
+    ours = run_batch(joints, LENGTHS, options, known)
     forced = 0
     for row, length in enumerate(LENGTHS):
         truth = walk_frame_by_frame(joints, row, length, options)

@@ -28,6 +28,7 @@ from transformers_parakeet import (
     ParakeetTDTConfig,
 )
 from transformers_parakeet.decoding import confidence
+from transformers_parakeet.screening import ScreenedLinear
 
 VOCAB, BLANK, PAD, MELS = 40, 39, 2, 80
 ENCODER = {
@@ -510,3 +511,42 @@ def test_normal_use_is_silent(head: str):
         if head.startswith("hybrid"):
             model.generate(input_features=features, attention_mask=mask, decoder="ctc")
     assert [record.getMessage() for record in records] == []
+
+
+@pytest.mark.parametrize("kind", ["rnnt", "tdt"])
+def test_the_search_in_bfloat16_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch):
+    # large enough for `ScreenedLinear.suits`, which a CPU without bfloat16 would deny
+    vocab, calls = 8193, []
+    fields = {**SHARED, "vocab_size": vocab, "blank_token_id": vocab - 1, "joint_hidden_size": 128}
+    torch.manual_seed(0)
+    model = (
+        ParakeetForRNNT(ParakeetRNNTConfig(**fields))
+        if kind == "rnnt"
+        else ParakeetForTDT(ParakeetTDTConfig(**fields, durations=DURATIONS))
+    ).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.startswith(("decoder.", "joint.", "encoder_projector.")):
+                weight.normal_(0.0, 0.2)
+        model.joint.head.bias[vocab - 1] += 2.5
+    features, mask = batch_of([0, 1, 2, 3])
+    plain = ScreenedLinear.argmax
+
+    def counted(self: ScreenedLinear, hidden: Tensor) -> Tensor:
+        calls.append(len(hidden))
+        return plain(self, hidden)
+
+    monkeypatch.setattr(ScreenedLinear, "argmax", counted)
+    outputs = []
+    for suits in (True, False):
+        monkeypatch.setattr(ScreenedLinear, "suits", staticmethod(lambda weight, suits=suits: suits))
+        outputs.append(model.generate(input_features=features, attention_mask=mask))
+        assert bool(calls) == suits
+        calls.clear()
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    assert torch.equal(outputs[0].durations, outputs[1].durations)
+    labels = (outputs[0].sequences < vocab - 1) & (outputs[0].sequences != model.config.pad_token_id)
+    assert 10 < labels.sum() < 0.9 * labels.numel()
+    # confidences need all scores
+    model.generate(input_features=features, attention_mask=mask, output_confidence=True)
+    assert not calls

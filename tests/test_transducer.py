@@ -44,8 +44,10 @@ def test_steps_equal_the_whole_sequence(layers: int, joint_width: int | None):
     torch.testing.assert_close(state[1], cell, **EXACT)
 
 
-def test_float32_steps_take_float32_rounding_only():
-    decoder, tokens = small_decoder().float(), small_tokens()
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 70])
+def test_float32_steps_take_float32_rounding_only(rows: int):
+    # the products are taken in another way for one row, for few and for many
+    decoder, tokens = small_decoder().float(), small_tokens().repeat(14, 1)[:rows]
     whole, state = decoder(tokens), None
     for place in range(LENGTH):
         output, state = decoder.step(tokens[:, place], state)

@@ -230,6 +230,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             joint=self.joint.score,
             options=options,
             pad_id=self.config.pad_token_id,
+            shortcuts=self.joint.shortcuts(options.vocab_size),
             on_step=Watcher(input_ids, self.config.pad_token_id, criteria, streamer) if watched else None,
         )
         if streamer is not None:
