@@ -1,5 +1,6 @@
 """Trains a small model from random weights, on a CPU in minutes or on a GPU: spoken digits, or sentences.
 
+Sentences need more speech than there is to start from nothing: `--encoder` starts from the encoder of another model.
 The packed speech is read by `packed_speech.py`; without it, the digits recipe takes the eight clips of the demo model.
 """
 
@@ -27,6 +28,7 @@ from transformers_parakeet import (
     ParakeetTokenizer,
     demo_model_path,
     load_audio,
+    load_nemo,
 )
 from transformers_parakeet.training import ParakeetTrainer, SpeechCollator
 
@@ -46,17 +48,13 @@ class Recipe:
     learning_rate: float
     steps: int
     threads: int
-    spec_augment: dict[str, Any] | None
 
 
 RECIPES = {
     # about 12 s per batch: with more, a model this small stays on blanks for long
-    "digits": Recipe(("fsdd",), 64, 96, 3, 16, 12.0, 2e-3, 1200, 1, None),
-    # what a core can do in about two hours; a GPU can take more of everything
-    "sentences": Recipe(
-        ("librispeech20", "speechocean762"), 256, 144, 6, 32, 30.0, 1e-3, 12000, 1,
-        {"freq_masks": 2, "freq_width": 20, "time_masks": 5, "time_width": 0.05},
-    ),
+    "digits": Recipe(("fsdd",), 64, 96, 3, 16, 12.0, 2e-3, 1200, 1),
+    # what a core can do in an hour with --encoder; a GPU can take more of everything
+    "sentences": Recipe(("librispeech20", "speechocean762"), 256, 144, 6, 32, 20.0, 1e-3, 12000, 1),
 }  # fmt: skip
 
 
@@ -79,22 +77,26 @@ def build_tokenizer(texts: Sequence[str], size: int, head: str) -> ParakeetToken
     return ParakeetTokenizer(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
 
 
-def build_model(tokenizer: ParakeetTokenizer, recipe: Recipe, head: str) -> torch.nn.Module:
-    """Build an untrained model."""
-    encoder = {
-        "hidden_size": recipe.width,
-        "num_hidden_layers": recipe.layers,
-        "num_attention_heads": 4,
-        "intermediate_size": 4 * recipe.width,
-        "subsampling_conv_channels": recipe.channels,
-        "attention_dropout": 0.0,
-        "layerdrop": 0.0,
-    }
+def build_model(tokenizer: ParakeetTokenizer, recipe: Recipe, head: str, start: str | None = None) -> torch.nn.Module:
+    """Build a model with random weights, or with the encoder of the model in the folder `start`."""
+    trained = load_nemo(start)[0].encoder if start else None
+    encoder = (
+        trained.config.to_dict()
+        if trained
+        else {
+            "hidden_size": recipe.width,
+            "num_hidden_layers": recipe.layers,
+            "num_attention_heads": 4,
+            "intermediate_size": 4 * recipe.width,
+            "subsampling_conv_channels": recipe.channels,
+            "attention_dropout": 0.0,
+            "layerdrop": 0.0,
+        }
+    )
     fields: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "encoder_config": encoder,
-        "spec_augment": recipe.spec_augment,
     }
     if head != "ctc":
         fields |= {
@@ -117,6 +119,8 @@ def build_model(tokenizer: ParakeetTokenizer, recipe: Recipe, head: str) -> torc
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv1d | torch.nn.Conv2d):
             module.reset_parameters()
+    if trained:
+        model.encoder.load_state_dict(trained.state_dict())
     return model
 
 
@@ -190,6 +194,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--batch-duration", type=float, help="seconds of audio per batch")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode audio")
+    parser.add_argument("--encoder", help="folder, Hub id or .nemo file of a model whose encoder to start from")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
@@ -205,7 +210,7 @@ def main() -> None:
     set_seed(options.seed)
     train, held_out = load(options.data, recipe)
     tokenizer = build_tokenizer(train.texts, options.vocabulary or recipe.vocabulary, options.head)
-    model = build_model(tokenizer, recipe, options.head)
+    model = build_model(tokenizer, recipe, options.head, options.encoder)
     kind = "tdt" if options.head == "hybrid" else options.head
     processor = ParakeetProcessor(ParakeetFeatureExtractor(), tokenizer, decoder_type=kind)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces", flush=True)

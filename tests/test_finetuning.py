@@ -215,6 +215,7 @@ def test_the_sentence_recipe_runs_on_packed_speech(monkeypatch, capsys, tmp_path
     for corpus in ("librispeech20", "speechocean762"):
         pack(tmp_path / corpus)
     given = ["sentences", "--data", tmp_path, "--output", tmp_path / "out", "--vocabulary", 64, "--batch-duration", 20]
+    given += ["--encoder", tp.demo_model_path()]
     printed = from_scratch(monkeypatch, capsys, *given, "--steps", 2)
     assert len(re.findall(r"_(?:dev|test) +20 clips +WER", printed)) == 4
     assert (tmp_path / "out" / "model.safetensors").exists()
