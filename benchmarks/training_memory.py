@@ -51,7 +51,8 @@ def measure(case: tuple[int, int, int, int], form: str, layers: int, bf16: bool)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(vocabulary, layers, device)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        # filled, as zeros are not in memory before they are written to
+        parameter.grad = torch.empty_like(parameter).fill_(0.0)
     features = torch.randn(batch, seconds * FRAMES_PER_SECOND, 128, device=device)
     targets = torch.randint(3, vocabulary - 1, (batch, labels), device=device)
     before = peak(device)

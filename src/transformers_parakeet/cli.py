@@ -32,13 +32,18 @@ class Format(str, Enum):
     json = "json"
 
 
+def complain(text: str) -> None:
+    """Print an error."""
+    errors.print(text, style="red", markup=False, highlight=False)
+
+
 def load_pipeline(model: str | None) -> Any:
     """Return the pipeline of a Hub id, a folder, a `.nemo` file, or the demo model."""
     logging.disable_progress_bar()
     try:
         loaded, processor = load_nemo(model or demo_model_path())
     except (NemoError, OSError) as error:
-        errors.print(f"[red]{error}[/red]", highlight=False)
+        complain(str(error))
         raise typer.Exit(1) from error
     return pipeline(
         "automatic-speech-recognition",
@@ -63,7 +68,7 @@ def transcribe(
         try:
             result = pipe(file, return_timestamps="word")
         except (AudioError, OSError) as error:
-            errors.print(f"[red]{file}: {error}[/red]", highlight=False)
+            complain(f"{file}: {error}")
             failed = True
             continue
         if output is Format.txt:
@@ -115,7 +120,7 @@ def convert(
     try:
         written = convert_checkpoint(source, target, dtype=dtype, push_to_hub=push_to_hub, revision=revision)
     except (NemoError, OSError) as error:
-        errors.print(f"[red]{error}[/red]", highlight=False)
+        complain(str(error))
         raise typer.Exit(1) from error
     print_text(f"{written}: written, and equal to {source} on noise")
 
