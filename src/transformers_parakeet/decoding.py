@@ -172,10 +172,8 @@ class _Row:
     def walk(self, frames: list[int], tokens: list[int], durations: list[int], logits: Tensor | None) -> int | None:
         """Take steps as scored on some frames ahead, up to the first label; return its place among them."""
         for place, frame in enumerate(frames):
-            if self.done:
-                break
-            if frame != self.frame:
-                # jumped over
+            if frame != self.frame or self.done:
+                # jumped over, or behind the end
                 continue
             if logits is not None:
                 self.logits.append(logits[place])

@@ -16,8 +16,8 @@ ROUNDING = 2.0**-8
 # the share of the bound that is left to the float32 sums themselves
 SLACK = 1.05
 
-# outputs per row to compute again, above which computing all of them is cheaper
-CANDIDATES = 64
+# outputs per row that may be computed again; where there are more, all are
+CANDIDATES = 16
 
 # numbers of a weight from which on the search pays
 WORTHWHILE = 2**20
@@ -60,19 +60,21 @@ class ScreenedLinear:
         """
         rounded = hidden.bfloat16()
         scores = F.linear(rounded, *self.rounded)
-        best = scores.amax(-1).float()
+        top, places = scores.topk(min(CANDIDATES + 1, scores.shape[1]))
+        best = top[:, 0].float()
         # by Cauchy and Schwarz: what rounding the weight, the rows, the bias and the outputs may have changed
         norms = torch.linalg.vector_norm(torch.stack([hidden, hidden - rounded]), dim=2)
         error = self.norm * (ROUNDING * norms[0] + (1 + ROUNDING) * norms[1]) + self.constant + ROUNDING * best.abs()
         # both the best and another output may be off
         floor = best - 2 * SLACK * error
-        # rounding it to the type of the scores must not raise it
-        rows, columns = (scores >= (floor - ROUNDING * floor.abs()).bfloat16()[:, None]).nonzero(as_tuple=True)
-        if len(rows) > CANDIDATES * len(hidden) or not bool(floor.isfinite().all()):
+        rows, ranks = (top >= floor[:, None]).nonzero(as_tuple=True)
+        columns = places[rows, ranks]
+        if not bool(floor.isfinite().all()) or bool((ranks == CANDIDATES).any()):
             return F.linear(hidden, self.weight, self.bias).max(-1).indices
         if len(rows) == len(hidden):
             return columns
-        exact = torch.bmm(self.weight[columns, None], hidden[rows, :, None]).flatten() + self.bias[columns]
+        products = torch.bmm(self.weight.index_select(0, columns)[:, None], hidden.index_select(0, rows)[:, :, None])
+        exact = products.flatten() + self.bias[columns]
         best = torch.full_like(best, -torch.inf).scatter_reduce_(0, rows, exact, "amax")
         columns = torch.where(exact == best[rows], columns, len(self.weight))
         return torch.full_like(best, len(self.weight), dtype=torch.long).scatter_reduce_(0, rows, columns, "amin")

@@ -63,8 +63,7 @@ class ParakeetRNNTDecoder(nn.Module):
             hidden, cell = self._cell(layer, hidden, state[0][layer], state[1][layer])
             hiddens.append(hidden)
             cells.append(cell)
-        projected = few_rows_linear(hidden, self.decoder_projector.weight, self.decoder_projector.bias)
-        return projected, (torch.stack(hiddens), torch.stack(cells))
+        return self.decoder_projector(hidden), (torch.stack(hiddens), torch.stack(cells))
 
     def _cell(self, layer: int, inputs: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         """One LSTM cell; nn.LSTM itself repacks its weights on every call."""
