@@ -57,9 +57,9 @@ ALLOWED = {
         "subwords",
         "tokenization_parakeet",
     },
-    "nemo_export": {"archive", "nemo", "nemo_settings", "subwords"},
+    "nemo_export": {"archive", "configuration_parakeet", "nemo", "nemo_settings", "subwords"},
     "conversion": {"archive", "nemo", "nemo_export"},
-    "vocabulary": {"processing_parakeet", "subwords", "tokenization_parakeet"},
+    "vocabulary": {"configuration_parakeet", "processing_parakeet", "subwords", "tokenization_parakeet"},
 }
 
 

@@ -234,4 +234,14 @@ class ParakeetTDTConfig(ParakeetRNNTConfig):
                "a list of frame counts, none negative and at least one above 0")  # fmt: skip
 
 
+def kind_of(config: Any) -> str:
+    """Return the kind of head: `"ctc"`, `"rnnt"` or `"tdt"`."""
+    return str(config.model_type).removeprefix("parakeet_")
+
+
+def blank_of(config: Any) -> int:
+    """Return the id of the blank; that of a CTC model also pads."""
+    return int(config.pad_token_id if kind_of(config) == "ctc" else config.blank_token_id)
+
+
 __all__ = ["ParakeetCTCConfig", "ParakeetEncoderConfig", "ParakeetRNNTConfig", "ParakeetTDTConfig"]

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from .modeling_parakeet import ParakeetForCTC
 from .nemo import load_nemo
-from .training import ParakeetTrainer, SpeechCollator, add_lora, error_rates, freeze, normalize_text
+from .training import ParakeetTrainer, SpeechCollator, add_lora, error_rates, freeze
 from .training_data import add_durations, load_speech, read_clip
 from .vocabulary import extend_vocabulary, replace_tokenizer
 
@@ -171,7 +171,7 @@ def evaluate(pipe: Any, dataset: Any, batch_size: int = 8, decoder: str | None =
     options = {"generate_kwargs": {"decoder": decoder}} if decoder else {}
     hypotheses = [result["text"] for result in pipe(clips(), batch_size=batch_size, **options)]
     pairs = [{"reference": said, "hypothesis": heard} for said, heard in zip(references, hypotheses, strict=True)]
-    return {**error_rates(references, hypotheses, normalize_text), "clips": pairs}
+    return {**error_rates(references, hypotheses), "clips": pairs}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

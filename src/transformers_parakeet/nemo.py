@@ -5,6 +5,7 @@ Settings are for `nemo_settings.py`, SentencePiece models for `subwords.py`, the
 
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from .archive import SETTINGS, Archive, NemoError
-from .configuration_parakeet import ParakeetCTCConfig, ParakeetRNNTConfig, ParakeetTDTConfig
+from .configuration_parakeet import ParakeetCTCConfig, ParakeetRNNTConfig, ParakeetTDTConfig, kind_of
 from .feature_extraction_parakeet import ParakeetFeatureExtractor
 from .modeling_parakeet import ParakeetForCTC, ParakeetForRNNT, ParakeetForTDT, ParakeetPreTrainedModel
 from .nemo_settings import (
@@ -34,7 +35,7 @@ from .nemo_settings import (
     refuse,
 )
 from .processing_parakeet import ParakeetProcessor
-from .subwords import DUPLICATE, build_tokenizer
+from .subwords import build_tokenizer, plain_pieces
 from .tokenization_parakeet import ParakeetTokenizer
 
 logger = logging.get_logger(__name__)
@@ -179,8 +180,7 @@ def read_tokenizer(settings: Mapping[str, Any], artifact: Callable[[str], bytes]
 
 def without_pieces(raw: Mapping[str, Any], names: list[str]) -> str:
     """Return the YAML for `config.nemo_config` without the tokenizer's pieces; as text, because JSON would sort it."""
-    # a piece of a second language that the first one has is marked
-    plain = [name.rstrip(DUPLICATE) for name in names]
+    plain = plain_pieces(names)
 
     def visit(value: Any, path: str) -> Any:
         if isinstance(value, dict):
@@ -275,6 +275,7 @@ def rename(key: str) -> str:
     raise NemoError(f"the weight {key!r} belongs to nothing that is implemented here: {advice}")
 
 
+@cache
 def pattern(template: str) -> str:
     """Return the regular expression of a template of `NAMES`."""
     parts = re.split(r"\{(\w+)\}", template)
@@ -363,7 +364,7 @@ def load_folder(
         NemoError: it holds no Parakeet model.
     """
     config = AutoConfig.from_pretrained(source, **hub)
-    kind = config.model_type.removeprefix("parakeet_")
+    kind = kind_of(config)
     if kind not in HEADS:
         raise NemoError(
             f"{source} holds a model of type {config.model_type!r}, it must be a Parakeet model with a head"

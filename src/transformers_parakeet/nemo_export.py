@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.audio_utils import hertz_to_mel, mel_filter_bank, mel_to_hertz
 
 from .archive import SETTINGS, NemoError, write_archive
+from .configuration_parakeet import blank_of, kind_of
 from .nemo import DROPPED_KEYS, NAMES, PIECES, pattern
 from .nemo_settings import (
     COUNTS,
@@ -26,7 +27,7 @@ from .nemo_settings import (
     lookup,
     parse_settings,
 )
-from .subwords import DUPLICATE, sentencepiece_models, vocabulary_files
+from .subwords import plain_pieces, sentencepiece_models, vocabulary_files
 
 # field -> where NeMo keeps it: the first place is always written, the others where the file has them
 ENCODER_PLACES = {
@@ -110,11 +111,6 @@ def export_nemo(model: Any, processor: Any, path: str | Path) -> None:
     write_archive(path, files, nemo_weights(model, processor.feature_extractor, settings))
 
 
-def kind_of(config: Any) -> str:
-    """Return `"ctc"`, `"rnnt"` or `"tdt"`."""
-    return str(config.model_type).removeprefix("parakeet_")
-
-
 def check_config(config: Any) -> None:
     """Refuse what NeMo cannot express."""
     kind = kind_of(config)
@@ -122,7 +118,7 @@ def check_config(config: Any) -> None:
         raise NemoError(
             f"a model with a CTC, RNN-T or TDT head is needed, got {config.model_type!r}: export that model"
         )
-    blank = config.pad_token_id if kind == "ctc" else config.blank_token_id
+    blank = blank_of(config)
     if blank != config.vocab_size - 1:
         raise NemoError(
             f"the blank must be the last of {config.vocab_size} tokens, it is {blank}: NeMo has no other place"
@@ -273,7 +269,7 @@ def put(settings: dict[str, Any], path: str, value: Any, create: bool = True) ->
 
 def put_pieces(settings: dict[str, Any], names: list[str]) -> None:
     """Write the vocabulary wherever the file repeats it."""
-    plain = [name.rstrip(DUPLICATE) for name in names]
+    plain = plain_pieces(names)
     for path in LISTS:
         if isinstance(lookup(settings, path), (str, list)):
             put(settings, path, plain)

@@ -247,11 +247,17 @@ def refuse(setting: str, value: Any, rule: str) -> NemoError:
     return NemoError(f"`{name}` is {value!r}, {rule}: {ADVICE.get(name, ELSE)}")
 
 
+def lookup(settings: Mapping[str, Any], path: str) -> Any:
+    """Return a setting by its dotted path; `None` where there is none."""
+    value: Any = settings
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
 def check_section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return a section of the YAML, `""` for its root, after refusing what is not implemented in it."""
-    section: Any = settings
-    for part in filter(None, name.split(".")):
-        section = section.get(part) if isinstance(section, dict) else None
+    section = lookup(settings, name) if name else settings
     if not isinstance(section, dict):
         raise NemoError(f"the file has no section `{name}`")
     for key, value in section.items():
@@ -282,10 +288,7 @@ def head_kind(settings: Mapping[str, Any]) -> str:
 
 def optional_section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return a checked section, or nothing where the file has none."""
-    section: Any = settings
-    for part in name.split("."):
-        section = (section or {}).get(part)
-    return check_section(settings, name) if section else {}
+    return check_section(settings, name) if lookup(settings, name) else {}
 
 
 def encoder_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -409,14 +412,6 @@ def extractor_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
 COUNTS = ("decoder.vocab_size", "decoder.num_classes", "joint.num_classes", "aux_ctc.decoder.num_classes")
 # and where the pieces themselves
 LISTS = ("labels", "decoder.vocabulary", "joint.vocabulary", "aux_ctc.decoder.vocabulary")
-
-
-def lookup(settings: Mapping[str, Any], path: str) -> Any:
-    """Return a setting by its dotted path; `None` where there is none."""
-    value: Any = settings
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
 
 
 def check_vocabulary(settings: Mapping[str, Any], pieces: int) -> None:

@@ -145,6 +145,11 @@ def sentencepiece_normalizer(spec: Any) -> Any:
     return normalizers.Sequence([*steps, normalizers.Replace(" ", WORD_START)])
 
 
+def plain_pieces(names: Sequence[str]) -> list[str]:
+    """Return tokens as their SentencePiece models spell them, without the mark of a second language."""
+    return [name.rstrip(DUPLICATE) for name in names]
+
+
 def sentencepiece_models(tokenizer: Any, labels: int) -> list[bytes]:
     """Return the SentencePiece models of a tokenizer: those it was made from, else one that splits as it does.
 
@@ -158,7 +163,7 @@ def sentencepiece_models(tokenizer: Any, labels: int) -> list[bytes]:
     kept = [base64.b64decode(text) for text in tokenizer.init_kwargs.get(MODELS) or []]
     pieces = [piece.piece for content in kept for piece in parse_sentencepiece(content).pieces]
     names = tokenizer.convert_ids_to_tokens(range(labels))
-    if pieces and pieces == [name.rstrip(DUPLICATE) for name in names]:
+    if pieces and pieces == plain_pieces(names):
         return kept
     return [rebuilt_model(json.loads(tokenizer.backend_tokenizer.to_str()), names)]
 

@@ -3,6 +3,8 @@
 They only compute; the loop that feeds a token back is in `decoding.py`.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -177,17 +179,19 @@ class ParakeetRNNTJointNetwork(nn.Module):
             return Shortcuts()
         weight, bias = self.head.weight, self.head.bias
 
+        @cache
+        def screened() -> ScreenedLinear:
+            # made when it is first asked for: not where scores are wanted
+            return ScreenedLinear(weight[:vocab_size], bias[:vocab_size])
+
         def durations(encoder_hidden_states: Tensor, decoder_hidden_states: Tensor) -> Tensor:
             hidden = self.activation(encoder_hidden_states + decoder_hidden_states)
             return F.linear(hidden, weight[vocab_size:], bias[vocab_size:]).argmax(-1)
 
-        has_durations = len(weight) > vocab_size
-        if not ScreenedLinear.suits(weight):
-            return Shortcuts(durations if has_durations else None)
-        screened = ScreenedLinear(weight[:vocab_size], bias[:vocab_size])
-
         def tokens(encoder_hidden_states: Tensor, decoder_hidden_states: Tensor) -> Tensor:
             hidden = self.activation(encoder_hidden_states + decoder_hidden_states)
-            return screened.argmax(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+            return screened().argmax(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 
-        return Shortcuts(durations if has_durations else None, tokens)
+        return Shortcuts(
+            durations if len(weight) > vocab_size else None, tokens if ScreenedLinear.suits(weight) else None
+        )

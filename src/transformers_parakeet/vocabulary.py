@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .configuration_parakeet import blank_of, kind_of
 from .processing_parakeet import ParakeetProcessor
 from .subwords import build_tokenizer, parse_sentencepiece, sentencepiece_models
 from .tokenization_parakeet import WORD_START, ParakeetTokenizer
@@ -43,14 +44,13 @@ def extend_vocabulary(model: Any, processor: ParakeetProcessor, new_tokens: Sequ
         raise ValueError(
             "an aggregate tokenizer cannot be extended: use `replace_tokenizer` with one SentencePiece model"
         )
-    tokenizer = build_tokenizer([with_pieces(models[0], new_tokens)], kind_of(model))
+    tokenizer = build_tokenizer([with_pieces(models[0], new_tokens)], kind_of(model.config))
     for token in new_tokens:
         if tokenizer.convert_tokens_to_ids(token) not in tokenizer(token, add_special_tokens=False)["input_ids"]:
             raise ValueError(
                 f"the token {token!r} is never matched, because text is normalised first: give its NFKC form"
             )
-    count = len(new_tokens)
-    rearrange(model, [*range(labels), *[-1] * count])
+    rearrange(model, [*range(labels), *[-1] * len(new_tokens)])
     adopt(model, processor, tokenizer)
 
 
@@ -73,7 +73,7 @@ def replace_tokenizer(
     if isinstance(tokenizer, (str, Path)):
         tokenizer = Path(tokenizer).read_bytes()
     if isinstance(tokenizer, bytes):
-        tokenizer = build_tokenizer([tokenizer], kind_of(model))
+        tokenizer = build_tokenizer([tokenizer], kind_of(model.config))
     blank = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
     if blank not in ("<blank>", tokenizer.pad_token):
         raise ValueError(f"the last token must be the blank, got {blank!r}: give the SentencePiece model itself")
@@ -83,21 +83,16 @@ def replace_tokenizer(
     adopt(model, processor, tokenizer)
 
 
-def kind_of(model: Any) -> str:
-    """Return `"ctc"`, `"rnnt"` or `"tdt"`."""
-    return str(model.config.model_type).removeprefix("parakeet_")
-
-
 def check_layout(model: Any, processor: ParakeetProcessor) -> int:
     """Return the number of tokens before the blank, which must be last in the model and in the tokenizer."""
     config = model.config
-    blank = config.pad_token_id if kind_of(model) == "ctc" else config.blank_token_id
+    blank = blank_of(config)
     if not blank == config.vocab_size - 1 == len(processor.tokenizer) - 1:
         raise ValueError(
             f"the blank must be the last of the model's {config.vocab_size} tokens and of the tokenizer's "
             f"{len(processor.tokenizer)}, it is {blank}: give the processor that belongs to the model"
         )
-    return int(blank)
+    return blank
 
 
 def with_pieces(model: bytes, tokens: Sequence[str]) -> bytes:
