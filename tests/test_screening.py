@@ -66,21 +66,26 @@ def test_scales_and_shifts(scale: float, shift: float):
 def test_few_outputs_are_computed_again(monkeypatch):
     weight, bias, hidden = layer(8193, 640)
     taken = []
-    product = torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda rows, columns: taken.append(len(rows)) or product(rows, columns))
+    product = torch.linalg.vecdot
+    monkeypatch.setattr(torch.linalg, "vecdot", lambda left, right: taken.append(len(left)) or product(left, right))
     ScreenedLinear(weight, bias).argmax(hidden)
-    # measured: 2.3 per row
+    # measured: 3.4 per row
     assert len(hidden) < taken[0] < 6 * len(hidden)
 
 
 def test_where_nothing_stands_out_all_outputs_are_computed(monkeypatch):
-    weight, bias, hidden = layer(4000, 64)
-    monkeypatch.setattr(torch, "bmm", None)
+    weight, _, hidden = layer(4000, 64)
+    monkeypatch.setattr(torch.linalg, "vecdot", None)
     # every output is the best within rounding
     flat = weight[:1] + 1e-4 * weight
     none = torch.zeros(4000)
     assert torch.equal(ScreenedLinear(flat, none).argmax(hidden), F.linear(hidden, flat, none).max(-1).indices)
-    hidden[3, 5] = torch.nan
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e38])
+def test_rows_that_are_not_finite(value: float):
+    weight, bias, hidden = layer(4000, 64)
+    hidden[3, 5] = value
     assert torch.equal(ScreenedLinear(weight, bias).argmax(hidden), F.linear(hidden, weight, bias).max(-1).indices)
 
 

@@ -261,7 +261,8 @@ class _Search:
         moves_known = options.durations is None or self.durations is not None
         wants_scores = options.confidence or options.keep_scores
         self.tokens = shortcuts.tokens if moves_known and not wants_scores else None
-        self.values = torch.tensor(options.durations or (), device=encoded.device)
+        self.values = options.durations or ()
+        self.last = encoded.shape[1] - 1
 
     def __call__(self, predicted: Tensor, searching: list[int]) -> list[int]:
         """Search once; return the rows that found no label.
@@ -272,30 +273,28 @@ class _Search:
         """
         options = self.options
         ahead = options.lookahead or min(FRAMES_PER_ROW, max(1, FRAMES_PER_CALL // len(searching)))
-        picked = torch.tensor(searching, device=self.encoded.device)
-        states = predicted[picked, None]
-        frames = torch.tensor([[self.rows[index].frame] for index in searching], device=self.encoded.device)
+        states = predicted.index_select(0, torch.tensor(searching, device=predicted.device))[:, None]
         moves = None
         if self.durations is None:
-            frames = self._onwards(frames, ahead)
+            frames = self._onwards(searching, ahead)
         else:
-            frames, moves = self._way(self.durations, frames, picked, states, ahead)
-        scored = self.encoded[picked[:, None], frames]
+            frames, moves = self._way(self.durations, searching, states, ahead)
+        scored = self._encoded(searching, frames)
         logits = None
         if self.tokens is not None:
-            best = self.tokens(scored, states)
+            best = self.tokens(scored, states).tolist()
         else:
             logits = self.joint(scored, states)
             # `max` is faster than `argmax` where the scores of one frame are not neighbours in memory
-            best = logits[..., : options.vocab_size].max(-1).indices
+            best = logits[..., : options.vocab_size].max(-1).indices.tolist()
         if logits is not None and moves is None and options.durations is not None:
-            moves = self.values[logits[..., options.vocab_size :].argmax(-1)]
+            moves = self._values(logits[..., options.vocab_size :].argmax(-1))
         if moves is None:
             # a label of RNN-T stays, a blank moves one frame
-            moves = (best == options.blank_id).long()
+            moves = [[int(token == options.blank_id) for token in tokens] for tokens in best]
         found, remaining = [], []
-        steps = torch.stack([frames, best, moves], dim=1).tolist()
-        for place, (index, (at, tokens, durations)) in enumerate(zip(searching, steps, strict=True)):
+        steps = zip(searching, frames, best, moves, strict=True)
+        for place, (index, at, tokens, durations) in enumerate(steps):
             kept = logits[place] if logits is not None and options.keep_scores else None
             label = self.rows[index].walk(at, tokens, durations, kept)
             if label is not None:
@@ -310,21 +309,36 @@ class _Search:
                 row.scores[row.label_step] = value
         return remaining
 
-    def _onwards(self, start: Tensor, count: int) -> Tensor:
-        """Return (R, count) frames from `start` (R, 1) on; the last one again behind the end."""
-        return (start + torch.arange(count, device=start.device)).clamp(max=self.encoded.shape[1] - 1)
+    def _onwards(self, searching: list[int], count: int) -> list[list[int]]:
+        """Return so many frames from where each row is; the last one again behind the end."""
+        starts = [self.rows[index].frame for index in searching]
+        return [[min(start + ahead, self.last) for ahead in range(count)] for start in starts]
+
+    def _encoded(self, searching: list[int], frames: list[list[int]]) -> Tensor:
+        """Return frames of some rows (R, K, J)."""
+        count = self.last + 1
+        places = [index * count + frame for index, row in zip(searching, frames, strict=True) for frame in row]
+        picked = self.encoded.flatten(0, 1).index_select(0, torch.tensor(places, device=self.encoded.device))
+        return picked.unflatten(0, (len(searching), -1))
+
+    def _values(self, best: Tensor) -> list[list[int]]:
+        """Return the durations of duration outputs (R, K)."""
+        return [[self.values[output] for output in row] for row in best.tolist()]
 
     def _way(
-        self, durations: Callable[[Tensor, Tensor], Tensor], start: Tensor, picked: Tensor, states: Tensor, ahead: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return the frames (R, K) that rows come by as long as they are blank, and how far each takes them."""
-        window = self._onwards(start, 1 + (ahead - 1) * max(1, int(self.values.max())))
-        moves = self.values[durations(self.encoded[picked[:, None], window], states)]
-        places = [torch.zeros_like(start)]
-        for _ in range(ahead - 1):
-            places.append(places[-1] + moves.gather(1, places[-1]).clamp(min=1))
-        at = torch.cat(places, dim=1)
-        return window.gather(1, at), moves.gather(1, at)
+        self, durations: Callable[[Tensor, Tensor], Tensor], searching: list[int], states: Tensor, ahead: int
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Return the frames that rows come by as long as they are blank, and how far each takes them."""
+        window = self._onwards(searching, 1 + (ahead - 1) * max(1, *self.values))
+        frames, moves = [], []
+        values = self._values(durations(self._encoded(searching, window), states))
+        for row, jumps in zip(window, values, strict=True):
+            places = [0]
+            for _ in range(ahead - 1):
+                places.append(places[-1] + max(1, jumps[places[-1]]))
+            frames.append([row[place] for place in places])
+            moves.append([jumps[place] for place in places])
+        return frames, moves
 
 
 def _predict_rows(
