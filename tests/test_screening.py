@@ -69,7 +69,7 @@ def test_few_outputs_are_computed_again(monkeypatch):
     product = torch.linalg.vecdot
     monkeypatch.setattr(torch.linalg, "vecdot", lambda left, right: taken.append(len(left)) or product(left, right))
     ScreenedLinear(weight, bias).argmax(hidden)
-    # measured: 3.4 per row
+    # measured: 5.6 per row
     assert len(hidden) < taken[0] < 6 * len(hidden)
 
 

@@ -17,7 +17,7 @@ ROUNDING = 2.0**-8
 # the share of the bound that is left to the float32 sums themselves
 SLACK = 1.05
 
-# outputs of a group: the best of a group is found faster than that of all
+# outputs of a group: the best of every group is found faster than the best few of all
 GROUP = 64
 
 # outputs per row, on average, that may be computed again; where there are more, all are
