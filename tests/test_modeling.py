@@ -342,7 +342,11 @@ def test_lora_on_the_output_layer(dtype):
 def test_a_layer_behind_a_hook_is_read_through_it():
     model, (inputs, mask) = transducer(), features()
     wanted = model(inputs, attention_mask=mask, labels=PADDED).loss
+    heard = model.generate(inputs, attention_mask=mask)
     accelerate = pytest.importorskip("accelerate")
     accelerate.cpu_offload(model.joint.head, torch.device("cpu"))
     assert model.joint.head.weight.device.type == "meta"
     torch.testing.assert_close(model(inputs, attention_mask=mask, labels=PADDED).loss, wanted, rtol=1e-6, atol=0)
+    again = model.generate(inputs, attention_mask=mask)
+    assert torch.equal(again.sequences, heard.sequences)
+    assert torch.equal(again.durations, heard.durations)

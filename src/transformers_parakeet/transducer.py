@@ -141,8 +141,16 @@ class ParakeetRNNTJointNetwork(nn.Module):
         Returns:
             (..., V) or (..., V + D) raw scores.
         """
-        hidden = self.activation(encoder_hidden_states + decoder_hidden_states)
+        hidden = self._combined(encoder_hidden_states, decoder_hidden_states)
         return self.head(F.dropout(hidden, self.dropout, self.training))
+
+    def _combined(self, encoder_hidden_states: Tensor, decoder_hidden_states: Tensor) -> Tensor:
+        """Return what the output layer reads."""
+        return self.activation(encoder_hidden_states + decoder_hidden_states)
+
+    def _plain(self) -> bool:
+        """Tell whether the output layer multiplies with its own weight: no adapter, quantised weight or hook."""
+        return type(self.head) is nn.Linear and not hasattr(self.head, "_hf_hook")
 
     def output_layer(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return weight (V [+ D], J) and bias (V [+ D],) of the output layer, through which gradients reach it.
@@ -154,7 +162,7 @@ class ParakeetRNNTJointNetwork(nn.Module):
         Args:
             like: an input of the joint network, for its type and device.
         """
-        if type(self.head) is nn.Linear and not hasattr(self.head, "_hf_hook"):
+        if self._plain():
             return self.head.weight, self.head.bias
         units = PROBE * torch.eye(self.head.in_features, dtype=like.dtype, device=like.device)
         bias = self.head(torch.zeros_like(units[:1]))[0]
@@ -162,10 +170,9 @@ class ParakeetRNNTJointNetwork(nn.Module):
 
     def score(self, encoder_hidden_states: Tensor, decoder_hidden_states: Tensor) -> Tensor:
         """Score (R, K, J) frames with (R, 1, J) predictor states in decoding; returns (R, K, V [+ D])."""
-        if type(self.head) is not nn.Linear:
-            # an adapter or a quantised layer stands there
+        if not self._plain():
             return self(decoder_hidden_states, encoder_hidden_states)
-        hidden = self.activation(encoder_hidden_states + decoder_hidden_states)
+        hidden = self._combined(encoder_hidden_states, decoder_hidden_states)
         scores = few_rows_linear(hidden.flatten(0, 1), self.head.weight, self.head.bias)
         return scores.unflatten(0, hidden.shape[:2])
 
@@ -175,7 +182,7 @@ class ParakeetRNNTJointNetwork(nn.Module):
         Args:
             vocab_size: tokens V; outputs behind them are durations.
         """
-        if type(self.head) is not nn.Linear:
+        if not self._plain():
             return Shortcuts()
         weight, bias = self.head.weight, self.head.bias
 
@@ -185,11 +192,11 @@ class ParakeetRNNTJointNetwork(nn.Module):
             return ScreenedLinear(weight[:vocab_size], bias[:vocab_size])
 
         def durations(encoder_hidden_states: Tensor, decoder_hidden_states: Tensor) -> Tensor:
-            hidden = self.activation(encoder_hidden_states + decoder_hidden_states)
+            hidden = self._combined(encoder_hidden_states, decoder_hidden_states)
             return F.linear(hidden, weight[vocab_size:], bias[vocab_size:]).argmax(-1)
 
         def tokens(encoder_hidden_states: Tensor, decoder_hidden_states: Tensor) -> Tensor:
-            hidden = self.activation(encoder_hidden_states + decoder_hidden_states)
+            hidden = self._combined(encoder_hidden_states, decoder_hidden_states)
             return screened().argmax(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 
         return Shortcuts(
