@@ -8,7 +8,8 @@ from conftest import ctc_model, encoder_fields, noise
 from torch.nn import functional as F
 
 import transformers_parakeet as tp
-from transformers_parakeet.conformer import relative_shift, subsampled_lengths
+from transformers_parakeet.attention import relative_shift
+from transformers_parakeet.conformer import subsampled_lengths
 from transformers_parakeet.losses import rnnt_loss, tdt_loss
 
 # two orders of float32 sums in a two-layer encoder of width 32, measured: 4e-6

@@ -1,9 +1,10 @@
 # Copyright 2026 The transformers-parakeet authors. Licensed under the Apache License, Version 2.0.
 """Configurations of the Parakeet family, with the field names, defaults and model types of stock transformers.
 
-What the fields build is decided in `conformer.py` and `transducer.py`.
+What the fields build is decided in `attention.py`, `conformer.py` and `transducer.py`.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -11,6 +12,11 @@ from transformers import PreTrainedConfig
 
 # samples per mel frame: 10 ms at 16 kHz, the only frame rate of the released checkpoints
 HOP_LENGTH = 160
+
+# values of `ParakeetEncoderConfig` fields, spelled as in NeMo
+SELF_ATTENTION_MODELS = ("rel_pos", "rel_pos_local_attn")
+CONTEXT_STYLES = ("regular", "chunked_limited", "chunked_limited_with_rc")
+CONV_NORM_TYPES = ("batch_norm", "layer_norm")
 
 
 def _check(holds: bool, name: str, value: object, rule: str) -> None:
@@ -45,6 +51,20 @@ class ParakeetEncoderConfig(PreTrainedConfig):
         max_position_embeddings: kept for the file format; the sinusoids have no limit.
         scale_input: multiply the subsampled input by sqrt(D).
         initializer_range: standard deviation of the initial weights.
+        attention_context_size: encoder frames that a frame attends to: `[left, right]`, or `[left, chunk, right]` for the
+            style `chunked_limited_with_rc`. -1 means unlimited.
+        attention_context_sizes: all context sizes that the model was trained with; `None` when it is only the one above.
+        attention_context_style: `"regular"`: each frame has its own window. `"chunked_limited"`: frames are grouped in
+            chunks of `right + 1`, and a frame attends to its own chunk and to `left` frames before it.
+            `"chunked_limited_with_rc"`: the same with chunks of `chunk` and `right` frames after the chunk.
+        self_attention_model: `"rel_pos"`, or `"rel_pos_local_attn"` for NeMo's local attention, which differs from a
+            regular context in its global tokens and in windows with `left != right`.
+        global_tokens: first frames that every frame attends to in local attention; they attend to all frames.
+        global_tokens_spacing: frames from one global token to the next.
+        global_attn_separate: global tokens have query, key and value projections of their own.
+        conv_norm_type: norm after the depthwise convolution, `"batch_norm"` or `"layer_norm"`.
+        conv_context_size: `[left, right]` frames that the depthwise convolution sees; `None` means the same on both sides.
+        causal_downsampling: pad the subsampling convolutions by 2 before and 1 after, in time and in frequency.
 
     Raises:
         ValueError: a field holds a value that no encoder can be built from.
@@ -74,16 +94,72 @@ class ParakeetEncoderConfig(PreTrainedConfig):
     max_position_embeddings: int = 5000
     scale_input: bool = True
     initializer_range: float = 0.02
+    attention_context_size: list[int] | tuple[int, ...] = (-1, -1)
+    attention_context_sizes: list[list[int]] | None = None
+    attention_context_style: str = "regular"
+    self_attention_model: str = "rel_pos"
+    global_tokens: int = 0
+    global_tokens_spacing: int = 1
+    global_attn_separate: bool = False
+    conv_norm_type: str = "batch_norm"
+    conv_context_size: list[int] | tuple[int, ...] | None = None
+    causal_downsampling: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.num_key_value_heads = self.num_attention_heads
+        self.attention_context_size = list(self.attention_context_size)
         factor, stride = self.subsampling_factor, self.subsampling_conv_stride
         _check(self.hidden_size % self.num_attention_heads == 0, "hidden_size", self.hidden_size,
                f"a multiple of `num_attention_heads` ({self.num_attention_heads})")  # fmt: skip
         _check(self.conv_kernel_size % 2 == 1, "conv_kernel_size", self.conv_kernel_size, "odd")
         _check(stride > 1, "subsampling_conv_stride", stride, "at least 2")
         _check(factor >= 2 and factor & (factor - 1) == 0, "subsampling_factor", factor, "a power of two, at least 2")
+        _check(self.conv_norm_type in CONV_NORM_TYPES, "conv_norm_type", self.conv_norm_type,
+               " or ".join(CONV_NORM_TYPES))  # fmt: skip
+        context = self.conv_context_size
+        _check(context is None or (len(context) == 2 and min(context) >= 0 and sum(context) + 1 == self.conv_kernel_size),
+               "conv_context_size", context,
+               f"two frame counts whose sum is `conv_kernel_size` - 1 ({self.conv_kernel_size - 1})")  # fmt: skip
+        self._check_attention()
         super().__post_init__(**kwargs)
+
+    def _check_attention(self) -> None:
+        """Check the fields of the attention."""
+        style, model = self.attention_context_style, self.self_attention_model
+        _check(style in CONTEXT_STYLES, "attention_context_style", style, " or ".join(CONTEXT_STYLES))
+        _check(model in SELF_ATTENTION_MODELS, "self_attention_model", model, " or ".join(SELF_ATTENTION_MODELS))
+        _check(model == "rel_pos" or style == "regular", "self_attention_model", model,
+               f"'rel_pos' when `attention_context_style` is {style!r}")  # fmt: skip
+        check_attention_context(style, self.attention_context_size, model)
+        _check(self.global_tokens >= 0, "global_tokens", self.global_tokens, "at least 0")
+        _check(self.global_tokens_spacing >= 1, "global_tokens_spacing", self.global_tokens_spacing, "at least 1")
+        _check(not self.global_tokens or model == "rel_pos_local_attn", "global_tokens", self.global_tokens,
+               "0 unless `self_attention_model` is 'rel_pos_local_attn'")  # fmt: skip
+
+
+def check_attention_context(style: str, context: Sequence[int], model: str) -> None:
+    """Check a context size against the style of the context.
+
+    Args:
+        style: `attention_context_style`.
+        context: `attention_context_size`.
+        model: `self_attention_model`.
+
+    Raises:
+        ValueError: the style has no such context.
+    """
+    name = "attention_context_size"
+    numbers = 3 if style == "chunked_limited_with_rc" else 2
+    _check(len(context) == numbers and min(context) >= -1, name, context,
+           f"{numbers} frame counts, each -1 or more, for the style {style!r}")  # fmt: skip
+    if style == "chunked_limited" and context[0] > 0:
+        _check(context[1] >= 0 and context[0] % (context[1] + 1) == 0, name, context,
+               "[left, right] with `left` a multiple of `right + 1`, the length of a chunk")  # fmt: skip
+    if style == "chunked_limited_with_rc":
+        _check(context[1] != 0, name, context, "[left, chunk, right] with a chunk of at least 1 frame")
+    if model == "rel_pos_local_attn" and max(context) >= 0:
+        _check(min(context) >= 0 and max(context) > 0, name, context,
+               "[left, right] with no negative count and one above 0, or [-1, -1], for local attention")  # fmt: skip
 
 
 class _HeadConfig(PreTrainedConfig):

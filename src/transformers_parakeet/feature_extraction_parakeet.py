@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchFeature, SequenceFeatureExtractor
-from transformers.audio_utils import mel_filter_bank
 from transformers.utils import TensorType, logging
 
 from .audio import load_audio
@@ -25,9 +24,14 @@ LOG_ZERO_GUARD = 2.0**-24
 # an axis this short holds channels, not samples
 MAX_CHANNELS = 8
 
+# Slaney's mel scale (Auditory Toolbox, 1998): linear below 1000 Hz, which is mel 15, and logarithmic above it
+HERTZ_PER_MEL = 200.0 / 3.0
+LOG_START_HERTZ, LOG_START_MEL = 1000.0, 15.0
+LOG_STEP = np.log(6.4) / 27.0
+
 
 class ParakeetFeatureExtractor(SequenceFeatureExtractor):
-    """Log-mel spectrogram with pre-emphasis, normalised per clip and mel bin over its valid frames.
+    """Log-mel spectrogram with pre-emphasis, by default normalised per clip and mel bin over its valid frames.
 
     A clip of S samples has S // hop_length valid frames; the output is one frame wider, as in NeMo.
 
@@ -39,6 +43,11 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
         win_length: samples of the symmetric Hann window.
         preemphasis: coefficient a of y[n] = x[n] - a x[n-1]; `None` or 0 for none.
         padding_value: value of the samples that pad a batch.
+        normalize: `"per_feature"` gives every mel bin of a clip mean 0 and standard deviation 1; `None` leaves the log-mel
+            energies as they are, which models for streaming expect.
+
+    Raises:
+        ValueError: another `normalize`.
     """
 
     model_input_names = ["input_features", "attention_mask"]  # noqa: RUF012  # the base class declares an instance field
@@ -52,24 +61,20 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
         win_length: int = 400,
         preemphasis: float | None = 0.97,
         padding_value: float = 0.0,
+        normalize: str | None = "per_feature",
         **kwargs: Any,
     ) -> None:
+        if normalize not in ("per_feature", None):
+            raise ValueError(f"`normalize` must be 'per_feature' or None, got {normalize!r}: correct it")
         super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
         self.hop_length = hop_length
         self.n_fft = n_fft
         self.win_length = win_length
         self.preemphasis = preemphasis
-        filters = mel_filter_bank(
-            num_frequency_bins=n_fft // 2 + 1,
-            num_mel_filters=feature_size,
-            min_frequency=0.0,
-            max_frequency=sampling_rate / 2,
-            sampling_rate=sampling_rate,
-            norm="slaney",
-            mel_scale="slaney",
-        )
+        self.normalize = normalize
         # (F, n_fft / 2 + 1)
-        self.mel_filters = torch.from_numpy(np.ascontiguousarray(filters.T)).float()
+        triangles, norm = mel_triangles(feature_size, n_fft, sampling_rate)
+        self.mel_filters = torch.from_numpy(triangles * norm[:, None]).float()
 
     def __call__(
         self,
@@ -139,7 +144,9 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
         features = self._log_mel(self._preemphasise(waves, lengths))
         frames = lengths // self.hop_length
         valid = torch.arange(features.shape[1], device=waves.device) < frames[:, None]
-        return normalize(features, valid), valid
+        if self.normalize is None:
+            return features.mul_(valid[..., None]), valid
+        return normalize_per_feature(features, valid), valid
 
     def _check_sampling_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:
@@ -180,7 +187,32 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
         return torch.matmul(power, self.mel_filters.to(waves.device).T).add_(LOG_ZERO_GUARD).log_()
 
 
-def normalize(features: Tensor, valid: Tensor) -> Tensor:
+def mel_triangles(bins: int, n_fft: int, sampling_rate: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return triangular filters between 0 Hz and half the sampling rate, evenly spaced on Slaney's mel scale.
+
+    Args:
+        bins: mel bins F.
+        n_fft: points of the Fourier transform.
+        sampling_rate: samples per second.
+
+    Returns:
+        (F, n_fft / 2 + 1) float64 triangles of height 1, and the (F,) factors that give each an area of 1.
+    """
+    top_hertz = sampling_rate / 2
+    top_mel = LOG_START_MEL + np.log(top_hertz / LOG_START_HERTZ) / LOG_STEP
+    if top_hertz < LOG_START_HERTZ:
+        top_mel = top_hertz / HERTZ_PER_MEL
+    mels = np.linspace(0.0, top_mel, bins + 2)
+    edges = np.where(
+        mels < LOG_START_MEL, mels * HERTZ_PER_MEL, LOG_START_HERTZ * np.exp(LOG_STEP * (mels - LOG_START_MEL))
+    )
+    slopes = edges[:, None] - np.linspace(0.0, top_hertz, n_fft // 2 + 1)
+    widths = np.diff(edges)[:, None]
+    rising, falling = -slopes[:-2] / widths[:-1], slopes[2:] / widths[1:]
+    return np.maximum(0.0, np.minimum(rising, falling)), 2.0 / (edges[2:] - edges[:-2])
+
+
+def normalize_per_feature(features: Tensor, valid: Tensor) -> Tensor:
     """Give every mel bin mean 0 and unbiased standard deviation 1 over the valid frames; zero the others.
 
     Args:

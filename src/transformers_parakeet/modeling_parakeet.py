@@ -14,16 +14,21 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention import ParakeetEncoderAttention, ParakeetEncoderRelPositionalEncoding
 from .augmentation import spec_augment
-from .configuration_parakeet import ParakeetCTCConfig, ParakeetEncoderConfig, ParakeetRNNTConfig, ParakeetTDTConfig
+from .configuration_parakeet import (
+    ParakeetCTCConfig,
+    ParakeetEncoderConfig,
+    ParakeetRNNTConfig,
+    ParakeetTDTConfig,
+    check_attention_context,
+)
 from .conformer import (
-    ParakeetEncoderAttention,
     ParakeetEncoderBlock,
-    ParakeetEncoderRelPositionalEncoding,
     ParakeetEncoderSubsamplingConv2D,
     length_mask,
     pointwise,
@@ -33,6 +38,8 @@ from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerG
 from .kernel import select_loss
 from .losses import compact_labels, ctc_loss
 from .transducer import ParakeetRNNTDecoder, ParakeetRNNTJointNetwork
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -86,6 +93,42 @@ class ParakeetPreTrainedModel(PreTrainedModel):
     @property
     def _encoder_config(self) -> Any:
         return getattr(self.config, "encoder_config", self.config)
+
+    def set_attention_context(self, left: int, right: int, chunk: int | None = None) -> None:
+        """Choose how many encoder frames a frame attends to, for all calls from now on; `save_pretrained` keeps it.
+
+        `set_attention_context(-1, -1)` gives full attention. A model trained with full attention gets a window around
+        each frame. Limited contexts need memory linear in the length of a clip.
+
+        Args:
+            left: frames before a frame (or before its chunk); -1 for no limit.
+            right: frames after it; -1 for no limit. With the style `chunked_limited` this is the look-ahead: chunks have
+                `right + 1` frames.
+            chunk: frames of a chunk; only with the style `chunked_limited_with_rc`, where it must be given.
+
+        Raises:
+            ValueError: the style of the model has no such context.
+        """
+        config = self._encoder_config
+        with_chunk = config.attention_context_style == "chunked_limited_with_rc"
+        if with_chunk and chunk is None and (left, right) == (-1, -1):
+            chunk = -1
+        if with_chunk is (chunk is None):
+            raise ValueError(
+                f"`chunk` must be given only for the context style chunked_limited_with_rc, got {chunk!r} for the "
+                f"style {config.attention_context_style}: {'give' if with_chunk else 'leave out'} `chunk`"
+            )
+        context = [left, right] if chunk is None else [left, chunk, right]
+        check_attention_context(config.attention_context_style, context, config.self_attention_model)
+        trained = config.attention_context_sizes or [config.attention_context_size]
+        if context not in trained and max(context) >= 0:
+            logger.warning_once(
+                f"The attention context {context} is not one that the model was trained with ({trained}): words may be "
+                "recognised less well."
+            )
+        if config.attention_context_sizes is None and context != config.attention_context_size:
+            config.attention_context_sizes = [config.attention_context_size]
+        config.attention_context_size = context
 
     def _augmented(self, features: Any, attention_mask: Tensor | None) -> Any:
         """Apply `config.spec_augment` to (B, T, F) features, in training only."""

@@ -21,18 +21,18 @@ from .archive import SETTINGS, Archive, NemoError
 from .configuration_parakeet import ParakeetCTCConfig, ParakeetRNNTConfig, ParakeetTDTConfig, kind_of
 from .feature_extraction_parakeet import ParakeetFeatureExtractor
 from .modeling_parakeet import ParakeetForCTC, ParakeetForRNNT, ParakeetForTDT, ParakeetPreTrainedModel
+from .nemo_keys import ELSE, MULTI_TALKER, PROMPT, SECTIONS, check_section, check_settings
 from .nemo_settings import (
-    ELSE,
     LISTS,
     Resolver,
-    check_section,
     check_vocabulary,
     config_fields,
     dump_settings,
     extractor_fields,
+    has_ctc_head,
     head_kind,
     parse_settings,
-    refuse,
+    with_sizes,
 )
 from .processing_parakeet import ParakeetProcessor
 from .subwords import build_tokenizer, plain_pieces
@@ -48,6 +48,7 @@ NAMES = (
     ("encoder.layers.{n}.norm_{name}.{w}", "encoder.layers.{n}.norm_{name}.{w}"),
     ("encoder.layers.{n}.feed_forward{i}.linear{j}.{w}", "encoder.layers.{n}.feed_forward{i}.linear{j}.{w}"),
     ("encoder.layers.{n}.self_attn.linear_{qkv}.{w}", "encoder.layers.{n}.self_attn.{qkv}_proj.{w}"),
+    ("encoder.layers.{n}.self_attn.global_{qkv}.{w}", "encoder.layers.{n}.self_attn.global_{qkv}_proj.{w}"),
     ("encoder.layers.{n}.self_attn.linear_out.{w}", "encoder.layers.{n}.self_attn.o_proj.{w}"),
     ("encoder.layers.{n}.self_attn.linear_pos.weight", "encoder.layers.{n}.self_attn.relative_k_proj.weight"),
     ("encoder.layers.{n}.self_attn.pos_bias_{uv}", "encoder.layers.{n}.self_attn.bias_{uv}"),
@@ -66,6 +67,9 @@ PLACEHOLDERS = {"n": r"\d+", "w": "weight|bias", "name": r"\w+", "i": "[12]", "j
 
 # buffers of the feature extractor, recomputed here
 DROPPED_KEYS = ("preprocessor.featurizer.window", "preprocessor.featurizer.fb")
+
+# start of a weight's name -> the model that it belongs to
+OTHER_WEIGHTS = {"spk_kernels.": MULTI_TALKER, "bg_spk_kernels.": MULTI_TALKER, "prompt_kernel.": PROMPT}
 
 # stands in `config.nemo_config` for a list of the tokenizer's pieces
 PIECES = "<the pieces of the tokenizer>"
@@ -138,23 +142,33 @@ def load_archive(
 def read_archive(archive: Archive, dtype: torch.dtype | None) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
     """Do what `load_archive` does; what goes wrong is raised as it is."""
     raw = parse_settings(archive.read(SETTINGS))
+    state = archive.weights()
     settings = Resolver(raw).visit(raw)
-    kind = head_kind(check_section(settings, ""))
-    fields = config_fields(settings, kind)
+    kind = head_kind(settings)
+    hybrid = kind != "ctc" and has_ctc_head(settings, state)
+    unknown = check_settings(settings, is_transducer=kind != "ctc", has_ctc_head=hybrid)
+    if unknown:
+        logger.warning(
+            "%s has settings that are not known here; they do not change what is computed in inference and are ignored: %s",
+            archive.path,
+            ", ".join(unknown),
+        )
+    settings = with_sizes(settings, {key: tensor.shape for key, tensor in state.items()})
     tokenizer = read_tokenizer(settings, archive.artifact, kind)
     labels = len(tokenizer) - 1
     check_vocabulary(settings, labels)
-    state = archive.weights()
-    check_layers(fields, state)
     config = HEADS[kind][0](
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         nemo_config=without_pieces(raw, tokenizer.convert_ids_to_tokens(range(labels))),
         **({} if kind == "ctc" else {"blank_token_id": labels, "forced_blanks": True}),
-        **fields,
+        **config_fields(settings, kind, hybrid),
     )
-    with torch.device("meta"):
-        model = HEADS[kind][1](config)
+    try:
+        with torch.device("meta"):
+            model = HEADS[kind][1](config)
+    except RuntimeError as error:
+        raise NemoError(f"a size in {SETTINGS} is too large for any model: {error}") from error
     load_weights(model, state, archive, dtype)
     # after the weights, whose shapes bound the sizes
     extractor = ParakeetFeatureExtractor(**extractor_fields(settings))
@@ -170,12 +184,16 @@ def read_tokenizer(settings: Mapping[str, Any], artifact: Callable[[str], bytes]
         kind: `"ctc"`, `"rnnt"` or `"tdt"`.
     """
     section = settings.get("tokenizer") or {}
-    if section.get("type") not in ("bpe", "agg"):
-        raise refuse("tokenizer.type", section.get("type"), "implemented are only 'bpe' and 'agg'")
-    parts = list(section["langs"].values()) if section["type"] == "agg" else [section]
+    if "type" not in section:
+        raise NemoError("the file names no tokenizer: `tokenizer.type` must be bpe or agg, save the model again in NeMo")
+    parts = {"": section}
+    if section["type"].lower() == "agg":
+        parts = section.get("langs") or {}
+        for lang in parts:
+            check_section(settings, f"tokenizer.langs.{lang}", SECTIONS["tokenizer"])
     if not parts:
         raise NemoError("`tokenizer.langs` must name at least one language, it names none: save the file again")
-    return build_tokenizer([artifact(part["model_path"]) for part in parts], kind)
+    return build_tokenizer([artifact(part["model_path"]) for part in parts.values()], kind)
 
 
 def without_pieces(raw: Mapping[str, Any], names: list[str]) -> str:
@@ -188,20 +206,6 @@ def without_pieces(raw: Mapping[str, Any], names: list[str]) -> str:
         return PIECES if path in LISTS and value == plain else value
 
     return dump_settings(visit(raw, "")).decode()
-
-
-def check_layers(fields: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Refuse other numbers of layers than the weights have, before modules are built for them."""
-    patterns = {
-        "encoder.n_layers": (r"encoder\.layers\.(\d+)\..*", fields["encoder_config"]["num_hidden_layers"]),
-        "decoder.prednet.pred_rnn_layers": (r".*\.lstm\.weight_ih_l(\d+)", fields.get("num_decoder_layers", 0)),
-    }
-    for setting, (pattern, count) in patterns.items():
-        found = len({match[1] for key in state if (match := re.fullmatch(pattern, key))})
-        if found != count:
-            raise NemoError(
-                f"`{setting}` is {count!r}, but the file has the weights of {found} such layers: correct it"
-            )
 
 
 def load_weights(
@@ -271,6 +275,9 @@ def rename(key: str) -> str:
         match = re.fullmatch(pattern(theirs), key)
         if match:
             return ours.format(**match.groupdict())
+    for start, kind in OTHER_WEIGHTS.items():
+        if key.startswith(start):
+            raise NemoError(f"the weight {key!r} belongs to {kind}: {ELSE}")
     advice = "merge or remove the adapters in NeMo and save again" if "adapter" in key else ELSE
     raise NemoError(f"the weight {key!r} belongs to nothing that is implemented here: {advice}")
 

@@ -12,21 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.audio_utils import hertz_to_mel, mel_filter_bank, mel_to_hertz
+from transformers.utils import logging
 
 from .archive import SETTINGS, NemoError, write_archive
 from .configuration_parakeet import blank_of, kind_of
+from .feature_extraction_parakeet import mel_triangles
 from .nemo import DROPPED_KEYS, NAMES, PIECES, pattern
-from .nemo_settings import (
-    COUNTS,
-    LISTS,
-    Resolver,
-    config_fields,
-    dump_settings,
-    extractor_fields,
-    lookup,
-    parse_settings,
-)
+from .nemo_keys import lookup
+from .nemo_settings import COUNTS, LISTS, Resolver, config_fields, dump_settings, extractor_fields, parse_settings
 from .subwords import plain_pieces, sentencepiece_models, vocabulary_files
 
 # field -> where NeMo keeps it: the first place is always written, the others where the file has them
@@ -48,6 +41,14 @@ ENCODER_PLACES = {
     "attention_dropout": ("encoder.dropout_att",),
     "max_position_embeddings": ("encoder.pos_emb_max_len",),
     "scale_input": ("encoder.xscaling",),
+    "attention_context_style": ("encoder.att_context_style",),
+    "self_attention_model": ("encoder.self_attention_model",),
+    "global_tokens": ("encoder.global_tokens",),
+    "global_tokens_spacing": ("encoder.global_tokens_spacing",),
+    "global_attn_separate": ("encoder.global_attn_separate",),
+    "conv_norm_type": ("encoder.conv_norm_type",),
+    "conv_context_size": ("encoder.conv_context_size",),
+    "causal_downsampling": ("encoder.causal_downsampling",),
 }  # fmt: skip
 EXTRACTOR_PLACES = {
     "feature_size": ("preprocessor.features",),
@@ -55,6 +56,7 @@ EXTRACTOR_PLACES = {
     "n_fft": ("preprocessor.n_fft",),
     "win_length": ("preprocessor.window_size",),
     "preemphasis": ("preprocessor.preemph",),
+    "normalize": ("preprocessor.normalize",),
 }
 PLACES = {
     "spec_augment": ("spec_augment",),
@@ -76,6 +78,8 @@ PLACES = {
 
 # what NeMo's encoder always is
 FIXED = {"hidden_act": "silu", "subsampling_conv_kernel_size": 3, "subsampling_conv_stride": 2}
+
+logger = logging.get_logger(__name__)
 
 MODULES = "nemo.collections.asr.modules."
 MODELS = "nemo.collections.asr.models."
@@ -127,6 +131,11 @@ def check_config(config: Any) -> None:
     for field, value in FIXED.items():
         if getattr(encoder, field) != value:
             raise NemoError(f"`encoder_config.{field}` is {getattr(encoder, field)!r}, in NeMo it is always {value!r}")
+    if encoder.global_tokens and encoder.global_attn_separate and max(encoder.attention_context_size) < 0:
+        raise NemoError(
+            "NeMo has global tokens in local attention only, the attention context is unlimited: choose another with "
+            "`model.set_attention_context`"
+        )
     if encoder.attention_bias != encoder.convolution_bias:
         raise NemoError("`attention_bias` and `convolution_bias` differ, NeMo has one setting for both")
     if encoder.intermediate_size % encoder.hidden_size:
@@ -285,10 +294,11 @@ def put_fields(settings: dict[str, Any], config: Any, extractor: Any) -> None:
     if kind == "tdt" and lookup(resolved, "joint.num_extra_outputs") != len(config.durations):
         put(settings, "joint.num_extra_outputs", len(config.durations))
         put(settings, "model_defaults.num_tdt_durations", len(config.durations), create=False)
-    given = config_fields(resolved, kind)
+    given = config_fields(resolved, kind, getattr(config, "ctc_head", False))
     read_encoder = given.pop("encoder_config")
     # NeMo keeps the ratio, and so does this comparison
-    read_encoder["intermediate_size"] //= read_encoder["hidden_size"]
+    read_encoder["intermediate_size"] //= read_encoder["hidden_size"] or 1
+    put_attention_context(settings, read_encoder, config.encoder_config)
     for tree, source, places in (
         (read_encoder, config.encoder_config, ENCODER_PLACES),
         (given, config, places_of(kind)),
@@ -306,6 +316,22 @@ def put_fields(settings: dict[str, Any], config: Any, extractor: Any) -> None:
                 put(settings, path, value, create=False)
 
 
+def put_attention_context(settings: dict[str, Any], read: Mapping[str, Any], encoder: Any) -> None:
+    """Write the attention context where it is not what the settings say: the one in use first, as in NeMo."""
+    context, contexts = list(encoder.attention_context_size), encoder.attention_context_sizes
+    if context == read["attention_context_size"] and contexts == read["attention_context_sizes"]:
+        return
+    if encoder.attention_context_style == "chunked_limited_with_rc":
+        logger.warning(
+            "A .nemo file cannot hold the attention context %s of the style chunked_limited_with_rc: NeMo starts with full "
+            "attention, choose the context there again.",
+            context,
+        )
+        return
+    others = [other for other in contexts or [] if other != context] if context in (contexts or []) else []
+    put(settings, "encoder.att_context_size", [context, *others] if others else context)
+
+
 def places_of(kind: str) -> dict[str, tuple[str, ...]]:
     """Return `PLACES` with those that depend on the kind of model."""
     ctc = "ctc_reduction" if kind == "ctc" else "aux_ctc.ctc_reduction"
@@ -320,6 +346,9 @@ def own_value(source: Any, field: str) -> Any:
         value = source.decoder_hidden_size
     if field == "intermediate_size":
         value //= source.hidden_size
+    if field == "self_attention_model" and max(source.attention_context_size) < 0:
+        # NeMo has no local attention without a limit; this is the same
+        value = "rel_pos"
     return plain_list(value)
 
 
@@ -332,6 +361,8 @@ def in_nemo(field: str, value: Any, settings: Mapping[str, Any]) -> Any:
     """Return the value of a field as NeMo writes it."""
     if field == "win_length":
         return value / lookup(settings, "preprocessor.sample_rate")
+    if field == "normalize" and value is None:
+        return "NA"
     if field == "spec_augment" and value:
         target = lookup(settings, "spec_augment._target_") or f"{MODULES}SpectrogramAugmentation"
         return {"_target_": target, **value}
@@ -352,14 +383,8 @@ def nemo_weights(model: Any, extractor: Any, settings: Mapping[str, Any]) -> dic
 
 def mel_filters(extractor: Any) -> Tensor:
     """Return the (1, F, n_fft / 2 + 1) mel filters, rounded as NeMo's are: triangles in float32, then their norm."""
-    bins, top = extractor.feature_size, extractor.sampling_rate / 2
-    triangles = mel_filter_bank(
-        extractor.n_fft // 2 + 1, bins, 0.0, top, extractor.sampling_rate, norm=None, mel_scale="slaney"
-    )
-    low, high = (float(hertz_to_mel(hertz, mel_scale="slaney")) for hertz in (0.0, top))
-    edges = np.asarray(mel_to_hertz(np.linspace(low, high, bins + 2), mel_scale="slaney"))
-    norm = 2.0 / (edges[2:] - edges[:-2])
-    return torch.from_numpy((triangles.T.astype(np.float32) * norm[:, None]).astype(np.float32))[None]
+    triangles, norm = mel_triangles(extractor.feature_size, extractor.n_fft, extractor.sampling_rate)
+    return torch.from_numpy((triangles.astype(np.float32) * norm[:, None]).astype(np.float32))[None]
 
 
 def nemo_name(key: str, extra: Mapping[str, str]) -> str:

@@ -1,136 +1,24 @@
-"""The settings of `.nemo` files as far as they are read: which one becomes which field, and which are refused.
+"""The settings of `.nemo` files: reads and writes their YAML, and translates them to the fields of a configuration.
 
-The way back is in `nemo_export.py`; weights are for `nemo.py`, SentencePiece models for `subwords.py`.
+Which settings are refused is in `nemo_keys.py`, the way back in `nemo_export.py`, weights in `nemo.py`.
 """
 
+import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from .archive import SETTINGS, NemoError
 from .configuration_parakeet import HOP_LENGTH
-from .feature_extraction_parakeet import LOG_ZERO_GUARD
 from .losses import REDUCTIONS
-
-# section -> setting -> the values that are implemented
-ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
-    "encoder": {
-        "subsampling": ("dw_striding",),
-        "causal_downsampling": (False,),
-        "self_attention_model": ("rel_pos",),
-        "att_context_size": (None, [-1, -1], [[-1, -1]]),
-        "att_context_style": ("regular",),
-        "conv_norm_type": ("batch_norm",),
-        "conv_context_size": (None,),
-        "feat_out": (-1, 0),
-        "reduction": (None,),
-    },
-    "preprocessor": {
-        "sample_rate": (16000,),
-        "window": ("hann",),
-        "normalize": ("per_feature",),
-        "mag_power": (2.0,),
-        "mel_norm": ("slaney",),
-        "lowfreq": (0,),
-        "highfreq": (None, 8000),
-        "log": (True,),
-        "log_zero_guard_type": ("add",),
-        "log_zero_guard_value": (LOG_ZERO_GUARD,),
-        "frame_splicing": (1,),
-        "nb_augmentation_prob": (0.0,),
-        "exact_pad": (False,),
-        "use_torchaudio": (False,),
-    },
-    "decoder": {"normalization_mode": (None,), "blank_as_pad": (True,), "random_state_sampling": (False,)},
-    "decoder.prednet": {"rnn_hidden_size": (-1, 0, None), "forget_gate_bias": (1.0, None), "norm": (None,)},
-    "joint": {"log_softmax": (None,), "masking_prob": (-1, None)},
-    "joint.jointnet": {"activation": ("relu", "tanh", "sigmoid")},
-    "decoding": {"big_blank_durations": (None, [])},
-    "decoding.greedy": {},
-    "loss": {"loss_name": ("default", "warprnnt", "warprnnt_numba", "pytorch", "tdt", "tdt_pytorch")},
-    "aux_ctc": {},
-    "aux_ctc.decoder": {},
-    "": {
-        "rnnt_reduction": (None, *REDUCTIONS),
-        "ctc_reduction": (None, *REDUCTIONS),
-    },
-}
-
-# settings that do not change what is computed here, or are read below; `""` is the root of the file
-KNOWN: dict[str, str] = {
-    "encoder": (
-        "_target_ att_chunk_context_size att_context_probs conv_kernel_size d_model dropout dropout_att "
-        "dropout_emb dropout_pre_encoder feat_in ff_expansion_factor global_attn_separate global_tokens "
-        "global_tokens_spacing n_heads n_layers pos_emb_max_len reduction_factor reduction_position "
-        "stochastic_depth_drop_prob stochastic_depth_mode stochastic_depth_start_layer "
-        "subsampling_conv_channels subsampling_conv_chunking_factor subsampling_factor sync_max_audio_length "
-        "untie_biases use_bias use_pytorch_sdpa use_pytorch_sdpa_backends xscaling"
-    ),
-    "preprocessor": (
-        "_target_ dither features mel_norm n_fft n_window_size n_window_stride nb_max_freq pad_to pad_value "
-        "preemph rng stft_conv stft_exact_pad window_size window_stride"
-    ),
-    "decoder": "_target_ add_blank feat_in init_mode num_classes prednet vocab_size vocabulary",
-    "decoder.prednet": ("dropout hidden_hidden_bias_scale pred_hidden pred_rnn_layers t_max weights_init_scale"),
-    "joint": (
-        "_target_ experimental_fuse_loss_wer fuse_loss_wer fused_batch_size jointnet num_classes "
-        "num_extra_outputs preserve_memory vocabulary"
-    ),
-    "joint.jointnet": "dropout encoder_hidden joint_hidden pred_hidden",
-    "decoding": (
-        "batch_dim_index beam compute_hypothesis_token_set compute_langs compute_timestamps confidence_cfg "
-        "ctc_timestamp_type durations fused_batch_size greedy model_type preserve_alignments "
-        "rnnt_timestamp_type segment_gap_threshold segment_seperators strategy tdt_include_duration "
-        "tdt_include_token_duration temperature word_seperator"
-    ),
-    "decoding.greedy": (
-        "allow_cuda_graphs boosting_tree boosting_tree_alpha compute_timestamps confidence_method_cfg "
-        "enable_per_stream_biasing fusion_models fusion_models_alpha include_duration loop_labels "
-        "max_batch_size max_symbols max_symbols_per_step ngram_lm_alpha ngram_lm_model preserve_alignments "
-        "preserve_frame_confidence preserve_step_confidence tdt_include_duration_confidence "
-        "use_cuda_graph_decoder"
-    ),
-    "loss": "_target_ tdt_kwargs warprnnt_numba_kwargs",
-    "aux_ctc": "ctc_loss_weight ctc_reduction decoder decoding use_cer",
-    "aux_ctc.decoder": "_target_ add_blank feat_in init_mode num_classes vocabulary",
-    "": (
-        "aux_ctc compute_eval_loss decoder decoding encoder interctc joint labels log_prediction loss "
-        "model_defaults name nemo_version optim preprocessor restore_timestamps sample_rate skip_nan_grad "
-        "spec_augment target test_ds tokenizer train_ds use_cer validation_ds variational_noise"
-    ),
-}
-
-# section -> the classes that are implemented, whatever module NeMo keeps them in
-CLASSES: dict[str, tuple[str, ...]] = {
-    "encoder": ("ConformerEncoder",),
-    "preprocessor": ("AudioToMelSpectrogramPreprocessor",),
-    "decoder": ("RNNTDecoder", "ConvASRDecoder"),
-    "joint": ("RNNTJoint",),
-    "aux_ctc.decoder": ("ConvASRDecoder",),
-}
-MODEL_CLASSES = ("EncDecCTCModelBPE", "EncDecRNNTBPEModel", "EncDecHybridRNNTCTCBPEModel")
-
-# setting -> what to do when its value is refused
-ADVICE = {
-    "encoder.self_attention_model": (
-        "call `model.change_attention_model('rel_pos', [-1, -1])` in NeMo and save again; the weights are the same"
-    ),
-    "encoder.att_context_size": "models of limited context (streaming) need NeMo; full context is [-1, -1]",
-    "encoder.att_context_style": "models of limited context (streaming) need NeMo; full context is 'regular'",
-    "encoder.causal_downsampling": "models with causal convolutions (streaming) need NeMo",
-    "encoder.conv_context_size": "models with causal convolutions (streaming) need NeMo",
-    "encoder._target_": "merge or disable adapters in NeMo and save again; other encoders need NeMo",
-    "decoder._target_": "stateless prediction networks and other decoders need NeMo",
-    "adapters": "merge or remove the adapters in NeMo and save again",
-    "target": "multitask and character models need NeMo; of a class derived from these, set `target` to its base",
-    "tokenizer.type": "WordPiece (wpe) and character vocabularies need NeMo; `change_vocabulary` there gives a bpe one",
-}
-ELSE = "such a model needs NeMo"
+from .nemo_keys import ELSE, MODEL_CLASSES, last_name, lookup, refuse
 
 # a YAML tree may have so many nodes once interpolations are resolved, and a string so many characters
 MAX_NODES, MAX_STRING = 1_000_000, 100_000
+# and so many levels, interpolations that lead to one another included
+MAX_DEPTH = 100
 
 
 class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # chosen at run time
@@ -158,7 +46,7 @@ Dumper.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("[yYnN]$"), li
 
 
 def parse_settings(content: bytes) -> dict[str, Any]:
-    """Read the YAML file; return its model section as it was written.
+    """Read the YAML file; return its model section, with `cls` and `params` of old files in the layout of new ones.
 
     Raises:
         NemoError: it is no YAML, or holds no settings.
@@ -172,7 +60,19 @@ def parse_settings(content: bytes) -> dict[str, Any]:
     root = settings.get("model", settings) if "encoder" not in settings else settings
     if not isinstance(root, dict):
         raise NemoError(f"`model` in {SETTINGS} must hold settings by name, it holds {type(root).__name__}")
-    return root
+    return modern_layout(root)
+
+
+def modern_layout(section: dict[str, Any], depth: int = 0) -> dict[str, Any]:
+    """Replace `cls` and `params`, which NeMo wrote before version 1.0, by `_target_` and the parameters beside it."""
+    if depth > MAX_DEPTH:
+        raise NemoError(f"{SETTINGS} is too deep")
+    if isinstance(section.get("params"), dict) and "cls" in section:
+        own = {key: value for key, value in section.items() if key not in ("cls", "params")}
+        section = {"_target_": section["cls"], **section["params"], **own}
+    return {
+        key: modern_layout(value, depth + 1) if isinstance(value, dict) else value for key, value in section.items()
+    }
 
 
 def dump_settings(settings: Mapping[str, Any]) -> bytes:
@@ -200,7 +100,7 @@ class Resolver:
             trail: interpolations that are being resolved.
         """
         self.nodes += 1
-        if self.nodes > MAX_NODES or len(path) + len(trail) > 100:
+        if self.nodes > MAX_NODES or len(path) + len(trail) > MAX_DEPTH:
             raise NemoError(f"{SETTINGS} is too large or too deep once its aliases and interpolations are resolved")
         if isinstance(value, dict):
             return {key: self.visit(item, (*path, str(key)), trail) for key, item in value.items()}
@@ -222,6 +122,9 @@ class Resolver:
         dots = len(name) - len(name.lstrip("."))
         # one leading dot is a sibling, two are a sibling of the parent
         keys = (*path[: max(len(path) - dots, 0)], *name.lstrip(".").split(".")) if dots else tuple(name.split("."))
+        if keys[0] == "model" and "model" not in self.settings:
+            # written for the tree that holds this one
+            keys = keys[1:]
         name = ".".join(keys)
         if name in trail:
             raise NemoError(f"`{'.'.join(path)}` in {SETTINGS} refers to itself by `{text}`: write its value there")
@@ -236,99 +139,159 @@ class Resolver:
         return self.visit(found, keys, (*trail, name))
 
 
-def last_name(target: Any) -> str:
-    """Return the class of a path such as `nemo.collections.asr.modules.ConformerEncoder`."""
-    return str(target).rpartition(".")[2]
-
-
-def refuse(setting: str, value: Any, rule: str) -> NemoError:
-    """Return the error that names a setting, its value, what would do, and what to do."""
-    name = setting.removeprefix(".")
-    return NemoError(f"`{name}` is {value!r}, {rule}: {ADVICE.get(name, ELSE)}")
-
-
-def lookup(settings: Mapping[str, Any], path: str) -> Any:
-    """Return a setting by its dotted path; `None` where there is none."""
-    value: Any = settings
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def check_section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a section of the YAML, `""` for its root, after refusing what is not implemented in it."""
-    section = lookup(settings, name) if name else settings
-    if not isinstance(section, dict):
-        raise NemoError(f"the file has no section `{name}`")
-    for key, value in section.items():
-        setting = f"{name}.{key}"
-        if isinstance(value, str) and "${" in value:
-            raise NemoError(f"`{setting}` is {value!r}: resolve the interpolation in {SETTINGS} first")
-        allowed = ONLY[name].get(key)
-        if allowed is not None and value not in allowed:
-            raise refuse(setting, value, f"implemented is only {' or '.join(map(repr, allowed))}")
-        if key == "_target_" and last_name(value) not in CLASSES.get(name, (last_name(value),)):
-            raise refuse(setting, value, f"implemented is only {' or '.join(CLASSES[name])}")
-        if allowed is None and key not in KNOWN[name].split():
-            raise refuse(setting, value, "which is not a setting that is known here")
-    if name == "" and last_name(section.get("target") or MODEL_CLASSES[0]) not in MODEL_CLASSES:
-        raise refuse("target", section["target"], f"implemented is only {' or '.join(MODEL_CLASSES)}")
-    return section
-
-
 def head_kind(settings: Mapping[str, Any]) -> str:
     """Tell CTC, RNN-T and TDT apart; the class of a file does not say which transducer it is."""
     if "joint" not in settings:
         return "ctc"
-    decoding = settings.get("decoding") or {}
-    loss = (settings.get("loss") or {}).get("loss_name")
-    is_tdt = bool(decoding.get("durations")) or decoding.get("model_type") == "tdt" or loss == "tdt"
-    return "tdt" if is_tdt or settings["joint"].get("num_extra_outputs", 0) else "rnnt"
+    decoding, loss = section_of(settings, "decoding"), section_of(settings, "loss")
+    is_tdt = bool(decoding.get("durations")) or decoding.get("model_type") == "tdt" or loss.get("loss_name") == "tdt"
+    return "tdt" if is_tdt or section_of(settings, "joint").get("num_extra_outputs") else "rnnt"
 
 
-def optional_section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a checked section, or nothing where the file has none."""
-    return check_section(settings, name) if lookup(settings, name) else {}
+def has_ctc_head(settings: Mapping[str, Any], weights: Iterable[str]) -> bool:
+    """Tell whether a transducer has a CTC head, too.
 
-
-def encoder_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate the encoder section."""
-    encoder = check_section(settings, "encoder")
-    width, channels = encoder["d_model"], encoder.get("subsampling_conv_channels", -1)
-    dropout = encoder.get("dropout", 0.1)
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": encoder["n_layers"],
-        "num_attention_heads": encoder.get("n_heads", 4),
-        "intermediate_size": width * encoder.get("ff_expansion_factor", 4),
-        "attention_bias": encoder.get("use_bias", True),
-        "convolution_bias": encoder.get("use_bias", True),
-        "conv_kernel_size": encoder.get("conv_kernel_size", 31),
-        "subsampling_factor": encoder.get("subsampling_factor", 4),
-        "subsampling_conv_channels": width if channels == -1 else channels,
-        "num_mel_bins": encoder["feat_in"],
-        "dropout": encoder.get("dropout_pre_encoder", dropout),
-        "dropout_positions": encoder.get("dropout_emb", dropout),
-        "layerdrop": encoder.get("stochastic_depth_drop_prob", 0.0),
-        "activation_dropout": dropout,
-        "attention_dropout": encoder.get("dropout_att", dropout),
-        "max_position_embeddings": encoder.get("pos_emb_max_len", 5000),
-        "scale_input": encoder.get("xscaling", True),
-    }
-
-
-def config_fields(settings: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Translate all settings of a model to fields of its configuration, `encoder_config` among them.
+    NeMo builds one for its hybrid classes only; other classes may carry a section `aux_ctc` that nothing reads.
 
     Args:
         settings: the resolved settings.
+        weights: names of the weights, which decide where the file names no class.
+
+    Raises:
+        NemoError: the class has such a head, but the file has no weights for it.
+    """
+    name = last_name(settings.get("target") or "")
+    found = any(key.startswith("ctc_decoder.") for key in weights)
+    if MODEL_CLASSES.get(name) and not found:
+        raise NemoError(
+            f"a model of the class {name} must have a CTC head, but the file has no weights `ctc_decoder.*`: save it "
+            "again, or set `target` to EncDecRNNTBPEModel"
+        )
+    return found
+
+
+# size -> weight and axis that have it
+SIZES = {
+    "encoder.d_model": ("encoder.pre_encode.out.weight", 0),
+    "encoder.feat_in": ("preprocessor.featurizer.fb", 1),
+    "encoder.subsampling_conv_channels": ("encoder.pre_encode.conv.0.weight", 0),
+    "encoder.n_heads": ("encoder.layers.0.self_attn.pos_bias_u", 0),
+    "encoder.conv_kernel_size": ("encoder.layers.0.conv.depthwise_conv.weight", 2),
+    "decoder.prednet.pred_hidden": ("decoder.prediction.embed.weight", 1),
+    "joint.jointnet.joint_hidden": ("joint.enc.weight", 0),
+}
+LAYERS = {
+    "encoder.n_layers": r"encoder\.layers\.(\d+)\..*",
+    "decoder.prednet.pred_rnn_layers": r"decoder\.prediction\.dec_rnn\.lstm\.weight_ih_l(\d+)",
+}
+
+
+def with_sizes(settings: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return settings whose sizes are those of the weights, before modules of these sizes are built.
+
+    Args:
+        settings: the resolved settings.
+        shapes: shapes of the weights by NeMo's names.
+
+    Raises:
+        NemoError: a size differs from that of the weights.
+    """
+    sizes = {setting: shapes[key][axis] for setting, (key, axis) in SIZES.items() if len(shapes.get(key, ())) > axis}
+    for setting, pattern in LAYERS.items():
+        sizes[setting] = len({match[1] for key in shapes if (match := re.fullmatch(pattern, key))})
+    settings = copy.deepcopy(dict(settings))
+    for setting, size in sizes.items():
+        section, _, key = setting.rpartition(".")
+        place = lookup(settings, section)
+        if not isinstance(place, dict):
+            continue
+        value = place.get(key)
+        # an absent size, and those of NeMo's templates
+        if value is None or value in (0, -1):
+            place[key] = size
+        elif value != size:
+            raise NemoError(f"`{setting}` is {value!r}, but the weights have {size}: correct it in {SETTINGS}")
+    return settings
+
+
+def section_of(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a section by its dotted path; an absent one is empty."""
+    section = lookup(settings, name)
+    return section if isinstance(section, dict) else {}
+
+
+def encoder_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate the encoder section; absent settings have the defaults of NeMo's ConformerEncoder."""
+    encoder = section_of(settings, "encoder")
+    width, channels = encoder.get("d_model"), encoder.get("subsampling_conv_channels", -1)
+    kernel, dropout = encoder.get("conv_kernel_size", 31), encoder.get("dropout", 0.1)
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": encoder.get("n_layers"),
+        "num_attention_heads": encoder.get("n_heads", 4),
+        "intermediate_size": (width or 0) * encoder.get("ff_expansion_factor", 4),
+        "attention_bias": encoder.get("use_bias", True),
+        "convolution_bias": encoder.get("use_bias", True),
+        "conv_kernel_size": kernel,
+        "subsampling_factor": encoder.get("subsampling_factor", 4),
+        "subsampling_conv_channels": width if channels == -1 else channels,
+        "num_mel_bins": encoder.get("feat_in"),
+        "dropout": encoder.get("dropout_pre_encoder", 0.1),
+        "dropout_positions": encoder.get("dropout_emb", 0.1),
+        "layerdrop": encoder.get("stochastic_depth_drop_prob", 0.0),
+        "activation_dropout": dropout,
+        "attention_dropout": encoder.get("dropout_att", 0.0),
+        "max_position_embeddings": encoder.get("pos_emb_max_len", 5000),
+        "scale_input": encoder.get("xscaling", True),
+        "conv_norm_type": encoder.get("conv_norm_type", "batch_norm"),
+        "conv_context_size": conv_context(encoder.get("conv_context_size"), kernel),
+        "causal_downsampling": encoder.get("causal_downsampling", False),
+        **attention_fields(encoder),
+    }
+
+
+def attention_fields(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate the settings of the encoder's attention."""
+    style = encoder.get("att_context_style", "regular")
+    contexts = encoder.get("att_context_size") or [[-1, -1]]
+    if isinstance(contexts[0], int):
+        contexts = [contexts]
+    if style == "chunked_limited_with_rc":
+        # NeMo does not read the setting, and chooses full attention
+        contexts = [[-1, -1, -1]]
+    model = encoder.get("self_attention_model", "rel_pos")
+    if model == "rel_pos_local_attn" and max(contexts[0]) <= 0:
+        raise refuse("encoder.att_context_size", contexts[0], "it must be above 0 for rel_pos_local_attn")
+    return {
+        "attention_context_size": list(contexts[0]),
+        "attention_context_sizes": [list(context) for context in contexts] if len(contexts) > 1 else None,
+        "attention_context_style": style,
+        "self_attention_model": model,
+        "global_tokens": encoder.get("global_tokens", 0),
+        "global_tokens_spacing": encoder.get("global_tokens_spacing", 1),
+        "global_attn_separate": encoder.get("global_attn_separate", False),
+    }
+
+
+def conv_context(value: Any, kernel: int) -> list[int] | None:
+    """Return `conv_context_size` as frames before and after; `None` where both are the same."""
+    context = [kernel - 1, 0] if value == "causal" else value
+    return None if context is None or context[0] == context[1] else list(context)
+
+
+def config_fields(settings: Mapping[str, Any], kind: str, hybrid: bool) -> dict[str, Any]:
+    """Translate all settings of a model to fields of its configuration, `encoder_config` among them.
+
+    Args:
+        settings: the resolved settings, checked.
         kind: `"ctc"`, `"rnnt"` or `"tdt"`.
+        hybrid: the model is a transducer with a CTC head.
 
     Raises:
         NemoError: a setting is not implemented.
         KeyError: a setting that has no default is missing.
     """
-    decoding = optional_section(settings, "decoding")
+    decoding = section_of(settings, "decoding")
     augment = settings.get("spec_augment")
     fields = {
         "encoder_config": encoder_fields(settings),
@@ -338,33 +301,33 @@ def config_fields(settings: Mapping[str, Any], kind: str) -> dict[str, Any]:
         "segment_gap_threshold": decoding.get("segment_gap_threshold"),
     }
     if kind == "ctc":
-        check_section(settings, "decoder")
-        return {**fields, "ctc_loss_reduction": settings.get("ctc_reduction") or "mean_batch"}
-    return {**fields, **transducer_fields(settings, kind), **hybrid_fields(settings)}
+        return {**fields, "ctc_loss_reduction": reduction(settings.get("ctc_reduction"))}
+    return {**fields, **transducer_fields(settings, kind), **(hybrid_fields(settings) if hybrid else {})}
+
+
+def reduction(value: Any) -> str:
+    """Return the reduction of a loss; NeMo's default where there is none that is known."""
+    return value if value in REDUCTIONS else "mean_batch"
 
 
 def transducer_fields(settings: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Translate prediction network, joint, decoding and loss."""
-    check_section(settings, "decoder")
-    check_section(settings, "joint")
-    prediction = check_section(settings, "decoder.prednet")
-    joint = check_section(settings, "joint.jointnet")
-    decoding, greedy = optional_section(settings, "decoding"), optional_section(settings, "decoding.greedy")
-    loss = optional_section(settings, "loss")
+    prediction, joint = section_of(settings, "decoder.prednet"), section_of(settings, "joint.jointnet")
+    greedy, loss = section_of(settings, "decoding.greedy"), section_of(settings, "loss")
     fields = {
-        "decoder_hidden_size": prediction["pred_hidden"],
+        "decoder_hidden_size": prediction.get("pred_hidden"),
         "num_decoder_layers": prediction.get("pred_rnn_layers", 1),
         "decoder_dropout": prediction.get("dropout") or 0.0,
-        "joint_hidden_size": joint["joint_hidden"],
+        "joint_hidden_size": joint.get("joint_hidden"),
         "joint_dropout": joint.get("dropout") or 0.0,
         "hidden_act": joint.get("activation", "relu").lower(),
         "max_symbols_per_step": greedy.get("max_symbols") or greedy.get("max_symbols_per_step") or 10,
-        "loss_reduction": settings.get("rnnt_reduction") or "mean_batch",
-        "fastemit_lambda": (loss.get("warprnnt_numba_kwargs") or {}).get("fastemit_lambda", 0.0),
+        "loss_reduction": reduction(settings.get("rnnt_reduction")),
+        "fastemit_lambda": section_of(loss, "warprnnt_numba_kwargs").get("fastemit_lambda", 0.0),
     }
     if kind == "tdt":
-        options = loss.get("tdt_kwargs") or {}
-        fields["durations"] = list(decoding.get("durations") or options["durations"])
+        options = section_of(loss, "tdt_kwargs")
+        fields["durations"] = list(lookup(settings, "decoding.durations") or options["durations"])
         fields["loss_sigma"] = options.get("sigma", 0.0)
         fields["loss_omega"] = options.get("omega", 0.0)
         fields["fastemit_lambda"] = options.get("fastemit_lambda", 0.0)
@@ -373,27 +336,24 @@ def transducer_fields(settings: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 def hybrid_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Translate the section of a second, CTC head."""
-    aux = optional_section(settings, "aux_ctc")
-    if not aux:
-        return {}
-    check_section(settings, "aux_ctc.decoder")
+    section = section_of(settings, "aux_ctc")
     return {
         "ctc_head": True,
-        "ctc_loss_weight": aux.get("ctc_loss_weight", 0.3),
-        "ctc_loss_reduction": aux.get("ctc_reduction") or "mean_batch",
+        "ctc_loss_weight": section.get("ctc_loss_weight", 0.3),
+        "ctc_loss_reduction": reduction(section.get("ctc_reduction")),
     }
 
 
 def extractor_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Translate the preprocessor section to fields of the feature extractor."""
-    section = check_section(settings, "preprocessor")
+    section = section_of(settings, "preprocessor")
     rate, bins = section.get("sample_rate", 16000), section.get("features", 64)
-    hop = int(section.get("window_stride", 0.01) * rate)
+    hop = samples_of(section, "window_stride", 0.01, rate)
     if hop != HOP_LENGTH:
         raise NemoError(f"`preprocessor.window_stride` gives {hop} samples, implemented are only {HOP_LENGTH}: {ELSE}")
-    if bins != check_section(settings, "encoder")["feat_in"]:
+    if bins != section_of(settings, "encoder").get("feat_in"):
         raise NemoError(f"`preprocessor.features` is {bins!r}, `encoder.feat_in` must be the same: correct {SETTINGS}")
-    window = int(section.get("window_size", 0.02) * rate)
+    window = samples_of(section, "window_size", 0.02, rate)
     n_fft = section.get("n_fft") or 1 << (window - 1).bit_length()
     # a transform of more than a second is a mistake
     if not 0 < window <= n_fft <= rate:
@@ -405,7 +365,27 @@ def extractor_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
         "n_fft": n_fft,
         "win_length": window,
         "preemphasis": section.get("preemph", 0.97),
+        "normalize": normalization(section.get("normalize", "per_feature")),
     }
+
+
+def samples_of(section: Mapping[str, Any], key: str, default: float, rate: int) -> int:
+    """Return a length in samples: in seconds under its key, or in samples under the key with `n_` before it."""
+    seconds, samples = section.get(key, default), section.get(f"n_{key}")
+    if key not in section and samples:
+        return int(samples)
+    if seconds and samples:
+        raise NemoError(f"`preprocessor.{key}` and `preprocessor.n_{key}` are both given: remove one of them")
+    return int(seconds * rate) if seconds else int(samples or 0)
+
+
+def normalization(value: Any) -> str | None:
+    """Return the normalisation of the features; NeMo takes any text that it does not know, such as NA, for none."""
+    if value == "per_feature":
+        return "per_feature"
+    if not isinstance(value, str) and value is not None or value == "all_features":
+        raise refuse("preprocessor.normalize", value, "implemented is only per_feature, or NA for none")
+    return None
 
 
 # where the file repeats the number of pieces
