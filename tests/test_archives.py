@@ -264,16 +264,24 @@ HOSTILE = {
     "an unknown setting": (lambda: with_settings(setter("encoder.hyper", 4)), "`encoder.hyper` is 4"),
     "a number of layers that weights lack": (
         lambda: with_settings(setter("encoder.n_layers", 10**9)),
-        "n_layers` is 1000000000, but the file has the weights of 2",
+        "n_layers` is 1000000000, but the weights have 2",
     ),
-    "a width that weights lack": (lambda: with_settings(setter("encoder.d_model", 10**7)), r"not \[\d*0000000\]|fit"),
+    "a width that weights lack": (
+        lambda: with_settings(setter("encoder.d_model", 10**9)), "d_model` is 1000000000, but the weights have 48"
+    ),
+    "a factor of the feed-forward without end": (
+        lambda: with_settings(setter("encoder.ff_expansion_factor", 10**17)), "too large for any model"
+    ),
+    "a subsampling without end": (lambda: with_settings(setter("encoder.subsampling_factor", 2**62)), "do not fit"),
     "a transform without end": (lambda: with_settings(setter("preprocessor.n_fft", 10**12)), "n_fft` is 1000000000000"),
     "mel bins without end": (lambda: with_settings(setter("preprocessor.features", 10**9)), "features` is 1000000000"),
-    "a setting of the wrong type": (lambda: with_settings(setter("encoder.d_model", "wide")), "valid value"),
+    "a setting of the wrong type": (
+        lambda: with_settings(setter("encoder.d_model", "wide")), "is 'wide', but the weights have 48"
+    ),
     "a section of the wrong type": (lambda: with_settings(setter("encoder", ["d_model"])), "no section `encoder`"),
     "a missing setting": (
-        lambda: with_settings(lambda tree: tree["encoder"].pop("d_model")),
-        "lacks the setting 'd_model'",
+        lambda: with_settings(lambda tree: tree["tokenizer"].pop("model_path")),
+        "lacks the setting 'model_path'",
     ),
     "settings that are no YAML": (lambda: with_yaml("a: [1, 2"), "is no YAML"),
     "settings with an object": (lambda: with_yaml("a: !!python/object/apply:os.mkdir ['sprung']"), "is no YAML"),
@@ -284,7 +292,7 @@ HOSTILE = {
     "interpolations in a circle": (lambda: with_settings(setter("name", "${name}")), "refers to itself"),
     "an interpolation out of the file": (
         lambda: with_settings(setter("encoder.d_model", "${oc.env:HOME}")),
-        "encoder.d_model` is '.*oc.env:HOME.*': resolve the interpolation",
+        "encoder.d_model` is '.*oc.env:HOME.*', an interpolation that leads out",
     ),
 }  # fmt: skip
 

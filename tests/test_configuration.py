@@ -14,6 +14,9 @@ ADDED = {
     "spec_augment", "segment_separators", "segment_gap_threshold", "joint_hidden_size", "forced_blanks",
     "decoder_dropout", "joint_dropout", "loss_reduction", "fastemit_lambda", "ctc_head", "ctc_loss_weight",
     "ctc_loss_reduction", "ctc_zero_infinity", "loss_sigma", "loss_omega", "kernel", "nemo_config",
+    "attention_context_size", "attention_context_sizes", "attention_context_style", "self_attention_model",
+    "global_tokens", "global_tokens_spacing", "global_attn_separate", "conv_norm_type", "conv_context_size",
+    "causal_downsampling",
 }  # fmt: skip
 
 
@@ -26,6 +29,8 @@ def test_fields_and_defaults_are_stocks():
     )
     for name, stock in json.loads(printed).items():
         ours = json.loads(json.dumps(getattr(tp, name)().to_dict(), default=str))
+        if "encoder_config" in ours:
+            ours["encoder_config"] = {key: ours["encoder_config"][key] for key in stock["encoder_config"]}
         assert {key: ours[key] for key in stock} == stock, name
         assert ours.keys() - stock.keys() <= ADDED, name
 
@@ -53,6 +58,27 @@ def test_seconds_per_frame_follow_the_subsampling():
         ("ParakeetEncoderConfig", {"hidden_size": 30, "num_attention_heads": 4}, "hidden_size"),
         ("ParakeetEncoderConfig", {"conv_kernel_size": 8}, "conv_kernel_size"),
         ("ParakeetEncoderConfig", {"subsampling_factor": 6}, "subsampling_factor"),
+        ("ParakeetEncoderConfig", {"conv_norm_type": "instance_norm"}, "conv_norm_type"),
+        ("ParakeetEncoderConfig", {"conv_context_size": [9, 0]}, "conv_context_size"),
+        ("ParakeetEncoderConfig", {"attention_context_style": "chunked"}, "attention_context_style"),
+        ("ParakeetEncoderConfig", {"attention_context_size": [-2, 1]}, "attention_context_size"),
+        ("ParakeetEncoderConfig", {"attention_context_size": [1, 1, 1]}, "attention_context_size"),
+        (
+            "ParakeetEncoderConfig",
+            {"attention_context_size": [70, 12], "attention_context_style": "chunked_limited"},
+            "a multiple of `right \\+ 1`",
+        ),
+        (
+            "ParakeetEncoderConfig",
+            {"attention_context_size": [4, 0, 1], "attention_context_style": "chunked_limited_with_rc"},
+            "at least 1 frame",
+        ),
+        (
+            "ParakeetEncoderConfig",
+            {"attention_context_size": [4, -1], "self_attention_model": "rel_pos_local_attn"},
+            "attention_context_size",
+        ),
+        ("ParakeetEncoderConfig", {"global_tokens": 1}, "global_tokens"),
         ("ParakeetEncoderConfig", {"subsampling_conv_stride": 1}, "subsampling_conv_stride"),
         ("ParakeetRNNTConfig", {"blank_token_id": 8193}, "blank_token_id"),
         ("ParakeetRNNTConfig", {"max_symbols_per_step": 0}, "max_symbols_per_step"),

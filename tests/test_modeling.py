@@ -81,7 +81,7 @@ def test_lengths_follow_the_convolutions():
 def test_relative_shift_against_its_definition():
     for frames in (1, 2, 5, 63):
         scores = torch.randn(2, 3, frames, 2 * frames - 1)
-        shifted = relative_shift(scores)
+        shifted = relative_shift(scores, frames)
         for query in range(frames):
             for key in range(frames):
                 torch.testing.assert_close(shifted[..., query, key], scores[..., query, key - query + frames - 1])

@@ -68,7 +68,7 @@ class BlockLayout:
         return F.pad(query, (*tail, 0, self.padding)).unflatten(1, (-1, self.block)).flatten(0, 1)
 
     def split_keys(self, key: Tensor) -> Tensor:
-        """Return the keys of each block, (B * blocks, K, ...), for (B, N, ...); zeros stand before and after the frames."""
+        """Return the keys of each block (B * blocks, K, ...) for (B, N, ...); zeros fill what is outside the frames."""
         if self.is_whole:
             return key
         tail = [0, 0] * (key.ndim - 2)
@@ -182,9 +182,10 @@ class ParakeetEncoderRelPositionalEncoding(nn.Module):
 def nemo_local_positions(positions: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
     """Return the position whose embedding NeMo's local attention uses in place of each relative position.
 
-    NeMo has a table of the positions left .. -right and a score column for each of w .. -w, w = max(left, right). It adds
-    row n < left of the table to column n, and row left + m to column 2w - right + m. With `left == right` each
-    position keeps its own embedding (RelPositionMultiHeadAttentionLongformer in multi_head_attention.py).
+    NeMo has a table of the positions left .. -right, and a score column for each position w .. -w, where w is
+    max(left, right). It adds row n < left of the table to column n, and row left + m to column 2w - right + m. With
+    `left == right` each position keeps its own embedding (RelPositionMultiHeadAttentionLongformer in NeMo's
+    multi_head_attention.py).
 
     Args:
         positions: (R,) relative positions query - key.
@@ -199,6 +200,11 @@ def nemo_local_positions(positions: Tensor, left: int, right: int) -> tuple[Tens
     in_past, in_future = column < left, column >= 2 * width - right
     row = torch.where(in_past, column, column - 2 * width + right + left)
     return left - row, in_past | in_future
+
+
+def lowest_score(dtype: torch.dtype) -> float:
+    """Return the score of a masked key; finite in float32, so that a query without visible keys gives no NaN."""
+    return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
 
 
 def relative_shift(scores: Tensor, keys: int) -> Tensor:
@@ -286,7 +292,7 @@ class ParakeetEncoderAttention(nn.Module):
             attention_mask: (B, N) boolean mask of the frames inside the clips.
 
         Returns:
-            (B, N, H), and the (B, heads, N, N) weights where the implementation gives them and all frames are one block.
+            (B, N, H); and the (B, heads, N, N) weights, if the implementation gives them and all frames are one block.
         """
         layout = block_layout(self.config, hidden.shape[1])
         query, key, value = (self._split(project(hidden)) for project in (self.q_proj, self.k_proj, self.v_proj))
@@ -294,7 +300,7 @@ class ParakeetEncoderAttention(nn.Module):
         bias = self._position_bias(queries, position_embeddings, layout)
         visible = self._visible(hidden, attention_mask, layout)
         if visible is not None:
-            bias = bias.masked_fill(~visible, torch.finfo(bias.dtype).min)
+            bias = bias.masked_fill(~visible, lowest_score(bias.dtype))
         global_frames = self._global_frames(hidden.shape[1])
         projected = [query, key, value]
         if global_frames:
@@ -358,7 +364,9 @@ class ParakeetEncoderAttention(nn.Module):
         """Return query, key and value (B, N, heads, head width) of the attention to and from the global tokens."""
         if not self.config.global_attn_separate:
             return projected
-        return [self._split(project(hidden)) for project in (self.global_q_proj, self.global_k_proj, self.global_v_proj)]
+        return [
+            self._split(project(hidden)) for project in (self.global_q_proj, self.global_k_proj, self.global_v_proj)
+        ]
 
 
 def with_global_keys(
@@ -410,7 +418,7 @@ def replace_global_rows(
     bias = None
     if attention_mask is not None:
         bias = torch.zeros_like(attention_mask, dtype=query.dtype)
-        bias = bias.masked_fill(~attention_mask, torch.finfo(query.dtype).min)[:, None, None]
+        bias = bias.masked_fill(~attention_mask, lowest_score(query.dtype))[:, None, None]
         # a global token beyond the end of a clip is visible to the clip, so its state must be NeMo's
         output = output * attention_mask[..., None, None]
     attended = F.scaled_dot_product_attention(rows, key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias)

@@ -51,9 +51,9 @@ class ParakeetEncoderConfig(PreTrainedConfig):
         max_position_embeddings: kept for the file format; the sinusoids have no limit.
         scale_input: multiply the subsampled input by sqrt(D).
         initializer_range: standard deviation of the initial weights.
-        attention_context_size: encoder frames that a frame attends to: `[left, right]`, or `[left, chunk, right]` for the
-            style `chunked_limited_with_rc`. -1 means unlimited.
-        attention_context_sizes: all context sizes that the model was trained with; `None` when it is only the one above.
+        attention_context_size: encoder frames that a frame attends to: `[left, right]`, or `[left, chunk, right]` for
+            the style `chunked_limited_with_rc`. -1 means unlimited.
+        attention_context_sizes: all context sizes that the model was trained with; `None` for that one alone.
         attention_context_style: `"regular"`: each frame has its own window. `"chunked_limited"`: frames are grouped in
             chunks of `right + 1`, and a frame attends to its own chunk and to `left` frames before it.
             `"chunked_limited_with_rc"`: the same with chunks of `chunk` and `right` frames after the chunk.
@@ -63,7 +63,7 @@ class ParakeetEncoderConfig(PreTrainedConfig):
         global_tokens_spacing: frames from one global token to the next.
         global_attn_separate: global tokens have query, key and value projections of their own.
         conv_norm_type: norm after the depthwise convolution, `"batch_norm"` or `"layer_norm"`.
-        conv_context_size: `[left, right]` frames that the depthwise convolution sees; `None` means the same on both sides.
+        conv_context_size: `[left, right]` frames that the depthwise convolution sees; `None` for as many on each side.
         causal_downsampling: pad the subsampling convolutions by 2 before and 1 after, in time and in frequency.
 
     Raises:
@@ -117,8 +117,10 @@ class ParakeetEncoderConfig(PreTrainedConfig):
         _check(self.conv_norm_type in CONV_NORM_TYPES, "conv_norm_type", self.conv_norm_type,
                " or ".join(CONV_NORM_TYPES))  # fmt: skip
         context = self.conv_context_size
-        _check(context is None or (len(context) == 2 and min(context) >= 0 and sum(context) + 1 == self.conv_kernel_size),
-               "conv_context_size", context,
+        fits = context is None or (
+            len(context) == 2 and min(context) >= 0 and sum(context) + 1 == self.conv_kernel_size
+        )
+        _check(fits, "conv_context_size", context,
                f"two frame counts whose sum is `conv_kernel_size` - 1 ({self.conv_kernel_size - 1})")  # fmt: skip
         self._check_attention()
         super().__post_init__(**kwargs)

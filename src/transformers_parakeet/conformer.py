@@ -164,7 +164,7 @@ class ParakeetEncoderConvolutionModule(nn.Module):
         return pointwise(self.pointwise_conv2, self.activation(hidden))
 
     def _filter(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight (H, 1, k) and bias of the depthwise convolution; outside training, batch norm is part of them."""
+        """Return weight (H, 1, k) and bias of the depthwise convolution; outside training they include batch norm."""
         weight, bias = self.depthwise_conv.weight, self.depthwise_conv.bias
         norm: Any = self.norm
         if self.training or isinstance(norm, nn.LayerNorm):

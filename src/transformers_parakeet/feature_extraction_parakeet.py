@@ -43,8 +43,8 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
         win_length: samples of the symmetric Hann window.
         preemphasis: coefficient a of y[n] = x[n] - a x[n-1]; `None` or 0 for none.
         padding_value: value of the samples that pad a batch.
-        normalize: `"per_feature"` gives every mel bin of a clip mean 0 and standard deviation 1; `None` leaves the log-mel
-            energies as they are, which models for streaming expect.
+        normalize: `"per_feature"` gives every mel bin of a clip mean 0 and standard deviation 1; `None` leaves the
+            log-mel energies as they are, which models for streaming expect.
 
     Raises:
         ValueError: another `normalize`.

@@ -102,8 +102,8 @@ class ParakeetPreTrainedModel(PreTrainedModel):
 
         Args:
             left: frames before a frame (or before its chunk); -1 for no limit.
-            right: frames after it; -1 for no limit. With the style `chunked_limited` this is the look-ahead: chunks have
-                `right + 1` frames.
+            right: frames after it; -1 for no limit. With the style `chunked_limited` this is the look-ahead, and chunks
+                have `right + 1` frames.
             chunk: frames of a chunk; only with the style `chunked_limited_with_rc`, where it must be given.
 
         Raises:

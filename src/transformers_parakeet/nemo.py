@@ -149,7 +149,7 @@ def read_archive(archive: Archive, dtype: torch.dtype | None) -> tuple[ParakeetP
     unknown = check_settings(settings, is_transducer=kind != "ctc", has_ctc_head=hybrid)
     if unknown:
         logger.warning(
-            "%s has settings that are not known here; they do not change what is computed in inference and are ignored: %s",
+            "%s has settings that are not known here. They cannot change inference and are ignored: %s",
             archive.path,
             ", ".join(unknown),
         )
@@ -183,9 +183,7 @@ def read_tokenizer(settings: Mapping[str, Any], artifact: Callable[[str], bytes]
         artifact: returns the file that a value of the YAML refers to.
         kind: `"ctc"`, `"rnnt"` or `"tdt"`.
     """
-    section = settings.get("tokenizer") or {}
-    if "type" not in section:
-        raise NemoError("the file names no tokenizer: `tokenizer.type` must be bpe or agg, save the model again in NeMo")
+    section = settings["tokenizer"]
     parts = {"": section}
     if section["type"].lower() == "agg":
         parts = section.get("langs") or {}

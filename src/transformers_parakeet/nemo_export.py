@@ -109,7 +109,7 @@ def export_nemo(model: Any, processor: Any, path: str | Path) -> None:
     labels = config.vocab_size - 1
     models = sentencepiece_models(processor.tokenizer, labels)
     settings, files = with_tokenizer(base_settings(config), models)
-    put_pieces(settings, processor.tokenizer.convert_ids_to_tokens(range(labels)))
+    put_pieces(settings, processor.tokenizer.convert_ids_to_tokens(range(labels)), getattr(config, "ctc_head", False))
     put_fields(settings, config, processor.feature_extractor)
     files = {SETTINGS: dump_settings(settings), **files}
     write_archive(path, files, nemo_weights(model, processor.feature_extractor, settings))
@@ -276,14 +276,14 @@ def put(settings: dict[str, Any], path: str, value: Any, create: bool = True) ->
         place[key] = value
 
 
-def put_pieces(settings: dict[str, Any], names: list[str]) -> None:
-    """Write the vocabulary wherever the file repeats it."""
+def put_pieces(settings: dict[str, Any], names: list[str], hybrid: bool) -> None:
+    """Write the vocabulary wherever the file repeats it; `aux_ctc` is a stub unless the model is a hybrid."""
     plain = plain_pieces(names)
     for path in LISTS:
-        if isinstance(lookup(settings, path), (str, list)):
+        if isinstance(lookup(settings, path), (str, list)) and (hybrid or not path.startswith("aux_ctc.")):
             put(settings, path, plain)
     for path in COUNTS:
-        if lookup(settings, path) not in (None, len(plain)):
+        if lookup(settings, path) not in (None, len(plain)) and (hybrid or not path.startswith("aux_ctc.")):
             put(settings, path, len(plain))
 
 
@@ -323,8 +323,8 @@ def put_attention_context(settings: dict[str, Any], read: Mapping[str, Any], enc
         return
     if encoder.attention_context_style == "chunked_limited_with_rc":
         logger.warning(
-            "A .nemo file cannot hold the attention context %s of the style chunked_limited_with_rc: NeMo starts with full "
-            "attention, choose the context there again.",
+            "A .nemo file cannot hold the attention context %s of the style chunked_limited_with_rc: NeMo starts with "
+            "full attention, choose the context there again.",
             context,
         )
         return
@@ -349,6 +349,8 @@ def own_value(source: Any, field: str) -> Any:
     if field == "self_attention_model" and max(source.attention_context_size) < 0:
         # NeMo has no local attention without a limit; this is the same
         value = "rel_pos"
+    if field == "global_tokens" and max(source.attention_context_size) < 0:
+        value = 0
     return plain_list(value)
 
 

@@ -41,49 +41,55 @@ CANARY = "a tokenizer of a multitask model such as Canary"
 
 DATA = Section(
     strict=False,
-    ignored=(
-        "_target_ audio_locator_tag augmentor batch_duration batch_size batch_tokens bin bucket_batch_size "
-        "bucket_buffer_size bucket_duration_bins bucketing_2d_strict_mode bucketing_batch_size bucketing_strategy "
-        "bucketing_weights channel_selector concatenate_samples concurrent_bucketing cuda_expandable_segments cuts_path "
-        "defer_setup drop_last force_finite force_iterable_dataset force_map_dataset input_cfg is_concat is_tarred "
-        "keep_excessive_supervisions labels lang_field lhotse manifest_filepath max_cer max_duration max_open_streams "
-        "max_tokens max_tps max_utts metadata_only min_duration min_tokens min_tps multi_config name normalize_transcripts "
-        "num_buckets num_cuts_for_bins_estimate num_workers parser perturb_speed pin_memory pretokenize prompt_format "
-        "quadratic_duration quadratic_factor return_sample_id reweight_temperature sample_rate sampler_fusion "
-        "sampler_weights seed shar_path shard_manifests shard_seed shuffle shuffle_buffer_size shuffle_n "
-        "skip_missing_manifest_entries slice_length tarred_audio_filepaths tarred_random_access tarred_shard_strategy "
-        "text_field trim trim_silence truncate_duration use_bucketing use_lhotse use_multimodal_sampling "
-        "use_start_end_token"
-    ),
+    ignored="""
+        _target_ audio_locator_tag augmentor batch_duration batch_size batch_tokens bin bucket_batch_size
+        bucket_buffer_size bucket_duration_bins bucketing_2d_strict_mode bucketing_batch_size bucketing_strategy
+        bucketing_weights channel_selector concatenate_samples concurrent_bucketing cuda_expandable_segments
+        cuts_path defer_setup drop_last force_finite force_iterable_dataset force_map_dataset input_cfg is_concat
+        is_tarred keep_excessive_supervisions labels lang_field lhotse manifest_filepath max_cer max_duration
+        max_open_streams max_tokens max_tps max_utts metadata_only min_duration min_tokens min_tps multi_config name
+        normalize_transcripts num_buckets num_cuts_for_bins_estimate num_workers parser perturb_speed pin_memory
+        pretokenize prompt_format quadratic_duration quadratic_factor return_sample_id reweight_temperature
+        sample_rate sampler_fusion sampler_weights seed shar_path shard_manifests shard_seed shuffle
+        shuffle_buffer_size shuffle_n skip_missing_manifest_entries slice_length tarred_audio_filepaths
+        tarred_random_access tarred_shard_strategy text_field trim trim_silence truncate_duration use_bucketing
+        use_lhotse use_multimodal_sampling use_start_end_token
+    """,
 )
 
 # the file's sections by dotted path; "" is its root
 SECTIONS: dict[str, Section] = {
     "": Section(
         strict=False,
-        read=(
-            "aux_ctc decoder decoding encoder joint labels loss preprocessor sample_rate spec_augment target tokenizer"
-        ),
-        ignored=(
-            "compute_eval_loss exp_manager hydra init_from_nemo_model init_from_pretrained_model interctc log_prediction "
-            "model_defaults name nemo_version optim prompt_defaults restore_timestamps skip_nan_grad test_ds tokenizer_type "
-            "train_ds trainer use_cer validation_ds variational_noise wandb_logger_kwargs"
-        ),
+        read="""
+            aux_ctc decoder decoding encoder joint labels loss preprocessor sample_rate spec_augment target
+            tokenizer
+        """,
+        ignored="""
+            compute_eval_loss exp_manager hydra init_from_nemo_model init_from_pretrained_model interctc
+            log_prediction model_defaults name nemo_version optim prompt_defaults restore_timestamps skip_nan_grad
+            test_ds tokenizer_type train_ds trainer use_cer validation_ds variational_noise wandb_logger_kwargs
+        """,
         only={"rnnt_reduction": (None, *REDUCTIONS), "ctc_reduction": (None, *REDUCTIONS)},
-        refused={"num_prompts": PROMPT, "spk_kernel_type": MULTI_TALKER, "spk_kernel_layers": MULTI_TALKER},
+        refused={
+            "adapters": "adapters",
+            "num_prompts": PROMPT,
+            "spk_kernel_type": MULTI_TALKER,
+            "spk_kernel_layers": MULTI_TALKER,
+        },
     ),
     "encoder": Section(
-        read=(
-            "_target_ att_context_size causal_downsampling conv_context_size conv_kernel_size d_model dropout dropout_att "
-            "dropout_emb dropout_pre_encoder feat_in ff_expansion_factor global_attn_separate global_tokens "
-            "global_tokens_spacing n_heads n_layers pos_emb_max_len stochastic_depth_drop_prob subsampling_conv_channels "
-            "subsampling_factor use_bias xscaling"
-        ),
-        ignored=(
-            "att_chunk_context_size att_context_probs conv_context_style reduction_factor reduction_position "
-            "stochastic_depth_mode stochastic_depth_start_layer subsampling_conv_chunking_factor sync_max_audio_length "
-            "untie_biases use_pytorch_sdpa use_pytorch_sdpa_backends"
-        ),
+        read="""
+            _target_ att_context_size causal_downsampling conv_context_size conv_kernel_size d_model dropout
+            dropout_att dropout_emb dropout_pre_encoder feat_in ff_expansion_factor global_attn_separate
+            global_tokens global_tokens_spacing n_heads n_layers pos_emb_max_len stochastic_depth_drop_prob
+            subsampling_conv_channels subsampling_factor use_bias xscaling
+        """,
+        ignored="""
+            att_chunk_context_size att_context_probs conv_context_style reduction_factor reduction_position
+            stochastic_depth_mode stochastic_depth_start_layer subsampling_conv_chunking_factor
+            sync_max_audio_length untie_biases use_pytorch_sdpa use_pytorch_sdpa_backends
+        """,
         only={
             "att_context_style": CONTEXT_STYLES,
             "conv_norm_type": CONV_NORM_TYPES,
@@ -132,9 +138,7 @@ SECTIONS: dict[str, Section] = {
     ),
     "joint": Section(
         read="_target_ jointnet num_classes num_extra_outputs vocabulary",
-        ignored=(
-            "experimental_fuse_loss_wer fuse_loss_wer fused_batch_size log_softmax masking_prob preserve_memory"
-        ),
+        ignored="experimental_fuse_loss_wer fuse_loss_wer fused_batch_size log_softmax masking_prob preserve_memory",
         classes=("RNNTJoint",),
         refused={"multilingual": MULTI_SOFTMAX, "language_keys": MULTI_SOFTMAX, "language_masks": MULTI_SOFTMAX},
     ),
@@ -157,21 +161,21 @@ SECTIONS: dict[str, Section] = {
     "decoding": Section(
         strict=False,
         read="big_blank_durations durations greedy model_type segment_gap_threshold segment_seperators",
-        ignored=(
-            "batch_dim_index beam compute_hypothesis_token_set compute_langs compute_timestamps confidence_cfg "
-            "ctc_timestamp_type fused_batch_size lang_tag_pattern preserve_alignments rnnt_timestamp_type strategy "
-            "strip_lang_tags tdt_include_duration tdt_include_token_duration temperature wfst word_seperator"
-        ),
+        ignored="""
+            batch_dim_index beam compute_hypothesis_token_set compute_langs compute_timestamps confidence_cfg
+            ctc_timestamp_type fused_batch_size lang_tag_pattern preserve_alignments rnnt_timestamp_type strategy
+            strip_lang_tags tdt_include_duration tdt_include_token_duration temperature wfst word_seperator
+        """,
     ),
     "decoding.greedy": Section(
         strict=False,
         read="max_symbols max_symbols_per_step",
-        ignored=(
-            "allow_cuda_graphs boosting_tree boosting_tree_alpha compute_timestamps confidence_method_cfg "
-            "enable_per_stream_biasing fusion_models fusion_models_alpha include_duration loop_labels max_batch_size "
-            "ngram_lm_alpha ngram_lm_model preserve_alignments preserve_frame_confidence preserve_step_confidence "
-            "tdt_include_duration_confidence tdt_include_token_duration use_cuda_graph_decoder"
-        ),
+        ignored="""
+            allow_cuda_graphs boosting_tree boosting_tree_alpha compute_timestamps confidence_method_cfg
+            enable_per_stream_biasing fusion_models fusion_models_alpha include_duration loop_labels max_batch_size
+            ngram_lm_alpha ngram_lm_model preserve_alignments preserve_frame_confidence preserve_step_confidence
+            tdt_include_duration_confidence tdt_include_token_duration use_cuda_graph_decoder
+        """,
     ),
     "loss": Section(
         strict=False,
@@ -188,12 +192,12 @@ SECTIONS: dict[str, Section] = {
     ),
     "trainer": Section(
         strict=False,
-        ignored=(
-            "accelerator accumulate_grad_batches benchmark check_val_every_n_epoch deterministic devices enable_checkpointing "
-            "enable_progress_bar gradient_clip_val limit_test_batches limit_train_batches limit_val_batches "
-            "log_every_n_steps logger max_epochs max_steps max_time num_nodes num_sanity_val_steps precision strategy "
-            "sync_batchnorm use_distributed_sampler val_check_interval"
-        ),
+        ignored="""
+            accelerator accumulate_grad_batches benchmark check_val_every_n_epoch deterministic devices
+            enable_checkpointing enable_progress_bar gradient_clip_val limit_test_batches limit_train_batches
+            limit_val_batches log_every_n_steps logger max_epochs max_steps max_time num_nodes num_sanity_val_steps
+            precision strategy sync_batchnorm use_distributed_sampler val_check_interval
+        """,
     ),
 }  # fmt: skip
 
@@ -284,6 +288,8 @@ def check_settings(settings: Mapping[str, Any], *, is_transducer: bool, has_ctc_
         NemoError: a setting that can change inference is not implemented, or a section is missing.
     """
     check_class(settings.get("target"))
+    if settings.get("tokenizer") is None:
+        raise NemoError("the file names no tokenizer: save the model again in NeMo, with `tokenizer.type` bpe or agg")
     if lookup(settings, "decoding.big_blank_durations"):
         raise refuse("decoding.big_blank_durations", lookup(settings, "decoding.big_blank_durations"),
                      "implemented are no multi-blank transducers")  # fmt: skip
@@ -313,7 +319,7 @@ def check_class(target: Any) -> None:
 def check_section(settings: Mapping[str, Any], name: str, section: Section) -> list[str]:
     """Refuse what is not implemented in one section; return its unknown settings if they cannot change inference."""
     values = lookup(settings, name)
-    if values is None and (not section.strict or name == "tokenizer"):
+    if values is None and not section.strict:
         return []
     if not isinstance(values, dict):
         if section.strict:
@@ -323,7 +329,7 @@ def check_section(settings: Mapping[str, Any], name: str, section: Section) -> l
     for key, value in values.items():
         setting = f"{name}.{key}"
         if key in section.refused and value is not None:
-            raise NemoError(f"`{setting.removeprefix('.')}` belongs to {section.refused[key]}: {ELSE}")
+            raise NemoError(f"`{setting.removeprefix('.')}` belongs to {section.refused[key]}: {ADVICE.get(key, ELSE)}")
         problem = problem_of(section, key, value)
         if problem and section.strict:
             raise refuse(setting, value, problem)
@@ -372,7 +378,11 @@ def table_rows(name: str, section: Section) -> Iterator[tuple[str, str, str]]:
         yield ", ".join(f"`{key}`" for key in plain), "any", "read"
     other = "refused" if section.strict else "ignored, one warning names them"
     for key, values in section.only.items():
-        yield f"`{key}`", ", ".join("`null`" if value is None else f"`{value}`" for value in values), f"read; others are {other}"
+        yield (
+            f"`{key}`",
+            ", ".join("`null`" if value is None else f"`{value}`" for value in values),
+            f"read; others are {other}",
+        )
     if section.ignored:
         yield ", ".join(f"`{key}`" for key in section.ignored.split()), "any", "ignored: no effect on inference"
     for key, kind in section.refused.items():

@@ -199,10 +199,10 @@ def with_sizes(settings: Mapping[str, Any], shapes: Mapping[str, Sequence[int]])
     sizes = {setting: shapes[key][axis] for setting, (key, axis) in SIZES.items() if len(shapes.get(key, ())) > axis}
     for setting, pattern in LAYERS.items():
         sizes[setting] = len({match[1] for key in shapes if (match := re.fullmatch(pattern, key))})
-    settings = copy.deepcopy(dict(settings))
+    result = copy.deepcopy(dict(settings))
     for setting, size in sizes.items():
         section, _, key = setting.rpartition(".")
-        place = lookup(settings, section)
+        place = lookup(result, section)
         if not isinstance(place, dict):
             continue
         value = place.get(key)
@@ -211,7 +211,7 @@ def with_sizes(settings: Mapping[str, Any], shapes: Mapping[str, Sequence[int]])
             place[key] = size
         elif value != size:
             raise NemoError(f"`{setting}` is {value!r}, but the weights have {size}: correct it in {SETTINGS}")
-    return settings
+    return result
 
 
 def section_of(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -267,7 +267,8 @@ def attention_fields(encoder: Mapping[str, Any]) -> dict[str, Any]:
         "attention_context_sizes": [list(context) for context in contexts] if len(contexts) > 1 else None,
         "attention_context_style": style,
         "self_attention_model": model,
-        "global_tokens": encoder.get("global_tokens", 0),
+        # nothing reads the setting in the other attention
+        "global_tokens": encoder.get("global_tokens", 0) if model == "rel_pos_local_attn" else 0,
         "global_tokens_spacing": encoder.get("global_tokens_spacing", 1),
         "global_attn_separate": encoder.get("global_attn_separate", False),
     }
@@ -383,7 +384,7 @@ def normalization(value: Any) -> str | None:
     """Return the normalisation of the features; NeMo takes any text that it does not know, such as NA, for none."""
     if value == "per_feature":
         return "per_feature"
-    if not isinstance(value, str) and value is not None or value == "all_features":
+    if value == "all_features" or not isinstance(value, (str, type(None))):
         raise refuse("preprocessor.normalize", value, "implemented is only per_feature, or NA for none")
     return None
 
