@@ -249,7 +249,8 @@ NOTES = {
     "joint.num_extra_outputs": "the number of durations",
     "aux_ctc": "read only for the hybrid classes",
     "target": ", ".join(f"`{name}`" for name in MODEL_CLASSES),
-    "decoding.durations": "TDT; `big_blank_durations` (multi-blank transducers) are refused",
+    "decoding.durations": "frames that a step of TDT may advance",
+    "decoding.big_blank_durations": "none; multi-blank transducers are refused",
     "tokenizer.langs": "the sections of an aggregate tokenizer (`type: agg`)",
 }
 
@@ -355,12 +356,23 @@ def problem_of(section: Section, key: str, value: Any) -> str | None:
 def settings_table() -> str:
     """Return the table of docs/conversion.md: every known key, its values, and what happens to it."""
     lines = ["| section | key | values | |", "| --- | --- | --- | --- |"]
-    for name, section in SECTIONS.items():
-        title = f"`{name}`" if name else "(root)"
-        lines += [f"| {title} | {keys} | {values} | {use} |" for keys, values, use in table_rows(name, section)]
+    for section, names in same_sections():
+        title = ", ".join(f"`{name}`" if name else "(root)" for name in names)
+        lines += [f"| {title} | {keys} | {values} | {use} |" for keys, values, use in table_rows(names[0], section)]
         rest = "refused" if section.strict else "ignored, one warning names them"
         lines.append(f"| {title} | any other key | | {rest} |")
     return "\n".join(lines) + "\n"
+
+
+def same_sections() -> list[tuple[Section, list[str]]]:
+    """Return each section with its names; some have the same keys."""
+    named: list[tuple[Section, list[str]]] = []
+    for name, section in SECTIONS.items():
+        if named and named[-1][0] is section:
+            named[-1][1].append(name)
+        else:
+            named.append((section, [name]))
+    return named
 
 
 def table_rows(name: str, section: Section) -> Iterator[tuple[str, str, str]]:
@@ -385,5 +397,5 @@ def table_rows(name: str, section: Section) -> Iterator[tuple[str, str, str]]:
         )
     if section.ignored:
         yield ", ".join(f"`{key}`" for key in section.ignored.split()), "any", "ignored: no effect on inference"
-    for key, kind in section.refused.items():
-        yield f"`{key}`", kind, "refused"
+    for kind in dict.fromkeys(section.refused.values()):
+        yield ", ".join(f"`{key}`" for key, of in section.refused.items() if of == kind), kind, "refused"
