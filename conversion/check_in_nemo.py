@@ -40,6 +40,13 @@ def transcripts(path: Path, clips: list[Path], ctc: bool) -> list[str]:
     return texts
 
 
+def recorded(truth: dict, head: str) -> list[str] | None:
+    """Return the recorded transcripts of a head, clip by clip; `None` where there are none."""
+    if "greedy" in truth:
+        return [clip["text"] for clip in truth["greedy"][head]] if head in truth["greedy"] else None
+    return [truth[head]["single"][clip]["text"] for clip in truth["clips"]] if head in truth else None
+
+
 def main() -> None:
     """Print one line per file and head; leave with 1 when a transcript differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,9 +62,9 @@ def main() -> None:
         truth = json.loads(expected.read_text(encoding="utf-8"))
         clips = [options.clips / f"{clip}.wav" for clip in truth["clips"]]
         for head in ("transducer", "ctc"):
-            if head not in truth:
+            said = recorded(truth, head)
+            if said is None:
                 continue
-            said = [truth[head]["single"][clip]["text"] for clip in truth["clips"]]
             heard = transcripts(path, clips, ctc=head == "ctc")
             same = [a == b for a, b in zip(said, heard, strict=True)]
             print(f"{path.name:32} {head:10} restored, {sum(same)} of {len(same)} transcripts equal", flush=True)

@@ -322,6 +322,9 @@ def put_attention_context(settings: dict[str, Any], read: Mapping[str, Any], enc
     if context == read["attention_context_size"] and contexts == read["attention_context_sizes"]:
         return
     if encoder.attention_context_style == "chunked_limited_with_rc":
+        # NeMo does not read the context of this style, and starts with full attention
+        if max(context) < 0:
+            return
         logger.warning(
             "A .nemo file cannot hold the attention context %s of the style chunked_limited_with_rc: NeMo starts with "
             "full attention, choose the context there again.",
