@@ -166,14 +166,14 @@ def test_gradients_of_blocks_equal_those_of_one_block(monkeypatch):
 
 def test_positions_of_an_uneven_local_window():
     # 2 before, 3 after: NeMo's table has rows of the positions 2 .. -3, its scores have columns of 3 .. -3
-    positions, known = nemo_local_positions(torch.tensor([2, 1, 0, -1, -2, -3]), 2, 3)
+    positions, has_embedding = nemo_local_positions(torch.tensor([2, 1, 0, -1, -2, -3]), 2, 3)
     # column 1 gets row 1 (position 1), column 2 no row, columns 3 to 6 rows 2 to 5 (positions 0 to -3)
-    assert known.tolist() == [True, False, True, True, True, True]
-    assert positions[known].tolist() == [1, 0, -1, -2, -3]
+    assert has_embedding.tolist() == [True, False, True, True, True, True]
+    assert positions[has_embedding].tolist() == [1, 0, -1, -2, -3]
 
 
 def test_positions_of_an_even_local_window_are_their_own():
     own = torch.arange(7, -8, -1)
-    positions, known = nemo_local_positions(own, 7, 7)
-    assert known.all()
+    positions, has_embedding = nemo_local_positions(own, 7, 7)
+    assert has_embedding.all()
     assert torch.equal(positions, own)

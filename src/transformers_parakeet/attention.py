@@ -170,13 +170,15 @@ class ParakeetEncoderRelPositionalEncoding(nn.Module):
             (K + c - 1, H) in the dtype of the frames; (2N - 1, H) for attention without a limit.
         """
         positions = block_layout(self.config, hidden.shape[1]).relative_positions(hidden.device)
-        known = None
+        has_embedding = None
         left, right = self.config.attention_context_size[0], self.config.attention_context_size[-1]
         if self.config.self_attention_model == "rel_pos_local_attn" and left != right:
-            positions, known = nemo_local_positions(positions, left, right)
+            positions, has_embedding = nemo_local_positions(positions, left, right)
         angles = positions[:, None].float() * self.inv_freq.float()
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
-        return (table if known is None else table * known[:, None]).to(hidden.dtype)
+        if has_embedding is not None:
+            table = table * has_embedding[:, None]
+        return table.to(hidden.dtype)
 
 
 def nemo_local_positions(positions: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:

@@ -158,7 +158,8 @@ def check_attention_context(style: str, context: Sequence[int], model: str) -> N
         _check(context[1] >= 0 and context[0] % (context[1] + 1) == 0, name, context,
                "[left, right] with `left` a multiple of `right + 1`, the length of a chunk")  # fmt: skip
     if style == "chunked_limited_with_rc":
-        _check(context[1] != 0, name, context, "[left, chunk, right] with a chunk of at least 1 frame")
+        _check(context[1] > 0 or max(context) < 0, name, context,
+               "[left, chunk, right] with a chunk of at least 1 frame, or [-1, -1, -1]")  # fmt: skip
     if model == "rel_pos_local_attn" and max(context) >= 0:
         _check(min(context) >= 0 and max(context) > 0, name, context,
                "[left, right] with no negative count and one above 0, or [-1, -1], for local attention")  # fmt: skip

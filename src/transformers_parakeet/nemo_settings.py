@@ -161,13 +161,13 @@ def has_ctc_head(settings: Mapping[str, Any], weights: Iterable[str]) -> bool:
         NemoError: the class has such a head, but the file has no weights for it.
     """
     name = last_name(settings.get("target") or "")
-    found = any(key.startswith("ctc_decoder.") for key in weights)
-    if MODEL_CLASSES.get(name) and not found:
+    has_weights = any(key.startswith("ctc_decoder.") for key in weights)
+    if MODEL_CLASSES.get(name) and not has_weights:
         raise NemoError(
             f"a model of the class {name} must have a CTC head, but the file has no weights `ctc_decoder.*`: save it "
             "again, or set `target` to EncDecRNNTBPEModel"
         )
-    return found
+    return has_weights
 
 
 # size -> weight and axis that have it
@@ -202,13 +202,13 @@ def with_sizes(settings: Mapping[str, Any], shapes: Mapping[str, Sequence[int]])
     result = copy.deepcopy(dict(settings))
     for setting, size in sizes.items():
         section, _, key = setting.rpartition(".")
-        place = lookup(result, section)
-        if not isinstance(place, dict):
+        values = lookup(result, section)
+        if not isinstance(values, dict):
             continue
-        value = place.get(key)
-        # an absent size, and those of NeMo's templates
+        value = values.get(key)
+        # 0 and -1 stand in NeMo's templates for a size that is not known yet
         if value is None or value in (0, -1):
-            place[key] = size
+            values[key] = size
         elif value != size:
             raise NemoError(f"`{setting}` is {value!r}, but the weights have {size}: correct it in {SETTINGS}")
     return result
