@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import noise
+from training_helpers import arguments
 
 from transformers_parakeet import export_nemo, extend_vocabulary, load_nemo, replace_tokenizer
 from transformers_parakeet.nemo import load_folder
 from transformers_parakeet.subwords import MODELS, build_tokenizer
+from transformers_parakeet.training import ParakeetTrainer
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = ["ctc", "rnnt", "tdt", "hybrid_tdt_ctc"]
@@ -139,3 +141,53 @@ def test_an_aggregate_and_a_foreign_processor_are_refused():
         extend_vocabulary(model, processor, ["ö1"])
     with pytest.raises(ValueError, match="give the processor that belongs to the model"):
         extend_vocabulary(model, load_nemo(GOLDEN / "tdt" / "model.nemo")[1], ["ö1"])
+
+
+def suppressing(kind="tdt"):
+    """A model whose generation configuration suppresses the duration outputs, as stock TDT checkpoints do."""
+    model, processor = load_nemo(GOLDEN / kind / "model.nemo")
+    size, durations = model.config.vocab_size, len(model.config.durations)
+    model.generation_config.suppress_tokens = list(range(size, size + durations))
+    return model, processor
+
+
+def test_suppressed_duration_outputs_move_with_a_longer_vocabulary(tmp_path):
+    model, processor = suppressing()
+    extend_vocabulary(model, processor, NEW)
+    size, durations = model.config.vocab_size, len(model.config.durations)
+    assert model.generation_config.suppress_tokens == list(range(size, size + durations))
+    inputs = processor(noise(2.0), sampling_rate=16000)
+    sequences = model.generate(**inputs).sequences
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = load_folder(tmp_path)[0]
+    assert again.generation_config.suppress_tokens == list(range(size, size + durations))
+    assert torch.equal(again.generate(**inputs).sequences, sequences)
+
+
+def test_suppressed_tokens_follow_another_tokenizer():
+    model, processor = suppressing()
+    labels = model.config.vocab_size - 1
+    old = processor.tokenizer.convert_ids_to_tokens(range(labels))
+    second = load_nemo(GOLDEN / "tdt_agg_tokenizer" / "model.nemo")[1].tokenizer.init_kwargs[MODELS][1]
+    other = build_tokenizer([base64.b64decode(second)], "tdt")
+    pieces = other.convert_ids_to_tokens(range(len(other) - 1))
+    stays = next(piece for piece in old[3:] if piece in pieces and pieces.index(piece) != old.index(piece))
+    leaves = next(piece for piece in old if piece not in pieces)
+    durations = model.generation_config.suppress_tokens
+    model.generation_config.suppress_tokens = [old.index(stays), old.index(leaves), *durations]
+    model.generation_config.begin_suppress_tokens = [old.index(leaves)]
+    replace_tokenizer(model, processor, other)
+    size = model.config.vocab_size
+    assert size != labels + 1
+    moved = [pieces.index(stays), *range(size, size + len(durations))]
+    assert model.generation_config.suppress_tokens == moved
+    assert model.generation_config.begin_suppress_tokens is None
+
+
+def test_a_model_with_suppressed_durations_and_new_tokens_is_evaluated(tmp_path):
+    model, processor = suppressing()
+    extend_vocabulary(model, processor, NEW)
+    rows = [{"audio": noise(1.0), "text": "the"}]
+    trainer = ParakeetTrainer(model, arguments(tmp_path, 1), eval_dataset=rows, processing_class=processor)
+    assert trainer.evaluate()["eval_loss"] > 0

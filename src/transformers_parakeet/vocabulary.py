@@ -106,13 +106,14 @@ def with_pieces(model: bytes, tokens: Sequence[str]) -> bytes:
 
 
 def rearrange(model: Any, sources: Sequence[int]) -> None:
-    """Lay the rows of every layer that has one per token out anew.
+    """Reorder the rows of every layer that has one row per token, and the ids of suppressed tokens.
 
     Args:
         model: changed in place.
         sources: for each new token the old one whose row it gets, -1 for a row of its own; the blank is not among them.
     """
     labels = model.config.vocab_size - 1
+    move_suppressed_tokens(model.generation_config, sources, labels)
     layers = [model.ctc_head] if hasattr(model, "ctc_head") else []
     if hasattr(model, "joint"):
         layers += [model.joint.head, model.decoder.embedding]
@@ -127,6 +128,25 @@ def rearrange(model: Any, sources: Sequence[int]) -> None:
             layer.out_features = len(layer.weight)
         else:
             layer.out_channels = len(layer.weight)
+
+
+def move_suppressed_tokens(generation_config: Any, sources: Sequence[int], labels: int) -> None:
+    """Make the lists of suppressed tokens name the same outputs as before; the ids of removed tokens are deleted.
+
+    Stock TDT checkpoints suppress the duration outputs, whose ids follow that of the blank.
+
+    Args:
+        generation_config: changed in place.
+        sources: see `rearrange`.
+        labels: number of old tokens before the blank.
+    """
+    moved = {old: new for new, old in enumerate(sources) if old >= 0}
+    shift = len(sources) - labels
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        old_ids = getattr(generation_config, name, None)
+        if old_ids:
+            new_ids = [index + shift if index >= labels else moved.get(index, -1) for index in old_ids]
+            setattr(generation_config, name, [index for index in new_ids if index >= 0] or None)
 
 
 def laid_out(rows: Tensor, sources: Sequence[int], labels: int) -> Tensor:
