@@ -233,3 +233,10 @@ def pack(folder):
             entry = {**row, **place, "id": row["audio_filepath"]}
             lines += [{**entry, "split": split} for split in ("train", "dev", "test")]
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_evaluation_needs_a_split_or_data_of_its_own(tmp_path):
+    with pytest.raises(ValueError, match=r"manifest\.jsonl has no split 'validation'"):
+        finetune(tmp_path, "--eval_split", "validation", "--max_steps", 1)
+    with pytest.raises(ValueError, match="has no split 'validation'"):
+        run("evaluate", tp.demo_model_path(), SENTENCES, "--split", "validation")

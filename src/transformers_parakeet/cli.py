@@ -137,7 +137,7 @@ def finetune(context: typer.Context) -> None:
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id, folder or .nemo file.")],
     data: Annotated[str, typer.Argument(help="NeMo manifest, folder, or name of a Hub dataset.")],
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    split: Annotated[str | None, typer.Option(help="Split of data that has splits; default: test.")] = None,
     name: Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
     batch_size: Annotated[int, typer.Option(help="Clips recognised together.")] = 8,
     decoder: Annotated[str | None, typer.Option(help="ctc: the CTC head of a hybrid.")] = None,
@@ -149,7 +149,7 @@ def evaluate(
     from .finetuning import evaluate as score
     from .training_data import load_speech
 
-    result = score(load_pipeline(model), load_speech(data, split, name), batch_size, decoder)
+    result = score(load_pipeline(model), load_speech(data, split, name, default_split="test"), batch_size, decoder)
     if output is not None:
         with open(output, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(clip, ensure_ascii=False) + "\n" for clip in result["clips"])

@@ -43,8 +43,8 @@ class FinetuneArguments:
     train_data: str = field(metadata={"help": "NeMo manifest (.json, .jsonl), folder, or name of a Hub dataset"})
     eval_data: str | None = option(None, "as train_data; default: the eval_split of train_data, if one is named")
     data_name: str | None = option(None, "configuration of a Hub dataset")
-    train_split: str = option("train", "split to train on")
-    eval_split: str | None = option(None, "split to evaluate on; of eval_data the default is validation")
+    train_split: str | None = option(None, "split to train on, where the data has splits; default: train")
+    eval_split: str | None = option(None, "split to evaluate on; of eval_data with splits the default is validation")
     audio_column: str | None = option(None, "column of the audio")
     text_column: str | None = option(None, "column of the transcripts")
     streaming: bool = option(False, "read while training; needs --max_steps")
@@ -78,14 +78,17 @@ def prepare_model(options: FinetuneArguments) -> tuple[Any, Any]:
 
 def load_data(options: FinetuneArguments) -> tuple[Any, Any]:
     """Open the training data, and the evaluation data or None."""
-    columns = {"audio_column": options.audio_column, "text_column": options.text_column}
+    columns: dict[str, Any] = {"audio_column": options.audio_column, "text_column": options.text_column}
     train = load_speech(options.train_data, options.train_split, options.data_name, options.streaming, **columns)
     if options.batch_duration_s is not None and not options.streaming:
         train = add_durations(train)
     if options.eval_data is None and options.eval_split is None:
         return train, None
-    source, split = options.eval_data or options.train_data, options.eval_split or "validation"
-    return train, load_speech(source, split, options.data_name, options.streaming, **columns)
+    source = options.eval_data or options.train_data
+    evaluation = load_speech(
+        source, options.eval_split, options.data_name, options.streaming, **columns, default_split="validation"
+    )
+    return train, evaluation
 
 
 def finetune(options: FinetuneArguments, arguments: Any) -> dict[str, float]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +21,79 @@ from .audio import AudioError, load_audio
 AUDIO_COLUMNS = ("audio", "audio_filepath", "file", "path")
 # files in which libsndfile finds a sample without decoding what lies before; `load_audio` reads them with it, too
 SEEKABLE = {".wav", ".flac", ".aiff", ".au"}
+# seconds that a stated duration may lack because it was rounded
+ROUNDING_S = 0.01
 TEXT_COLUMNS = ("text", "transcription", "sentence", "transcript", "normalized_text")
 
 
 def load_speech(
     source: Any,
-    split: str = "train",
+    split: str | None = None,
     name: str | None = None,
     streaming: bool = False,
     audio_column: str | None = None,
     text_column: str | None = None,
+    default_split: str = "train",
 ) -> Any:
     """Open a set of clips with transcripts.
 
     Args:
         source: a `datasets` dataset; a NeMo manifest (`.json` or `.jsonl`); a folder that `save_to_disk` wrote; a
             folder of audio with a `metadata.csv` or `metadata.jsonl`; or the name of a dataset on the Hub.
-        split: which part of it.
+        split: which part of it. A source without splits, such as a manifest, counts as its own split `"train"`.
         name: the configuration of a Hub dataset.
         streaming: read while training instead of downloading first.
-        audio_column: column of the audio; default the first of `AUDIO_COLUMNS` that there is.
+        audio_column: column of the audio; default the first of `AUDIO_COLUMNS` that the source has.
         text_column: column of the transcripts; default the first of `TEXT_COLUMNS`.
+        default_split: the split of a source with splits when `split` is None.
 
     Returns:
-        A `datasets` dataset with the columns `audio` (not decoded) and `text`, and whatever else there was.
+        A `datasets` dataset with the columns `audio` (not decoded) and `text`, and all others of the source.
 
     Raises:
         ValueError: no such column or split, or a manifest line that cannot be used.
     """
+    found = _open(source, split or default_split, split is not None, name, streaming)
+    return _with_standard_columns(found, _datasets(), audio_column, text_column)
+
+
+def _open(source: Any, split: str, named: bool, name: str | None, streaming: bool) -> Any:
+    """Open a split of a source; a source without splits is opened whole if the split was not named by the caller."""
     datasets = _datasets()
     if not isinstance(source, (str, Path)):
-        found = source
-    elif Path(source).suffix in (".json", ".jsonl"):
-        found = datasets.Dataset.from_list(read_manifest(Path(source)))
-        found = found.to_iterable_dataset() if streaming else found
-    elif (Path(source) / "state.json").exists() or (Path(source) / "dataset_dict.json").exists():
-        found = datasets.load_from_disk(str(source))
-    elif Path(source).is_dir():
-        found = datasets.Dataset.from_list(read_folder(Path(source), split))
-        found = found.to_iterable_dataset() if streaming else found
+        return _choose_split(source, f"the {type(source).__name__}", split, named)
+    path = Path(source)
+    if path.suffix in (".json", ".jsonl"):
+        if named:
+            _check_only_split(path, split)
+        rows = read_manifest(path)
+    elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        return _choose_split(datasets.load_from_disk(str(path)), path, split, named)
+    elif path.is_dir():
+        rows = read_folder(path, split, named)
     else:
-        found = datasets.load_dataset(str(source), name, split=split, streaming=streaming)
-    if isinstance(found, dict):
-        if split not in found:
-            raise ValueError(f"the split must be one of {', '.join(found)}, got {split!r}: choose another")
-        found = found[split]
-    return _with_standard_columns(found, datasets, audio_column, text_column)
+        return datasets.load_dataset(str(source), name, split=split, streaming=streaming)
+    whole = datasets.Dataset.from_list(rows)
+    return whole.to_iterable_dataset() if streaming else whole
+
+
+def _choose_split(dataset: Any, source: Any, split: str, named: bool) -> Any:
+    """Return the split of a dict of datasets; check the split of a single dataset."""
+    if isinstance(dataset, dict):
+        if split not in dataset:
+            raise ValueError(f"the split must be one of {', '.join(dataset)}, got {split!r}: choose another")
+        return dataset[split]
+    if named:
+        _check_only_split(source, split, str(getattr(dataset, "split", None) or "train"))
+    return dataset
+
+
+def _check_only_split(source: Any, split: str, own: str = "train") -> None:
+    """Refuse to return a source that has one split when another split was asked for."""
+    if split not in (own, "train"):
+        raise ValueError(
+            f"{source} has no split {split!r}: it is a single set of clips; leave the split out, or name other data"
+        )
 
 
 def _datasets() -> Any:
@@ -113,90 +141,175 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
         ValueError: a line is no JSON object, or lacks a field; the message has its number.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            audio, text = str(path.parent / entry["audio_filepath"]), str(entry["text"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: a manifest line must be a JSON object with `audio_filepath` and `text` "
-                f"({type(error).__name__}: {error}); correct it"
-            ) from error
-        rows.append({"audio": audio, "text": text, "duration": entry.get("duration"), "offset": entry.get("offset")})
+    for place, entry in _json_lines(path):
+        missing = " and ".join(repr(name) for name in ("audio_filepath", "text") if entry.get(name) is None)
+        if missing:
+            raise ValueError(f"{place}: a manifest line must have `audio_filepath` and `text`, add {missing}")
+        seconds = _seconds_of(entry, place)
+        rows.append({"audio": str(path.parent / str(entry["audio_filepath"])), "text": str(entry["text"]), **seconds})
     if not rows:
         raise ValueError(f"{path} must have at least one line, and is empty")
     return rows
 
 
-def read_folder(folder: Path, split: str) -> list[dict[str, Any]]:
+def read_folder(folder: Path, split: str, named: bool = False) -> list[dict[str, Any]]:
     """Read a folder of audio in the layout of the Hub: a metadata file with `file_name` and a transcript per clip.
 
     Args:
         folder: holds `metadata.csv` or `metadata.jsonl`, or has a subfolder `split` that does.
         split: name of the subfolder.
+        named: refuse metadata in the folder itself when the caller asked for another split than `"train"`.
 
     Returns:
         The lines of the metadata, with the path of the clip as `audio`.
 
     Raises:
-        ValueError: there is no metadata file, or it has no column `file_name`.
+        ValueError: the folder has no metadata file or no such split, or a line has no `file_name`.
     """
     for parent in (folder / split, folder):
         for path in (parent / "metadata.csv", parent / "metadata.jsonl"):
             if not path.exists():
                 continue
-            with open(path, encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, file))
-            if not rows or any("file_name" not in row for row in rows):
-                raise ValueError(f"every line of {path} must have a `file_name`: add it, relative to the file's folder")
-            return [
-                {**{k: v for k, v in row.items() if k != "file_name"}, "audio": str(parent / row["file_name"])}
-                for row in rows
-            ]
+            if named and parent == folder:
+                _check_only_split(folder, split)
+            rows = [_metadata_row(row, place, parent) for place, row in _metadata_lines(path)]
+            if not rows:
+                raise ValueError(f"{path} must have at least one clip, and has none")
+            return rows
     raise ValueError(
         f"a folder of audio must have a metadata.csv or metadata.jsonl with `file_name` and a transcript, in it or in "
         f"its subfolder {split!r}: {folder} has none; write one"
     )
 
 
+def _metadata_row(row: Mapping[str, Any], place: str, parent: Path) -> dict[str, Any]:
+    """Turn a line of metadata into a row of training data."""
+    if not row.get("file_name"):
+        raise ValueError(f"{place}: every line must have a `file_name`: add it, relative to the file's folder")
+    others = {name: value for name, value in row.items() if name != "file_name"}
+    seconds = {name: value for name, value in _seconds_of(row, place).items() if name in row}
+    return {**others, **seconds, "audio": str(parent / row["file_name"])}
+
+
+def _metadata_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read the lines of a CSV or JSON file, each with its place for messages."""
+    if path.suffix != ".csv":
+        yield from _json_lines(path)
+        return
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in row:
+                raise ValueError(f"{place}: the line has more values than the header has names: quote commas in texts")
+            yield place, row
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read the JSON objects of a file, one per line, each with its place for messages; skip blank lines."""
+    # not `splitlines`, which also splits at U+2028, U+0085 and others that JSON allows inside a string
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{place}: the line must be a JSON object, correct it ({error})") from error
+        if not isinstance(entry, dict):
+            given = type(entry).__name__
+            # the value of a line is data, and wrong data is a ValueError
+            raise ValueError(f"{place}: the line must be a JSON object, got {given}: correct it")  # noqa: TRY004
+        yield place, entry
+
+
+def _seconds_of(row: Mapping[str, Any], place: str) -> dict[str, float | None]:
+    """Return `duration` and `offset` of a row as numbers, None where they are missing or empty."""
+    try:
+        return {name: as_seconds(row.get(name), name) for name in ("duration", "offset")}
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def as_seconds(value: Any, name: str) -> float | None:
+    """Read a number of seconds, which a CSV file has as text.
+
+    Args:
+        value: a number, text, or nothing.
+        name: of the field, for the message.
+
+    Returns:
+        The seconds; None for None and for empty text.
+
+    Raises:
+        ValueError: the value is no finite number, or is negative.
+    """
+    if value is None or value == "":
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"`{name}` must be a number of seconds, at least 0, got {value!r}: correct it")
+    return seconds
+
+
 def read_clip(row: Mapping[str, Any], sampling_rate: int) -> npt.NDArray[np.float32]:
     """Decode the audio of a row.
 
+    As in NeMo, a row with a `duration` is cut to so many seconds, with or without an `offset`; 0 means unknown.
+    Unlike NeMo, a part that ends within `ROUNDING_S` of the clip's end goes up to the end.
+
     Args:
-        row: `audio`; with an `offset`, only `duration` seconds from there on.
+        row: `audio`, and for a part of it `offset` and `duration` in seconds.
         sampling_rate: Hz of the result.
 
     Returns:
         (S,) float32 samples.
 
     Raises:
-        AudioError: it cannot be read, or ends before the offset.
+        AudioError: the audio cannot be read, or ends before the offset, or offset and duration are no seconds.
     """
+    try:
+        offset, duration = as_seconds(row.get("offset"), "offset"), as_seconds(row.get("duration"), "duration")
+    except ValueError as error:
+        raise AudioError(str(error)) from error
     rate = row.get("sampling_rate")
-    offset = row.get("offset")
-    if offset is None:
+    if not offset and not duration:
         return load_audio(row["audio"], rate, target_rate=sampling_rate)
-    part = _read_part(row["audio"], offset, row.get("duration"), sampling_rate)
-    if not len(part):
-        raise AudioError(f"the clip must reach beyond its offset of {offset} s, and does not: correct the manifest")
+    part = _read_part(row["audio"], rate, offset or 0.0, duration or math.inf, sampling_rate)
+    if offset and not len(part):
+        raise AudioError(f"the clip must reach beyond its offset of {offset:g} s, and does not: correct the manifest")
     return part
 
 
-def _read_part(audio: Any, offset: float, duration: float | None, sampling_rate: int) -> npt.NDArray[np.float32]:
-    """Decode some seconds of a file; of a long one only these, where libsndfile can seek in it."""
+def _read_part(
+    audio: Any, rate: int | None, offset: float, duration: float, sampling_rate: int
+) -> npt.NDArray[np.float32]:
+    """Decode some seconds of a clip; of a long file only these, where libsndfile can seek in it."""
     import soundfile
 
     if isinstance(audio, str) and Path(audio).suffix.lower() in SEEKABLE:
         with contextlib.suppress(soundfile.LibsndfileError), soundfile.SoundFile(audio) as file:
-            file.seek(min(round(offset * file.samplerate), file.frames))
-            frames = -1 if duration is None else round(duration * file.samplerate)
-            return load_audio(file.read(frames, dtype="float32"), file.samplerate, target_rate=sampling_rate)
+            start, stop = _part_bounds(offset, duration, file.samplerate, file.frames)
+            # a header that states no length is for `load_audio`, as is a file that is read whole
+            if file.frames and stop - start < file.frames:
+                file.seek(start)
+                channels = file.read(stop - start, dtype="float32", always_2d=True)
+                samples = channels.mean(axis=1, dtype=np.float32)
+                return load_audio(samples, file.samplerate, target_rate=sampling_rate)
     # decoded as a whole, which also says what is wrong with a broken file
-    samples = load_audio(audio, target_rate=sampling_rate)
-    end = len(samples) if duration is None else round((offset + duration) * sampling_rate)
-    return samples[round(offset * sampling_rate) : end]
+    samples = load_audio(audio, rate, target_rate=sampling_rate)
+    start, stop = _part_bounds(offset, duration, sampling_rate, len(samples))
+    return samples[start:stop]
+
+
+def _part_bounds(offset: float, duration: float, rate: int, samples: int) -> tuple[int, int]:
+    """Return first and last (exclusive) sample of a part of a clip."""
+    start = min(round(offset * rate), samples)
+    end = (offset + duration) * rate
+    return start, samples if end > samples - ROUNDING_S * rate else max(start, round(end))
 
 
 def clip_name(row: Mapping[str, Any], position: int) -> str:
@@ -234,10 +347,9 @@ def add_durations(dataset: Any, sampling_rate: int = 16000) -> Any:
     """
 
     def measure(row: dict[str, Any]) -> dict[str, float]:
-        if row.get("duration") is not None:
-            return {"duration": float(row["duration"])}
         try:
-            return {"duration": len(read_clip(row, sampling_rate)) / sampling_rate}
+            stated = as_seconds(row.get("duration"), "duration")
+            return {"duration": stated if stated is not None else len(read_clip(row, sampling_rate)) / sampling_rate}
         except (OSError, ValueError):
             return {"duration": 0.0}
 
