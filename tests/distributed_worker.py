@@ -1,13 +1,15 @@
-"""Trains on two processes for `test_distributed.py`: `torchrun distributed_worker.py ddp|fsdp FOLDER`."""
+"""Trains on two processes for `test_distributed.py`: `torchrun distributed_worker.py MODE FOLDER`."""
 
 import json
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from training_helpers import arguments, features_of, sentence_rows, small
+from training_helpers import SENTENCES, arguments, features_of, sentence_rows, small
 
-from transformers_parakeet.training import ParakeetTrainer
+from transformers_parakeet.training import ParakeetTrainer, SpeechCollator
+from transformers_parakeet.training_data import load_speech
 
 FSDP = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"transformer_layer_cls_to_wrap": ["ParakeetEncoderBlock"]}}
 
@@ -27,14 +29,72 @@ def train(folder, steps=6, head="hybrid", evaluate=True, **changes):
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     result = {"losses": [e["loss"] for e in logs], "norms": [e["grad_norm"] for e in logs]}
     if evaluate:
-        result["scores"] = {k: v for k, v in trainer.evaluate().items() if k in ("eval_loss", "eval_wer", "eval_cer")}
+        result["scores"] = scores_of(trainer)
     return result, trainer
+
+
+def stream(folder):
+    """Train on a stream and evaluate on one; return which clips each process got in training, and the scores."""
+    model, processor = small("ctc")
+    collator = Recorder(processor)
+    trainer = ParakeetTrainer(
+        model,
+        arguments(folder, 2, per_device_train_batch_size=5, per_device_eval_batch_size=3),
+        data_collator=collator,
+        train_dataset=load_speech(SENTENCES, streaming=True),
+        eval_dataset=load_speech(SENTENCES, streaming=True).take(7),
+        processing_class=processor,
+    )
+    trainer.train()
+    clips = collator.clips[: 2 * 5]
+    shared = [None, None]
+    torch.distributed.all_gather_object(shared, clips)
+    return {"clips": shared, "scores": scores_of(trainer)}, trainer
+
+
+class Recorder(SpeechCollator):
+    """A collator that notes the files of its rows."""
+
+    clips: ClassVar[list] = []
+
+    def __call__(self, rows):
+        """Note the files and build the batch."""
+        self.clips.extend(Path(row["audio"]).name for row in rows)
+        return super().__call__(rows)
+
+
+def broken(folder):
+    """Evaluate twelve rows of which the second process cannot read two."""
+    rows = sentence_rows()[:12]
+    for index in (4, 5):
+        rows[index] = {"audio": str(folder / "missing.wav"), "text": "nothing"}
+    model, processor = small("ctc")
+    trainer = ParakeetTrainer(
+        model,
+        arguments(folder, 1, per_device_eval_batch_size=3),
+        data_collator=SpeechCollator(processor, skip_broken=True),
+        eval_dataset=rows,
+        processing_class=processor,
+    )
+    prediction = trainer.predict(rows)
+    return {"rows": len(prediction.label_ids), "scores": scores_of(trainer)}, trainer
+
+
+def scores_of(trainer):
+    """Evaluate; return loss and error rates."""
+    return {k: v for k, v in trainer.evaluate().items() if k in ("eval_loss", "eval_wer", "eval_cer")}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     mode, folder = sys.argv[1], Path(sys.argv[2])
-    result, trainer = train(folder) if mode == "ddp" else train(folder, steps=2, **FSDP)
+    modes = {
+        "ddp": lambda: train(folder),
+        "fsdp": lambda: train(folder, steps=2, **FSDP),
+        "stream": lambda: stream(folder),
+        "broken": lambda: broken(folder),
+    }
+    result, trainer = modes[mode]()
     trainer.save_model(str(folder / "model"))
     if trainer.is_world_process_zero():
         (folder / "result.json").write_text(json.dumps(result))

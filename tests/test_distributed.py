@@ -12,7 +12,10 @@ import torch
 from conftest import noise
 from distributed_worker import train
 from safetensors.torch import load_file
+from training_helpers import arguments, sentence_rows, small
 from transformers import pipeline
+
+from transformers_parakeet.training import ParakeetTrainer
 
 TESTS = Path(__file__).parent
 
@@ -53,6 +56,31 @@ def test_two_processes_are_one_that_accumulates_as_many_batches(alone, tmp_path)
         # measured: 0
         assert torch.allclose(weights[name], value, atol=1e-6), name
     check_saved_model(tmp_path)
+
+
+def test_two_processes_share_a_stream(tmp_path):
+    shared = launch("stream", tmp_path)
+    names = [Path(row["audio"]).name for row in sentence_rows()]
+    first, second = shared["clips"]
+    # two updates of five clips per process are one pass over the twenty sentences
+    assert first == names[:5] + names[10:15]
+    assert second == names[5:10] + names[15:]
+    assert np.isfinite(shared["scores"]["eval_loss"])
+    check_saved_model(tmp_path)
+
+
+def test_clips_that_one_process_cannot_read_keep_their_place_in_evaluation(tmp_path):
+    shared = launch("broken", tmp_path)
+    assert shared["rows"] == 12
+    rows = sentence_rows()[:12]
+    for index in (4, 5):
+        rows[index] = {"audio": np.zeros(16000, np.float32), "text": ""}
+    model, processor = small("ctc")
+    settings = arguments(tmp_path, 1, per_device_eval_batch_size=3)
+    alone = ParakeetTrainer(model, settings, eval_dataset=rows, processing_class=processor).evaluate()
+    for name, value in shared["scores"].items():
+        # measured: 0
+        assert value == pytest.approx(alone[name], rel=1e-6), name
 
 
 @pytest.mark.slow

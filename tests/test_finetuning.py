@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import transformers_parakeet as tp
 from transformers_parakeet import NemoError, load_nemo
 from transformers_parakeet.cli import app
+from transformers_parakeet.finetuning import FinetuneArguments, load_data
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS = sentence_rows()
@@ -240,3 +241,57 @@ def test_evaluation_needs_a_split_or_data_of_its_own(tmp_path):
         finetune(tmp_path, "--eval_split", "validation", "--max_steps", 1)
     with pytest.raises(ValueError, match="has no split 'validation'"):
         run("evaluate", tp.demo_model_path(), SENTENCES, "--split", "validation")
+
+
+def texts_of(data):
+    return [row["text"] for row in data]
+
+
+def test_a_stream_is_shuffled_in_a_buffer():
+    options = FinetuneArguments("model", str(SENTENCES), eval_data=str(SENTENCES), streaming=True)
+    train, evaluation = load_data(options, seed=3)
+    said = [row["text"] for row in ROWS]
+    assert texts_of(evaluation) == said
+    first = texts_of(train)
+    assert first != said
+    assert sorted(first) == sorted(said)
+    # the same after an interruption, another order in the next epoch
+    assert texts_of(load_data(options, seed=3)[0]) == first
+    train.set_epoch(1)
+    assert first != texts_of(train) != said
+    ordered, _ = load_data(FinetuneArguments("model", str(SENTENCES), streaming=True, shuffle_buffer=0), seed=3)
+    assert texts_of(ordered) == said
+
+
+def test_adapters_are_pushed_merged(tmp_path, monkeypatch):
+    """The root of the folder holds the merged model alone when it goes to the Hub."""
+    pushed = []
+
+    def upload(*args, folder_path, **kwargs):
+        files = [path.relative_to(folder_path) for path in Path(folder_path).rglob("*") if path.is_file()]
+        pushed.append({str(file) for file in files})
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    monkeypatch.setattr("transformers.trainer.upload_folder", upload, raising=False)
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr("transformers.Trainer._finish_current_push", lambda self: None)
+    finetune(tmp_path, "--lora_rank", 4, "--max_steps", 1, "--per_device_train_batch_size", 4, "--push_to_hub")
+    assert len(pushed) == 1
+    assert {
+        "config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+        "adapter/adapter_model.safetensors",
+    } <= pushed[0]
+    assert "adapter_config.json" not in pushed[0]
+    assert "adapter_model.safetensors" not in pushed[0]
+    assert isinstance(load_nemo(tmp_path)[0], tp.ParakeetForTDT)
+
+
+def test_a_trained_folder_is_pushed_once(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr("transformers.Trainer.push_to_hub", lambda self, *args, **kwargs: pushed.append(args))
+    finetune(tmp_path, "--max_steps", 1, "--per_device_train_batch_size", 4, "--push_to_hub")
+    assert len(pushed) == 1

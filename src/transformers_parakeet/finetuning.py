@@ -48,7 +48,8 @@ class FinetuneArguments:
     audio_column: str | None = option(None, "column of the audio")
     text_column: str | None = option(None, "column of the transcripts")
     streaming: bool = option(False, "read while training; needs --max_steps")
-    skip_broken: bool = option(False, "leave out clips that cannot be read, and count them")
+    shuffle_buffer: int = option(1000, "clips of a stream that are shuffled together; 0 keeps its order")
+    skip_broken: bool = option(False, "skip clips that cannot be read, and count them")
     batch_duration_s: float | None = option(None, "seconds per batch and process, not per_device_train_batch_size")
     tokenizer: str | None = option(None, "SentencePiece model whose vocabulary replaces the model's own")
     new_tokens: list[str] = field(default_factory=list, metadata={"help": "tokens to add to the vocabulary: ä ö ü ß"})
@@ -76,12 +77,15 @@ def prepare_model(options: FinetuneArguments) -> tuple[Any, Any]:
     return model, processor
 
 
-def load_data(options: FinetuneArguments) -> tuple[Any, Any]:
-    """Open the training data, and the evaluation data or None."""
+def load_data(options: FinetuneArguments, seed: int) -> tuple[Any, Any]:
+    """Open the training data, and the evaluation data or None; `seed` gives the order of a stream."""
     columns: dict[str, Any] = {"audio_column": options.audio_column, "text_column": options.text_column}
     train = load_speech(options.train_data, options.train_split, options.data_name, options.streaming, **columns)
     if options.batch_duration_s is not None and not options.streaming:
         train = add_durations(train)
+    if options.shuffle_buffer and not hasattr(train, "__len__"):
+        # `Trainer` shuffles data that has a length
+        train = train.shuffle(seed=seed, buffer_size=options.shuffle_buffer)
     if options.eval_data is None and options.eval_split is None:
         return train, None
     source = options.eval_data or options.train_data
@@ -103,7 +107,7 @@ def finetune(options: FinetuneArguments, arguments: Any) -> dict[str, float]:
     """
     set_seed(arguments.seed)
     model, processor = prepare_model(options)
-    train, evaluation = load_data(options)
+    train, evaluation = load_data(options, arguments.seed if arguments.data_seed is None else arguments.data_seed)
     callbacks = []
     if options.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
@@ -140,12 +144,14 @@ def finetune(options: FinetuneArguments, arguments: Any) -> dict[str, float]:
 def save(trainer: Any, processor: Any, arguments: Any, merge: bool) -> None:
     """Write model and processor to `output_dir`, adapters merged and also on their own in `adapter`."""
     folder = Path(arguments.output_dir)
-    if not merge:
-        trainer.save_model(str(folder))
-    elif trainer.is_world_process_zero():
+    if merge:
         adapted = trainer.accelerator.unwrap_model(trainer.model)
-        adapted.save_pretrained(folder / "adapter")
-        adapted.merge_and_unload().save_pretrained(folder)
+        if trainer.is_world_process_zero():
+            adapted.save_pretrained(folder / "adapter")
+        # `push_to_hub` saves the trainer's model once more
+        trainer.model = trainer.model_wrapped = adapted.merge_and_unload()
+    # an internal call does not push: the processor is still missing
+    trainer.save_model(str(folder), _internal_call=True)
     if trainer.is_world_process_zero():
         processor.save_pretrained(folder)
     if arguments.push_to_hub:

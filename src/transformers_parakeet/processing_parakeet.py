@@ -55,7 +55,7 @@ class ParakeetProcessor(ProcessorMixin):
     Args:
         feature_extractor: a `ParakeetFeatureExtractor`.
         tokenizer: a `ParakeetTokenizer`.
-        blank_token: the blank of a transducer's tokenizer.
+        blank_token: the blank of a transducer's tokenizer. The blank of a CTC tokenizer is its pad token.
         decoder_type: `"ctc"`, `"rnnt"` or `"tdt"`; `None` in old checkpoints, which are TDT if they know the blank.
     """
 
@@ -65,7 +65,7 @@ class ParakeetProcessor(ProcessorMixin):
         self, feature_extractor: Any, tokenizer: Any, blank_token: str = "<blank>", decoder_type: str | None = None
     ) -> None:
         self.blank_token = blank_token
-        self.blank_token_id = tokenizer.convert_tokens_to_ids(blank_token)
+        self.blank_token_id = blank_id(tokenizer, blank_token)
         self.decoder_type = decoder_type
         super().__init__(feature_extractor, tokenizer)
 
@@ -219,6 +219,14 @@ class ParakeetProcessor(ProcessorMixin):
 
     def _detokenize(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, group_tokens=False))
+
+
+def blank_id(tokenizer: Any, blank_token: str) -> int:
+    """Return the id of the blank, which is the pad token where the vocabulary lacks `blank_token`.
+
+    `convert_tokens_to_ids` would return the id of the unknown token for it.
+    """
+    return int(tokenizer.get_vocab().get(blank_token, tokenizer.pad_token_id))
 
 
 def as_chunk(span: Span, frame_s: float) -> dict[str, Any]:

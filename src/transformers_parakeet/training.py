@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from .audio import AudioError
@@ -26,6 +26,7 @@ from .augmentation import dither
 from .losses import compact_labels
 from .processing_parakeet import SUBSAMPLING_FACTOR
 from .training_data import clip_durations, clip_name, read_clip
+from .update_guard import NonFiniteGuard
 
 logger = logging.get_logger(__name__)
 
@@ -35,8 +36,6 @@ DITHER = 1e-5
 IGNORED = -100
 # clips are sorted by duration into steps of so many seconds, within which every epoch shuffles
 BUCKET_S = 0.5
-# an update is left out when its gradients are not finite; after so many in a row something is wrong for good
-MOST_SKIPPED_UPDATES = 20
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -94,10 +93,15 @@ class Counts:
 
     broken: Any = field(default_factory=lambda: multiprocessing.Value("q", 0))
     unfit: Any = field(default_factory=lambda: multiprocessing.Value("q", 0))
+    unknown: Any = field(default_factory=lambda: multiprocessing.Value("q", 0))
 
     def as_dict(self) -> dict[str, int]:
         """Return the counts that are not 0, by what to call them in a log."""
-        named = {"broken_clips": self.broken.value, "transcripts_too_long": self.unfit.value}
+        named = {
+            "broken_clips": self.broken.value,
+            "transcripts_too_long": self.unfit.value,
+            "transcripts_with_unknown_characters": self.unknown.value,
+        }
         return {name: value for name, value in named.items() if value}
 
 
@@ -119,16 +123,19 @@ class SpeechCollator:
         processor: a `ParakeetProcessor`.
         dither: standard deviation of the noise added to samples; 0 for evaluation.
         seed: of that noise.
-        skip_broken: leave out clips that cannot be read, with a warning, instead of raising.
+        skip_broken: skip clips that cannot be read, with a warning, instead of raising.
+        keep_size: replace a skipped clip by a second of silence without a transcript, so that the batch keeps its size.
+            Processes that gather their results need it in evaluation.
         ctc: look for transcripts that do not fit into their frames, which a CTC loss counts as zero; default: when the
             processor is that of a CTC model.
-        counts: of what was left out or does not fit.
+        counts: of clips that were skipped and of transcripts that do not fit.
     """
 
     processor: Any
     dither: float = DITHER
     seed: int = 0
     skip_broken: bool = False
+    keep_size: bool = False
     ctc: bool | None = None
     counts: Counts = field(default_factory=Counts)
 
@@ -146,11 +153,12 @@ class SpeechCollator:
         """
         features = [self._features(row, position) for position, row in enumerate(rows)]
         kept = [(row, found) for row, found in zip(rows, features, strict=True) if found is not None]
-        if not kept:
-            # a second of silence, in which nothing is said
+        if self.keep_size and len(kept) < len(rows):
+            silence = ({"text": ""}, self._silence())
+            kept = [silence if found is None else (row, found) for row, found in zip(rows, features, strict=True)]
+        elif not kept:
             logger.warning("No clip of a batch could be read: a second of silence takes their place.")
-            silence = self._extract(np.zeros(self.processor.feature_extractor.sampling_rate, np.float32))
-            kept = [({"text": ""}, silence)]
+            kept = [({"text": ""}, self._silence())]
         lengths = torch.tensor([len(found) for _, found in kept])
         padded = torch.nn.utils.rnn.pad_sequence([found for _, found in kept], batch_first=True)
         batch = {"input_features": padded, "attention_mask": torch.arange(padded.shape[1]) < lengths[:, None]}
@@ -177,9 +185,14 @@ class SpeechCollator:
             message = f"{clip_name(row, position)}: {error}"
             if not self.skip_broken:
                 raise AudioError(f"{message}; correct or remove it, or set `skip_broken`") from error
-            logger.warning(f"{message}: left out, the {count_up(self.counts.broken)}. so far")
+            result = "a second of silence takes its place" if self.keep_size else "skipped"
+            logger.warning(f"{message}: {result} ({count_up(self.counts.broken)} so far)")
             return None
         return self._extract(dither(samples, self.dither, self.seed))
+
+    def _silence(self) -> Tensor:
+        """(T, F) features of a second of silence."""
+        return self._extract(np.zeros(self.processor.feature_extractor.sampling_rate, np.float32))
 
     def _extract(self, samples: Any) -> Tensor:
         extractor = self.processor.feature_extractor
@@ -193,10 +206,11 @@ class SpeechCollator:
             return [int(label) for label in row["labels"] if label >= 0]
         tokenizer = self.processor.tokenizer
         ids: list[int] = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
-        if tokenizer.unk_token_id in ids:
-            logger.warning_once(
+        if tokenizer.unk_token_id in ids and count_up(self.counts.unknown) == 1:
+            logger.warning(
                 f"A transcript has characters that the vocabulary lacks, and is trained on with {tokenizer.unk_token}: "
-                f"{row['text']!r}. Change the transcripts (lower case? digits?) or extend the vocabulary."
+                f"{row['text']!r}. Change the transcripts (lower case? digits?) or extend the vocabulary. Others are "
+                "not named, but counted in the log as `transcripts_with_unknown_characters`."
             )
         return ids
 
@@ -211,7 +225,7 @@ class SpeechCollator:
             if needed > frames:
                 logger.warning(
                     f"{clip_name(row, position)}: the transcript needs {needed} frames and the clip has {frames}: a "
-                    f"CTC loss counts it as zero; the {count_up(self.counts.unfit)}. so far. With a larger vocabulary "
+                    f"CTC loss counts it as zero ({count_up(self.counts.unfit)} so far). With a larger vocabulary "
                     "transcripts are shorter."
                 )
 
@@ -334,70 +348,61 @@ def add_lora(model: Any, rank: int, alpha: int | None = None, targets: Sequence[
 def generated_tokens(output: Any, config: Any) -> Tensor:
     """Turn what `generate` returns into (B, L) token ids without blanks and repeats, filled up with -100."""
     blank = getattr(config, "blank_token_id", config.pad_token_id)
-    if isinstance(output, Tensor):
-        keep = output != blank
-        keep[:, 1:] &= output[:, 1:] != output[:, :-1]
-        sequences = output
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    keep = sequences != blank
+    if getattr(output, "durations", None) is None:
+        # a CTC head has a token per frame and no durations
+        keep[:, 1:] &= sequences[:, 1:] != sequences[:, :-1]
     else:
-        sequences = output.sequences
-        keep = (sequences != blank) & (sequences != config.pad_token_id)
+        keep &= sequences != config.pad_token_id
     tokens, lengths = compact_labels(sequences, keep)
     tokens = tokens[:, : max(1, int(lengths.max()))]
     return tokens.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None], IGNORED)
 
 
-class NonFiniteGuard(TrainerCallback):
-    """Leaves an update out when a gradient is NaN or infinite, on all processes alike, and says so."""
+def adapted_arguments(arguments: Any) -> Any:
+    """Set what rows of audio and text need in `TrainingArguments`, in place.
 
-    def __init__(self) -> None:
-        self.skipped = 0
-        self.in_a_row = 0
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the gradients between backward pass and update.
-
-        Raises:
-            FloatingPointError: too many updates in a row were left out.
-        """
-        # the gradient scaler of float16 does this on its own, and steps over some updates by design
-        if args.fp16:
-            return
-        model = kwargs["model"]
-        grads = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
-                 for p in model.parameters() if p.grad is not None]  # fmt: skip
-        bad = torch.zeros((), device=args.device)
-        if grads:
-            bad += ~torch.nn.utils.get_total_norm(grads).to(args.device).isfinite()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(bad)
-        if not bad.item():
-            self.in_a_row = 0
-            return
-        model.zero_grad(set_to_none=True)
-        self.skipped += 1
-        self.in_a_row += 1
-        logger.warning(f"Update {state.global_step + 1} is left out: its gradients are not finite.")
-        if self.in_a_row >= MOST_SKIPPED_UPDATES:
-            raise FloatingPointError(
-                f"gradients must be finite, and those of {self.in_a_row} updates in a row were not: lower the learning "
-                "rate, train in float32, or look at the data"
-            )
+    Raises:
+        ValueError: they ask for label smoothing.
+    """
+    if arguments.label_smoothing_factor:
+        raise ValueError(
+            f"`label_smoothing_factor` must be 0, got {arguments.label_smoothing_factor}: the losses sum over "
+            "alignments and have no single correct label per frame; leave it out"
+        )
+    # the collator reads columns that the model does not take
+    arguments.remove_unused_columns = False
+    if arguments.accelerator_config.dispatch_batches is None:
+        # one process cannot make the batches of all from a stream: their lengths differ
+        arguments.accelerator_config.dispatch_batches = False
+    return arguments
 
 
 class ParakeetTrainer(Trainer):
     """`transformers.Trainer` whose evaluation decodes with `generate`, so that metrics see token ids.
 
     Args:
-        *args: of `Trainer`.
+        model: a Parakeet model, or a `PeftModel` of one.
+        args: `TrainingArguments`; `remove_unused_columns` is switched off, because the collator reads other columns
+            than the model.
+        data_collator: makes batches; default a `SpeechCollator` of the processor.
+        *others: further arguments of `Trainer` by position.
         processing_class: the processor; gives the default collator and the default metrics, `wer` and `cer`.
         batch_duration_s: seconds per batch and process, in place of a number of clips.
         generate_kwargs: of `generate` in evaluation, such as `{"decoder": "ctc"}` for a hybrid.
         **kwargs: of `Trainer`.
+
+    Raises:
+        ValueError: `args` asks for label smoothing.
     """
 
     def __init__(
         self,
-        *args: Any,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        *others: Any,
         processing_class: Any = None,
         batch_duration_s: float | None = None,
         generate_kwargs: Mapping[str, Any] | None = None,
@@ -407,16 +412,13 @@ class ParakeetTrainer(Trainer):
         self.batch_duration_s = batch_duration_s
         self.generate_kwargs = dict(generate_kwargs or {})
         self.guard = NonFiniteGuard()
-        if processing_class is not None and kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = SpeechCollator(processing_class)
+        if processing_class is not None and data_collator is None:
+            data_collator = SpeechCollator(processing_class)
         if processing_class is not None and kwargs.get("compute_metrics") is None:
             kwargs["compute_metrics"] = ErrorRates(processing_class)
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), self.guard]
-        training_arguments = kwargs.get("args", args[1] if len(args) > 1 else None)
-        if training_arguments is not None:
-            # the collator reads columns that the model does not take
-            training_arguments.remove_unused_columns = False
-        super().__init__(*args, processing_class=processing_class, **kwargs)
+        args = adapted_arguments(TrainingArguments("tmp_trainer") if args is None else args)
+        super().__init__(model, args, data_collator, *others, processing_class=processing_class, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         """Return the training batches; by duration where that was asked for."""
@@ -445,20 +447,20 @@ class ParakeetTrainer(Trainer):
         return prepare_data_loader(loader, device=args.device, num_processes=1, process_index=0, put_on_device=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return the evaluation batches, without dither."""
-        with self._without_dither():
+        """Return the evaluation batches, without dither and with all rows."""
+        with self._for_evaluation():
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Return the test batches, without dither."""
-        with self._without_dither():
+        """Return the test batches, without dither and with all rows."""
+        with self._for_evaluation():
             return super().get_test_dataloader(test_dataset)
 
     @contextlib.contextmanager
-    def _without_dither(self) -> Iterator[None]:
+    def _for_evaluation(self) -> Iterator[None]:
         collator = self.data_collator
         if isinstance(collator, SpeechCollator):
-            self.data_collator = replace(collator, dither=0.0)
+            self.data_collator = replace(collator, dither=0.0, keep_size=True)
         try:
             yield
         finally:
@@ -489,7 +491,7 @@ class ParakeetTrainer(Trainer):
         return loss, generated_tokens(output, plain.config), labels
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the clips and updates that were left out."""
+        """Log, with the numbers of skipped clips and updates."""
         counts = self.data_collator.counts.as_dict() if isinstance(self.data_collator, SpeechCollator) else {}
         if self.guard.skipped:
             counts["skipped_updates"] = self.guard.skipped

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_parakeet import blank_of, kind_of
-from .processing_parakeet import ParakeetProcessor
+from .processing_parakeet import ParakeetProcessor, blank_id
 from .subwords import build_tokenizer, parse_sentencepiece, sentencepiece_models
 from .tokenization_parakeet import WORD_START, ParakeetTokenizer
 
@@ -168,7 +168,7 @@ def adopt(model: Any, processor: ParakeetProcessor, tokenizer: ParakeetTokenizer
         if getattr(config, "pad_token_id", None) is not None:
             config.pad_token_id = tokenizer.pad_token_id
     processor.tokenizer = tokenizer
-    processor.blank_token_id = tokenizer.convert_tokens_to_ids(processor.blank_token)
+    processor.blank_token_id = blank_id(tokenizer, processor.blank_token)
     # computed from the vocabulary when they are first asked for
     for name in ("punctuation", "_space_before_punctuation"):
         processor.__dict__.pop(name, None)
