@@ -360,3 +360,31 @@ def test_compact_labels_keeps_the_order():
     rows, lengths = compact_labels(labels, labels >= 0)
     assert rows.tolist() == [[5, 3, 5, 0, 0], [1, 2, 3, 4, 5], [0] * 5]
     assert lengths.tolist() == [3, 5, 0]
+
+
+@pytest.mark.parametrize("label", [VOCAB, 5000])
+@pytest.mark.parametrize("place", [0, 1])
+def test_ctc_refuses_labels_that_have_no_score(label, place):
+    logits, labels = torch.zeros(2, 6, VOCAB), torch.tensor([[0, 1], [1, -100]])
+    labels[1, place] = label
+    with pytest.raises(ValueError, match=rf"labels must be ids below {VOCAB}, got \[{label}\]"):
+        ctc_loss(logits, labels, torch.tensor([6, 6]), BLANK)
+
+
+def test_ctc_leaves_the_global_switch_of_cudnn_alone(monkeypatch):
+    """cuDNN's own loss takes int32 labels only, so int64 labels avoid it without a switch that threads share."""
+    seen = []
+
+    def watched(log_probs, targets, *args, **kwargs):
+        seen.append((torch.backends.cudnn.enabled, targets.dtype, args[0].dtype, args[1].dtype))
+        return plain(log_probs, targets, *args, **kwargs)
+
+    plain = F.ctc_loss
+    monkeypatch.setattr(F, "ctc_loss", watched)
+    logits = torch.zeros(1, 6, VOCAB)
+    losses = [
+        ctc_loss(logits, torch.tensor([[0, 1]], dtype=dtype), torch.tensor([6], dtype=dtype), BLANK)
+        for dtype in (torch.int32, torch.int64)
+    ]
+    assert losses[0] == losses[1]
+    assert seen == [(True, torch.int64, torch.int64, torch.int64)] * 2

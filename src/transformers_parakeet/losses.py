@@ -92,21 +92,30 @@ def ctc_loss(
 
     Returns:
         Scalar, or (B,) with `reduction="none"`; float32.
+
+    Raises:
+        ValueError: a label that is no token.
     """
-    labels = labels.to(logits.device)
+    # torch calls cuDNN, whose CTC is not deterministic, for int32 labels only
+    labels = labels.to(logits.device, torch.long)
+    beyond = labels >= logits.shape[-1]
+    # torch would read past the end of the scores
+    if bool(beyond.any()):
+        raise ValueError(
+            f"labels must be ids below {logits.shape[-1]}, got {labels[beyond].unique().tolist()}: make them with the "
+            "tokenizer of this model"
+        )
     targets, lengths = compact_labels(labels, (labels >= 0) & (labels != blank_token_id))
     log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32).transpose(0, 1)
-    # cuDNN's CTC takes int32 targets on the CPU only and is not deterministic
-    with torch.backends.cudnn.flags(enabled=False):
-        losses = F.ctc_loss(
-            log_probs,
-            targets,
-            logit_lengths.to(logits.device, torch.long),
-            lengths,
-            blank=blank_token_id,
-            reduction="none",
-            zero_infinity=zero_infinity,
-        )
+    losses = F.ctc_loss(
+        log_probs,
+        targets,
+        logit_lengths.to(logits.device, torch.long),
+        lengths,
+        blank=blank_token_id,
+        reduction="none",
+        zero_infinity=zero_infinity,
+    )
     return reduce_loss(losses, lengths, reduction)
 
 
