@@ -494,3 +494,37 @@ def test_smoke_clips_load_whole(clip: dict[str, Any]) -> None:
         want = load_audio(SMOKE_CLIPS / "libri_2412-153948-0000.flac")
         # the second channel of the Vorbis clip holds noise (0.82); all others were measured at 0.989 or more
         assert likeness(got, want) > (0.81 if "vorbis" in clip["audio"] else 0.98)
+
+
+@pytest.mark.parametrize("count", [100, 1_600, 1_700, 16_000, 17_777])
+def test_ogg_vorbis_is_read_to_the_sample(count: int, tmp_path: Path) -> None:
+    """FFmpeg gives blocks as they are encoded, up to 248 samples more, and fewer at some rates."""
+    samples = chirp()[:count]
+    data = encoded(16_000, "OGG", samples, subtype="VORBIS")
+    (tmp_path / "a.ogg").write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for source in (data, tmp_path / "a.ogg"):
+            got = load_audio(source)
+            assert len(got) == count
+            np.testing.assert_array_equal(got, sf.read(io.BytesIO(data), dtype="float32")[0])
+        # joined streams are for FFmpeg, which reads them all
+        assert len(load_audio(data + data)) >= 2 * count
+
+
+def test_opus_shorter_than_its_delay_is_no_damage() -> None:
+    data = encoded(48_000, "OGG", chirp(48_000)[:480], subtype="OPUS")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_audio(data)) == 160
+
+
+@pytest.mark.parametrize(("container", "rate"), [("FLAC", 16_000), ("OGG", 16_000), ("MP3", 16_000)])
+def test_a_small_file_cannot_hold_any_number_of_samples(
+    container: str, rate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(rate, container, np.zeros(5 * rate, np.float32))
+    assert len(data) < 10_000 * (1 + (container == "MP3"))
+    monkeypatch.setattr(audio, "MAX_SAMPLES", 4 * rate)
+    with pytest.raises(AudioError, match=r"bytes> must hold at most 64000 samples"):
+        load_audio(data)

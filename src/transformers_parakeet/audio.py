@@ -33,10 +33,16 @@ MAX_STREAM_BYTES = 2 * 1024**3
 URL_TIMEOUT_S = 30.0
 # values that libsndfile decodes per call (4 MiB); the length in a header is never used to allocate memory
 BLOCK_VALUES = 1 << 20
+# bytes of an Ogg page before its list of segments, and the flag of the first page of a stream
+OGG_HEADER_BYTES, OGG_BEGINS = 27, 2
 # bytes per read of a stream
 READ_BYTES = 1 << 20
 # share of the length stated in the header below which a decoded file counts as cut; some statements are estimates
 CUT_SHARE = 0.9
+# seconds that a short file may lack of its statement: Opus counts 6.5 ms of its decoder's delay, and a block of 20 ms
+CUT_LEAST_S = 0.03
+# samples that a file may hold (12 hours at 48 kHz, 8 GiB): a small file of silence can hold any number
+MAX_SAMPLES = 2**31
 # seconds (one week); a longer statement is a placeholder for a length that the writer of the file did not know
 MAX_STATED_S = 7 * 86_400.0
 # distance from zero to full scale of the integer sample formats; uint8 is centred on 128
@@ -45,6 +51,10 @@ FULL_SCALE = {"int8": 128.0, "uint8": 128.0, "int16": 32768.0, "int32": 21474836
 
 class AudioError(ValueError):
     """Encoded audio that cannot be read; the message names the source and what each decoder said."""
+
+
+class _TooLongError(Exception):
+    """A file that holds more than `MAX_SAMPLES`; no `ValueError`, which decoders report as damage."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,29 @@ class _Decoded:
     @property
     def seconds(self) -> float:
         return len(self.samples) / self.rate if self.rate else 0.0
+
+
+class _Blocks:
+    """Mono blocks (S,) of a file, together at most `MAX_SAMPLES` samples."""
+
+    def __init__(self) -> None:
+        self.blocks: list[FloatArray] = []
+        self.samples = 0
+
+    def append(self, block: FloatArray) -> None:
+        """Add a block.
+
+        Raises:
+            _TooLongError: it exceeds the limit.
+        """
+        self.blocks.append(block)
+        self.samples += len(block)
+        if self.samples > MAX_SAMPLES:
+            raise _TooLongError
+
+    def joined(self) -> FloatArray:
+        """Return all samples (S,)."""
+        return np.concatenate(self.blocks) if self.blocks else np.zeros(0, dtype=np.float32)
 
 
 def load_audio(source: Any, sampling_rate: int | None = None, *, target_rate: int = TARGET_RATE) -> FloatArray:
@@ -192,8 +225,11 @@ def _decode(source: str | bytes, name: str) -> tuple[FloatArray, int, str]:
     if not head:
         raise AudioError(f"{name} is empty (0 bytes)")
     results: list[_Decoded] = []
-    for decoder in _decoders_for(head):
-        results.append(decoder(source))
+    for decoder in _decoders_for(source, head):
+        try:
+            results.append(decoder(source))
+        except _TooLongError as error:
+            raise AudioError(f"{name} must hold at most {MAX_SAMPLES} samples, and holds more: cut it up") from error
         # a recorder that was cut off leaves a WAV header that says 0 samples: a second opinion costs nothing there
         if results[-1].problem is None and len(results[-1].samples):
             break
@@ -216,41 +252,59 @@ def _head(source: str | bytes) -> bytes:
         return file.read(4)
 
 
-def _decoders_for(head: bytes) -> list[Callable[[str | bytes], _Decoded]]:
-    """Order the decoders by the first bytes of a file: FFmpeg first for MP3, AAC and Ogg, else libsndfile first.
+def _decoders_for(source: str | bytes, head: bytes) -> list[Callable[[str | bytes], _Decoded]]:
+    """Order the decoders by the start of a file: FFmpeg first for MP3, AAC and most Ogg, else libsndfile first.
 
-    libsndfile 1.2.2 ends without a word after the first of several joined MP3 or Ogg streams, and estimates (and so
-    cuts) the length of an MP3 without a Xing header; FFmpeg reads both to the end.
+    libsndfile 1.2.2 ends without an error after the first of several joined MP3 or Ogg streams, and estimates (and so
+    cuts) the length of an MP3 without a Xing header; FFmpeg reads both to the end. Of Vorbis, libsndfile gives exactly
+    the samples that were encoded, FFmpeg some fewer or more at the end.
     """
     frame_sync = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
-    if frame_sync or head.startswith((b"ID3", b"OggS")):
+    if frame_sync or (head.startswith((b"ID3", b"OggS")) and not _is_one_vorbis_stream(source)):
         return [_decode_with_ffmpeg, _decode_with_libsndfile]
     return [_decode_with_libsndfile, _decode_with_ffmpeg]
 
 
+def _is_one_vorbis_stream(source: str | bytes) -> bool:
+    """Tell whether a file consists of whole Ogg pages of a single Vorbis stream (RFC 3533, section 6)."""
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        is_first = True
+        while header := file.read(OGG_HEADER_BYTES):
+            if len(header) < OGG_HEADER_BYTES or not header.startswith(b"OggS"):
+                return False
+            # the sizes of the segments, whose number is the last byte of the header
+            size = sum(file.read(header[-1]))
+            content = file.read(size)
+            begins = bool(header[5] & OGG_BEGINS)
+            if len(content) < size or begins != is_first or (is_first and not content.startswith(b"\x01vorbis")):
+                return False
+            is_first = False
+    return True
+
+
 def _decode_with_libsndfile(source: str | bytes) -> _Decoded:
     soundfile = _require("soundfile")
-    blocks: list[FloatArray] = []
+    blocks = _Blocks()
     rate, problem = 0, None
     try:
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             if file.frames > MAX_STATED_S * file.samplerate:
                 # libsndfile cannot read a FLAC that was written to a pipe
-                return _Decoded(_concatenate([]), 0, "libsndfile: no length is stated")
+                return _Decoded(_Blocks().joined(), 0, "libsndfile: no length is stated")
             rate = int(file.samplerate)
             frames = max(1, BLOCK_VALUES // file.channels)
             while len(block := file.read(frames, dtype="float32", always_2d=True)):
                 blocks.append(_mean_of_channels(block, axis=1))
-            problem = _cut(sum(map(len, blocks)) / rate, file.frames / rate)
+            problem = _cut(blocks.samples / rate, file.frames / rate)
     except (RuntimeError, TypeError, ValueError, OSError) as error:
         # soundfile's own errors are RuntimeErrors; a name that ends in .raw makes it ask for a format with a TypeError
         problem = str(getattr(error, "error_string", error))
-    return _Decoded(_concatenate(blocks), rate, problem and f"libsndfile: {problem}")
+    return _Decoded(blocks.joined(), rate, problem and f"libsndfile: {problem}")
 
 
 def _decode_with_ffmpeg(source: str | bytes) -> _Decoded:
     av = _require("av")
-    blocks: list[FloatArray] = []
+    blocks = _Blocks()
     rate, problem = 0, None
     try:
         with (
@@ -259,19 +313,19 @@ def _decode_with_ffmpeg(source: str | bytes) -> _Decoded:
             av.open(file, metadata_errors="ignore", options={"protocol_whitelist": "none"}) as container,
         ):
             if not container.streams.audio:
-                return _Decoded(_concatenate([]), 0, "FFmpeg: it has no audio track")
+                return _Decoded(_Blocks().joined(), 0, "FFmpeg: it has no audio track")
             stream = container.streams.audio[0]
             if stream.codec_context is None:
-                return _Decoded(_concatenate([]), 0, "FFmpeg: it has no decoder for the audio track")
+                return _Decoded(_Blocks().joined(), 0, "FFmpeg: it has no decoder for the audio track")
             rate, problem = _ffmpeg_blocks(av, container, stream, blocks)
             stated_s = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
-            problem = problem or _cut(sum(map(len, blocks)) / max(1, rate), stated_s)
+            problem = problem or _cut(blocks.samples / max(1, rate), stated_s)
     except (av.error.FFmpegError, RuntimeError, ValueError, OSError) as error:
         problem = str(getattr(error, "strerror", None) or error)
-    return _Decoded(_concatenate(blocks), rate, problem and f"FFmpeg: {problem}")
+    return _Decoded(blocks.joined(), rate, problem and f"FFmpeg: {problem}")
 
 
-def _ffmpeg_blocks(av: ModuleType, container: Any, stream: Any, blocks: list[FloatArray]) -> tuple[int, str | None]:
+def _ffmpeg_blocks(av: ModuleType, container: Any, stream: Any, blocks: _Blocks) -> tuple[int, str | None]:
     """Append the mono blocks (S,) of an audio stream to `blocks`; return its rate in Hz and what went wrong."""
     rate, bad_packets = int(stream.rate or 0), 0
     try:
@@ -284,7 +338,7 @@ def _ffmpeg_blocks(av: ModuleType, container: Any, stream: Any, blocks: list[Flo
                 continue
             for frame in frames:
                 # the header of AAC may state half the rate that its decoder finds
-                rate = rate if blocks else int(frame.sample_rate)
+                rate = rate if blocks.samples else int(frame.sample_rate)
                 if frame.sample_rate != rate:
                     return rate, f"the rate changes to {frame.sample_rate} Hz midway"
                 blocks.append(_ffmpeg_block(av, frame))
@@ -307,11 +361,8 @@ def _ffmpeg_block(av: ModuleType, frame: Any) -> FloatArray:
 
 def _cut(decoded_s: float, stated_s: float) -> str | None:
     """Say that less was decoded than the header states, None if not."""
-    return f"only {decoded_s:.2f} s of the stated {stated_s:.2f} s" if decoded_s < CUT_SHARE * stated_s else None
-
-
-def _concatenate(blocks: list[FloatArray]) -> FloatArray:
-    return np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32)
+    is_cut = decoded_s < min(CUT_SHARE * stated_s, stated_s - CUT_LEAST_S)
+    return f"only {decoded_s:.2f} s of the stated {stated_s:.2f} s" if is_cut else None
 
 
 def _to_array(source: Any) -> npt.NDArray[Any]:
