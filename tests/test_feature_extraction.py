@@ -120,3 +120,13 @@ def test_the_input_is_left_alone():
     copy = clip.copy()
     extract(clip)
     np.testing.assert_array_equal(clip, copy)
+
+
+def test_padding_on_the_left_is_refused():
+    """Lengths count from the start of a clip: silence before it would be taken for speech, and its end be cut."""
+    clips = [noise(1.0), noise(0.4, 1)]
+    right = tp.ParakeetFeatureExtractor(padding_side="right")
+    assert torch.equal(right(clips, sampling_rate=16000)["input_features"], extract(clips)["input_features"])
+    left = tp.ParakeetFeatureExtractor(padding_side="left")
+    with pytest.raises(ValueError, match="`padding_side` must be 'right', got 'left'"):
+        left(clips, sampling_rate=16000)

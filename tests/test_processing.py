@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise, tiny_tokenizer
+from transformers import TextStreamer
 
 import transformers_parakeet as tp
 
@@ -100,3 +101,18 @@ def test_saved_and_loaded_the_processor_is_the_same(tmp_path):
     assert loaded.decoder_type == "tdt"
     assert loaded.blank_token_id == saved.blank_token_id
     assert type(loaded.tokenizer) is tp.ParakeetTokenizer
+
+
+@pytest.mark.parametrize(("kind", "said"), [("ctc", "the fox"), ("rnnt", "the the fox"), ("tdt", "the the fox")])
+def test_a_streamer_keeps_the_repeats_of_a_transducer(kind, said, capsys):
+    """Its tokenizer is called without arguments: only a CTC vocabulary, whose blank is the pad token, merges."""
+    tokenizer = tiny_tokenizer(kind)
+    the, fox = (tokenizer(word, add_special_tokens=False).input_ids for word in ("the", "fox"))
+    assert len(the) == 1
+    streamer = TextStreamer(tokenizer)
+    for token in [*the, *the, *fox]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert capsys.readouterr().out.strip() == said
+    assert tokenizer.decode([*the, *the], group_tokens=True) == "the"
+    assert tokenizer.decode([*the, *the], group_tokens=False) == "the the"

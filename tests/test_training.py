@@ -215,6 +215,8 @@ def test_processes_share_the_batches_and_have_as_many():
     [
         ("Hello,  World!", "hello world"),
         ("Don\u2019t stop \u2014 'now'", "don't stop now"),
+        ("O\u00b4Neil o`neil", "o'neil o'neil"),
+        ("O\u02bcNeil \u2018now\u2019", "o'neil now"),
         ("twenty-one", "twenty one"),
         ("\uff21\uff22\uff23 \ufb01ne", "abc fine"),
         ("\u0928\u092e\u0938\u094d\u0924\u0947\u0964", "\u0928\u092e\u0938\u094d\u0924\u0947"),

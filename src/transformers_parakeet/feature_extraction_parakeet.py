@@ -109,9 +109,14 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
             `input_features` (B, T, F) float32 and `attention_mask` (B, T), true on valid frames.
 
         Raises:
-            ValueError: another sampling rate than the model's, or samples that are not finite.
+            ValueError: another sampling rate than the model's, samples that are not finite, or padding on the left.
         """
         self._check_sampling_rate(sampling_rate)
+        if self.padding_side != "right":
+            raise ValueError(
+                f"`padding_side` must be 'right', got {self.padding_side!r}: lengths count from the start of a clip; "
+                "set it to 'right'"
+            )
         clips = [self._samples(clip) for clip in split_batch(raw_speech)]
         # the base class pads arrays of shape (S, features)
         padded = self.pad(

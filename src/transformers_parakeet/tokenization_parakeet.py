@@ -14,12 +14,15 @@ from .timestamps import ctc_runs
 
 # what SentencePiece writes for a space
 WORD_START = "\u2581"
+# the blank in the vocabulary of transducers
+BLANK = "<blank>"
 
 
 class ParakeetTokenizer(TokenizersBackend):
-    """Tokenizer of the released checkpoints; decoding merges repeats and drops blanks, as CTC needs.
+    """Tokenizer of the released checkpoints; decoding drops pad tokens and, for CTC, merges repeats.
 
-    The blank is the pad token. Transducers emit every token on purpose: decode them with `group_tokens=False`.
+    The blank of a CTC vocabulary is the pad token. The vocabulary of a transducer, or of a hybrid, has a token
+    `BLANK` as well: every other token is emitted on purpose, and repeats are merged only with `group_tokens=True`.
     """
 
     # the delimiter that stock tools pass to `_get_word_offsets`
@@ -30,7 +33,7 @@ class ParakeetTokenizer(TokenizersBackend):
         token_ids: int | list[int],
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
-        group_tokens: bool = True,
+        group_tokens: bool | None = None,
         output_char_offsets: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -40,7 +43,7 @@ class ParakeetTokenizer(TokenizersBackend):
             token_ids: ids, one per frame for CTC.
             skip_special_tokens: leave special tokens out of the text.
             clean_up_tokenization_spaces: see the base class.
-            group_tokens: merge consecutive repeats.
+            group_tokens: merge consecutive repeats; default: where the vocabulary is one of CTC alone.
             output_char_offsets: return a dict of `text` and `char_offsets`, per token `{"char", "start_offset",
                 "end_offset"}` in frames, as CTC tokenizers of transformers do.
 
@@ -48,6 +51,8 @@ class ParakeetTokenizer(TokenizersBackend):
             The text, or the dict.
         """
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        if group_tokens is None:
+            group_tokens = self.backend_tokenizer.token_to_id(BLANK) is None
         runs = ctc_runs(ids) if group_tokens else [(token, frame, frame + 1) for frame, token in enumerate(ids)]
         runs = [run for run in runs if run[0] != self.pad_token_id]
 

@@ -36,12 +36,15 @@ DITHER = 1e-5
 IGNORED = -100
 # clips are sorted by duration into steps of so many seconds, within which every epoch shuffles
 BUCKET_S = 0.5
+# signs that are written for an apostrophe: acute and grave accent, quotation marks, modifier letter
+APOSTROPHES = str.maketrans(dict.fromkeys("\u00b4`\u2018\u2019\u02bc", "'"))
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def normalize_text(text: str) -> str:
     """Prepare a transcript for scoring: NFKC, lower case, no punctuation but apostrophes in words, single spaces."""
-    text = unicodedata.normalize("NFKC", text).replace("\u2019", "'").lower()
+    # before NFKC, which makes a space and a combining accent of the acute accent
+    text = unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).lower()
     spaced = "".join(" " if unicodedata.category(char).startswith("P") and char != "'" else char for char in text)
     return " ".join(word for word in (word.strip("'") for word in spaced.split()) if word)
 
