@@ -204,3 +204,25 @@ def test_the_demo_model_hears_the_same_in_every_encoding(name, rate, options, tm
     encoded = soxr.resample(samples, 16000, rate)
     soundfile.write(tmp_path / name, np.stack([encoded, encoded], axis=1), rate, **options)
     assert demo(str(tmp_path / name))["text"] == "one two three"
+
+
+def test_worker_processes_compute_features_on_the_cpu(monkeypatch):
+    """A forked process cannot use a GPU; "meta" stands for one here."""
+    model, processor = ctc_model()
+    pipe = pipeline("automatic-speech-recognition", model=model, tokenizer=processor.tokenizer,
+                    feature_extractor=processor.feature_extractor)  # fmt: skip
+    expected = next(pipe.preprocess(noise(1.0)))["input_features"]
+    monkeypatch.setattr(pipe, "device", torch.device("meta"))
+    assert next(pipe.preprocess(noise(1.0)))["input_features"].device.type == "meta"
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: object())
+    (window,) = pipe.preprocess(noise(1.0))
+    assert window["input_features"].device.type == "cpu"
+    assert torch.equal(window["input_features"], expected)
+
+
+def test_worker_processes_give_the_same_texts():
+    demo = pipeline("automatic-speech-recognition", model=str(tp.demo_model_path()))
+    clips = sorted(map(str, (tp.demo_model_path() / "clips").glob("*.flac")))[:3]
+    alone = [demo(clip)["text"] for clip in clips]
+    assert [out["text"] for out in demo(clips, batch_size=2, num_workers=1)] == alone
+    assert len(set(alone)) == 3

@@ -6,6 +6,7 @@ Every other model is passed on to the stock pipeline, untouched.
 from collections.abc import Iterator
 from typing import Any
 
+import torch.utils.data
 from transformers import AutomaticSpeechRecognitionPipeline
 
 from .audio import load_audio
@@ -75,9 +76,11 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
             )
         rate = self.feature_extractor.sampling_rate
         samples = load_audio(inputs, target_rate=rate)
+        # a forked worker process cannot use the GPU of its parent
+        device = self.device if torch.utils.data.get_worker_info() is None else torch.device("cpu")
         for window in windows(len(samples), *self._window_samples(chunk_length_s, stride_length_s)):
             features = self.feature_extractor(
-                samples[window.start : window.stop], sampling_rate=rate, return_tensors="pt", device=self.device
+                samples[window.start : window.stop], sampling_rate=rate, return_tensors="pt", device=device
             )
             yield {"is_last": window.keep_to is None, "window": window, **features, **extra}
 
