@@ -1,12 +1,16 @@
 """Trains on two processes for `test_distributed.py`: `torchrun distributed_worker.py MODE FOLDER`."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from training_helpers import SENTENCES, arguments, features_of, sentence_rows, small
+from transformers import TrainerCallback
 
 from transformers_parakeet.training import ParakeetTrainer, SpeechCollator
 from transformers_parakeet.training_data import load_speech
@@ -14,9 +18,17 @@ from transformers_parakeet.training_data import load_speech
 FSDP = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"transformer_layer_cls_to_wrap": ["ParakeetEncoderBlock"]}}
 
 
-def train(folder, steps=6, head="hybrid", evaluate=True, **changes):
+class OwnGenerator(TrainerCallback):
+    """Lets every process draw other numbers, as data of their own makes them do."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Seed torch's generator with the number of the process."""
+        torch.manual_seed(args.process_index)
+
+
+def train(folder, steps=6, head="hybrid", evaluate=True, encoder=None, callbacks=(), **changes):
     """Return the losses, the gradient norms, the final scores and the trainer of a short run."""
-    model, processor = small(head, loss_reduction="mean_batch", ctc_loss_reduction="mean_batch")
+    model, processor = small(head, loss_reduction="mean_batch", ctc_loss_reduction="mean_batch", encoder=encoder)
     rows = features_of(sentence_rows(), processor)
     trainer = ParakeetTrainer(
         model,
@@ -24,6 +36,7 @@ def train(folder, steps=6, head="hybrid", evaluate=True, **changes):
         train_dataset=rows,
         eval_dataset=rows[:7],
         processing_class=processor,
+        callbacks=list(callbacks),
     )
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -31,6 +44,31 @@ def train(folder, steps=6, head="hybrid", evaluate=True, **changes):
     if evaluate:
         result["scores"] = scores_of(trainer)
     return result, trainer
+
+
+def dropping(folder, **changes):
+    """Train with layers that each process drops by its own draws."""
+    return train(folder, steps=3, encoder={"layerdrop": 0.5}, callbacks=[OwnGenerator()], **changes)
+
+
+def sharded_blocks():
+    """Return the losses of each process with whole and with sharded blocks, which each drops by its own draws."""
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo")
+    losses = {}
+    for sharded in (False, True):
+        model, processor = small("ctc", encoder={"layerdrop": 0.5, "num_hidden_layers": 4})
+        batch = SpeechCollator(processor, dither=0.0)(sentence_rows()[:3])
+        if sharded:
+            mesh = init_device_mesh("cpu", (2,))
+            for layer in model.encoder.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        torch.manual_seed(rank)
+        losses[f"sharded {sharded}"] = [model.train()(**batch).loss.item() for _ in range(4)]
+    shared = [None, None]
+    torch.distributed.all_gather_object(shared, losses)
+    return shared, None
 
 
 def stream(folder):
@@ -90,12 +128,16 @@ if __name__ == "__main__":
     mode, folder = sys.argv[1], Path(sys.argv[2])
     modes = {
         "ddp": lambda: train(folder),
+        "ddp_dropping": lambda: dropping(folder, gradient_checkpointing=True),
+        "sharded_blocks": sharded_blocks,
         "fsdp": lambda: train(folder, steps=2, **FSDP),
         "stream": lambda: stream(folder),
         "broken": lambda: broken(folder),
     }
     result, trainer = modes[mode]()
-    trainer.save_model(str(folder / "model"))
-    if trainer.is_world_process_zero():
+    if trainer is not None:
+        trainer.save_model(str(folder / "model"))
+    if torch.distributed.get_rank() == 0:
         (folder / "result.json").write_text(json.dumps(result))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -16,7 +16,7 @@ ADDED = {
     "ctc_loss_reduction", "ctc_zero_infinity", "loss_sigma", "loss_omega", "kernel", "nemo_config",
     "attention_context_size", "attention_context_sizes", "attention_context_style", "self_attention_model",
     "global_tokens", "global_tokens_spacing", "global_attn_separate", "conv_norm_type", "conv_context_size",
-    "causal_downsampling",
+    "causal_downsampling", "residual_dropout", "stochastic_depth_mode", "stochastic_depth_start_layer",
 }  # fmt: skip
 
 

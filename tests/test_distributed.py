@@ -26,9 +26,13 @@ def launch(mode, folder):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([source, str(TESTS)]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(TESTS / "distributed_worker.py"), mode, str(folder)], env=env, capture_output=True, text=True
+        [*command, str(TESTS / "distributed_worker.py"), mode, str(folder)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     return json.loads((folder / "result.json").read_text())
 
 
@@ -56,6 +60,23 @@ def test_two_processes_are_one_that_accumulates_as_many_batches(alone, tmp_path)
         # measured: 0
         assert torch.allclose(weights[name], value, atol=1e-6), name
     check_saved_model(tmp_path)
+
+
+def test_each_process_may_drop_other_layers(tmp_path):
+    """DDP with gradient checkpointing waits for a gradient of every parameter."""
+    result = launch("ddp_dropping", tmp_path)
+    assert len(set(result["losses"])) == 3
+    assert np.isfinite([*result["losses"], *result["norms"], result["scores"]["eval_loss"]]).all()
+    check_saved_model(tmp_path)
+
+
+def test_sharded_blocks_are_gathered_in_step(tmp_path):
+    """Sharding gathers a block when it runs: were one skipped, a process would get the weights of another block."""
+    processes = launch("sharded_blocks", tmp_path)
+    for losses in processes:
+        # measured: 0
+        assert np.allclose(losses["sharded True"], losses["sharded False"], rtol=1e-6)
+    assert processes[0] != processes[1]
 
 
 def test_two_processes_share_a_stream(tmp_path):

@@ -217,7 +217,10 @@ ENCODER = {
     "dropout_positions": 0.0,
     "layerdrop": 0.0,
     "activation_dropout": 0.1,
+    "residual_dropout": 0.1,
     "attention_dropout": 0.1,
+    "stochastic_depth_mode": "linear",
+    "stochastic_depth_start_layer": 1,
 }
 TRANSDUCER = {
     "decoder_hidden_size": 32,

@@ -125,6 +125,7 @@ def test_changed_fields_are_written_and_others_stay(tmp_path):
     config.ctc_loss_weight, config.ctc_loss_reduction, config.loss_reduction = 0.5, "sum", "mean_volume"
     config.segment_gap_threshold, config.segment_separators = 20, (";",)
     config.encoder_config.attention_dropout, config.encoder_config.layerdrop = 0.25, 0.05
+    config.encoder_config.stochastic_depth_mode, config.encoder_config.stochastic_depth_start_layer = "uniform", 2
     config.spec_augment = {**config.spec_augment, "time_masks": 3}
     export_nemo(model, processor, tmp_path / "changed.nemo")
     tree = yaml.safe_load(members(tmp_path / "changed.nemo")["./model_config.yaml"])
@@ -135,8 +136,19 @@ def test_changed_fields_are_written_and_others_stay(tmp_path):
     expected["aux_ctc"] |= {"ctc_loss_weight": 0.5, "ctc_reduction": "sum"}
     expected["rnnt_reduction"] = "mean_volume"
     expected["encoder"] |= {"dropout_att": 0.25, "stochastic_depth_drop_prob": 0.05}
+    expected["encoder"] |= {"stochastic_depth_mode": "uniform", "stochastic_depth_start_layer": 2}
     expected["spec_augment"]["time_masks"] = 3
     assert tree == expected
+
+
+@pytest.mark.parametrize(("layerdrop", "mode"), [(0.1, "uniform"), (0.0, "linear")])
+def test_layerdrop_of_stock_becomes_the_nearest_that_nemo_has(layerdrop, mode, tmp_path):
+    model, processor = fresh("ctc")
+    encoder = model.config.encoder_config
+    encoder.layerdrop, encoder.stochastic_depth_mode = layerdrop, None
+    export_nemo(model, processor, tmp_path / "stock.nemo")
+    written = yaml.safe_load(members(tmp_path / "stock.nemo")["./model_config.yaml"])["encoder"]
+    assert (written["stochastic_depth_drop_prob"], written["stochastic_depth_mode"]) == (layerdrop, mode)
 
 
 def test_interpolations_come_back_as_they_were(tmp_path):

@@ -45,7 +45,7 @@ class ParakeetEncoderConfig(PreTrainedConfig):
         subsampling_conv_stride: stride of each subsampling convolution.
         dropout: probability before the first block.
         dropout_positions: probability on the position embeddings.
-        layerdrop: probability of skipping a block in training.
+        layerdrop: probability of dropping a block in training.
         activation_dropout: probability inside the feed-forward modules.
         attention_dropout: probability on the attention weights.
         max_position_embeddings: kept for the file format; the sinusoids have no limit.
@@ -65,6 +65,12 @@ class ParakeetEncoderConfig(PreTrainedConfig):
         conv_norm_type: norm after the depthwise convolution, `"batch_norm"` or `"layer_norm"`.
         conv_context_size: `[left, right]` frames that the depthwise convolution sees; `None` for as many on each side.
         causal_downsampling: pad the subsampling convolutions by 2 before and 1 after, in time and in frequency.
+        residual_dropout: probability on the output of every residual branch of a block; NeMo's `dropout` is this and
+            `activation_dropout`.
+        stochastic_depth_mode: `None`: every block is dropped with probability `layerdrop`, as in stock transformers.
+            As in NeMo, `"linear"`, where the probability grows with depth up to `layerdrop`, and `"uniform"` drop no
+            block before `stochastic_depth_start_layer`, and divide what other blocks add by the chance of keeping it.
+        stochastic_depth_start_layer: number of blocks that are never dropped in these two modes, at least 1.
 
     Raises:
         ValueError: a field holds a value that no encoder can be built from.
@@ -104,6 +110,9 @@ class ParakeetEncoderConfig(PreTrainedConfig):
     conv_norm_type: str = "batch_norm"
     conv_context_size: list[int] | tuple[int, ...] | None = None
     causal_downsampling: bool = False
+    residual_dropout: float | int = 0.0
+    stochastic_depth_mode: str | None = None
+    stochastic_depth_start_layer: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.num_key_value_heads = self.num_attention_heads
@@ -123,7 +132,19 @@ class ParakeetEncoderConfig(PreTrainedConfig):
         _check(fits, "conv_context_size", context,
                f"two frame counts whose sum is `conv_kernel_size` - 1 ({self.conv_kernel_size - 1})")  # fmt: skip
         self._check_attention()
+        self._check_stochastic_depth()
         super().__post_init__(**kwargs)
+
+    def _check_stochastic_depth(self) -> None:
+        """Check the fields that say which blocks are dropped in training."""
+        mode, start, layers = self.stochastic_depth_mode, self.stochastic_depth_start_layer, self.num_hidden_layers
+        _check(mode in (None, "linear", "uniform"), "stochastic_depth_mode", mode, "None, 'linear' or 'uniform'")
+        if mode is not None:
+            _check(0 <= self.layerdrop < 1, "layerdrop", self.layerdrop,
+                   "at least 0 and below 1 with `stochastic_depth_mode`")  # fmt: skip
+            _check(
+                1 <= start <= layers, "stochastic_depth_start_layer", start, f"from 1 to `num_hidden_layers` ({layers})"
+            )
 
     def _check_attention(self) -> None:
         """Check the fields of the attention."""

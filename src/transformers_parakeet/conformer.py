@@ -6,7 +6,7 @@ Attention is in `attention.py`; saving, loading and the outputs of a model are i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -144,35 +144,50 @@ class ParakeetEncoderConvolutionModule(nn.Module):
         self.norm = nn.LayerNorm(width) if config.conv_norm_type == "layer_norm" else nn.BatchNorm1d(width)
         self.pointwise_conv2 = nn.Conv1d(width, width, 1, bias=bias)
 
-    def forward(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, valid: Tensor | None = None, is_repeated: bool = False) -> Tensor:
         """Map (B, N, H) to (B, N, H).
 
         Args:
             hidden: (B, N, H) frames.
             valid: (B, N) boolean mask of the frames inside the clips; the others must not leak into them.
+            is_repeated: gradient checkpointing repeats a pass, which must not move the running statistics again.
         """
+        # the deviation of a single frame is undefined: it is normalised as outside training
+        of_batch = self.training and hidden.shape[:2].numel() > 1
         hidden = F.glu(pointwise(self.pointwise_conv1, hidden), dim=-1)
         if valid is not None:
             hidden = hidden.mul_(valid[..., None])
         if self.uneven_padding:
             hidden = F.pad(hidden, (0, 0, *self.uneven_padding))
-        hidden = depthwise(hidden, *self._filter(), padding=int(self.depthwise_conv.padding[0]))
+        hidden = depthwise(hidden, *self._filter(of_batch), padding=int(self.depthwise_conv.padding[0]))
         if isinstance(self.norm, nn.LayerNorm):
             hidden = self.norm(hidden)
-        elif self.training:
-            hidden = self.norm(hidden.transpose(1, 2)).transpose(1, 2)
+        elif of_batch:
+            hidden = batch_norm(self.norm, hidden.transpose(1, 2), is_repeated).transpose(1, 2)
         return pointwise(self.pointwise_conv2, self.activation(hidden))
 
-    def _filter(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight (H, 1, k) and bias of the depthwise convolution; outside training they include batch norm."""
+    def _filter(self, of_batch: bool) -> tuple[Tensor, Tensor | None]:
+        """Return weight (H, 1, k) and bias of the depthwise convolution.
+
+        Batch norm is part of them unless it uses the statistics of the batch.
+        """
         weight, bias = self.depthwise_conv.weight, self.depthwise_conv.bias
         norm: Any = self.norm
-        if self.training or isinstance(norm, nn.LayerNorm):
+        if of_batch or isinstance(norm, nn.LayerNorm):
             return weight, bias
         scale = norm.weight.float() * (norm.running_var.float() + norm.eps).rsqrt()
         shift = (0.0 if bias is None else bias.float()) - norm.running_mean.float()
         folded = weight.float() * scale[:, None, None]
         return folded.to(weight.dtype), torch.addcmul(norm.bias.float(), shift, scale).to(weight.dtype)
+
+
+def batch_norm(norm: nn.BatchNorm1d, hidden: Tensor, is_repeated: bool) -> Tensor:
+    """Normalise (B, H, N); a repeated pass moves copies of the running statistics."""
+    if not is_repeated:
+        return norm(hidden)
+    copies = {name: value.clone() for name, value in norm.named_buffers()}
+    normalised: Tensor = torch.func.functional_call(norm, copies, (hidden,))
+    return normalised
 
 
 def silu(hidden: Tensor) -> Tensor:
@@ -207,6 +222,7 @@ class ParakeetEncoderBlock(GradientCheckpointingLayer):
     def __init__(self, config: ParakeetEncoderConfig, layer_idx: int) -> None:
         super().__init__()
         self.gradient_checkpointing = False
+        self.dropout = config.residual_dropout
         width = config.hidden_size
         self.feed_forward1 = ParakeetEncoderFeedForward(config)
         self.self_attn = ParakeetEncoderAttention(config, layer_idx)
@@ -223,13 +239,62 @@ class ParakeetEncoderBlock(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_embeddings: Tensor | None = None,
+        runs: Iterator[int] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Map (B, N, H) to (B, N, H); `attention_mask` is the (B, N) boolean mask of valid frames."""
+        """Map (B, N, H) to (B, N, H).
+
+        Args:
+            hidden_states: (B, N, H) frames.
+            attention_mask: (B, N) boolean mask of valid frames.
+            position_embeddings: of the relative positions.
+            runs: counts the runs of this block on these frames from 0, because gradient checkpointing repeats them.
+            **kwargs: of the attention.
+        """
+        is_repeated = runs is not None and next(runs) > 0
         hidden = hidden_states
-        hidden = torch.add(hidden, self.feed_forward1(self.norm_feed_forward1(hidden)), alpha=0.5)
+        hidden = torch.add(hidden, self._drop(self.feed_forward1(self.norm_feed_forward1(hidden))), alpha=0.5)
         attended, _ = self.self_attn(self.norm_self_att(hidden), position_embeddings, attention_mask, **kwargs)
-        hidden = hidden + attended
-        hidden = hidden + self.conv(self.norm_conv(hidden), attention_mask)
-        hidden = torch.add(hidden, self.feed_forward2(self.norm_feed_forward2(hidden)), alpha=0.5)
+        hidden = hidden + self._drop(attended)
+        hidden = hidden + self._drop(self.conv(self.norm_conv(hidden), attention_mask, is_repeated))
+        hidden = torch.add(hidden, self._drop(self.feed_forward2(self.norm_feed_forward2(hidden))), alpha=0.5)
         return self.norm_out(hidden)
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        """Apply dropout to the output (B, N, H) of a residual branch."""
+        return F.dropout(branch, self.dropout, self.training)
+
+
+def drop_probabilities(config: ParakeetEncoderConfig) -> list[float]:
+    """Return the probability of dropping each block in training.
+
+    The modes are those of NeMo: collections/asr/parts/utils/regularization_utils.py
+    """
+    layers, start = config.num_hidden_layers, config.stochastic_depth_start_layer
+    if config.stochastic_depth_mode is None:
+        return [float(config.layerdrop)] * layers
+    depths = range(1, layers - start + 1)
+    is_linear = config.stochastic_depth_mode == "linear"
+    return [0.0] * start + [config.layerdrop * (depth / len(depths) if is_linear else 1.0) for depth in depths]
+
+
+def drop_block(before: Tensor, after: Tensor, probability: float, rescale: bool) -> Tensor:
+    """Drop what a block adds to its input, or keep it (LayerDrop, arXiv 1909.11556).
+
+    A dropped block has run and gets gradients of 0: processes that train together must use the same parameters in every
+    step, and may draw differently.
+
+    Args:
+        before: (B, N, H) input of the block.
+        after: (B, N, H) its output.
+        probability: of dropping it.
+        rescale: divide what is kept by its probability, as NeMo does.
+
+    Returns:
+        (B, N, H) input of the next block.
+    """
+    if probability == 0:
+        return after
+    if torch.rand([]) < probability:
+        return torch.where(torch.ones((), dtype=torch.bool, device=before.device), before, after)
+    return before + (after - before) / (1.0 - probability) if rescale else after

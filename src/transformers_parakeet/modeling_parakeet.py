@@ -5,6 +5,7 @@ Modules are in `conformer.py` and `transducer.py`, losses in `losses.py`, `gener
 
 import math
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +31,8 @@ from .configuration_parakeet import (
 from .conformer import (
     ParakeetEncoderBlock,
     ParakeetEncoderSubsamplingConv2D,
+    drop_block,
+    drop_probabilities,
     length_mask,
     pointwise,
     subsampled_lengths,
@@ -192,11 +195,13 @@ class ParakeetEncoder(ParakeetPreTrainedModel):
         hidden = F.dropout(hidden, self.config.dropout, self.training)
         positions = F.dropout(positions, self.config.dropout_positions, self.training)
         valid = None if attention_mask is None else self._get_output_attention_mask(attention_mask, hidden.shape[1])
-        for layer in self.layers:
-            # LayerDrop (arXiv 1909.11556)
-            if self.training and self.config.layerdrop > 0 and torch.rand([]) < self.config.layerdrop:
-                continue
-            hidden = layer(hidden, attention_mask=valid, position_embeddings=positions, **kwargs)
+        for layer, probability in zip(self.layers, drop_probabilities(self.config), strict=True):
+            # only gradient checkpointing repeats a block
+            runs = {"runs": count()} if layer.gradient_checkpointing and self.training else {}
+            output = layer(hidden, attention_mask=valid, position_embeddings=positions, **runs, **kwargs)
+            if self.training:
+                output = drop_block(hidden, output, probability, self.config.stochastic_depth_mode is not None)
+            hidden = output
         return ParakeetEncoderModelOutput(
             last_hidden_state=hidden,
             attention_mask=valid.int() if valid is not None and output_attention_mask else None,

@@ -37,6 +37,8 @@ ENCODER_PLACES = {
     "dropout": ("encoder.dropout_pre_encoder",),
     "dropout_positions": ("encoder.dropout_emb",),
     "layerdrop": ("encoder.stochastic_depth_drop_prob",),
+    "stochastic_depth_mode": ("encoder.stochastic_depth_mode",),
+    "stochastic_depth_start_layer": ("encoder.stochastic_depth_start_layer",),
     "activation_dropout": ("encoder.dropout",),
     "attention_dropout": ("encoder.dropout_att",),
     "max_position_embeddings": ("encoder.pos_emb_max_len",),
@@ -349,6 +351,9 @@ def own_value(source: Any, field: str) -> Any:
         value = source.decoder_hidden_size
     if field == "intermediate_size":
         value //= source.hidden_size
+    if field == "stochastic_depth_mode" and value is None:
+        # NeMo's nearest to LayerDrop; its default where no block is dropped
+        value = "uniform" if source.layerdrop else "linear"
     if field == "self_attention_model" and max(source.attention_context_size) < 0:
         # NeMo has no local attention without a limit; this is the same
         value = "rel_pos"
