@@ -83,8 +83,7 @@ SECTIONS: dict[str, Section] = {
             _target_ att_context_size causal_downsampling conv_context_size conv_kernel_size d_model dropout
             dropout_att dropout_emb dropout_pre_encoder feat_in ff_expansion_factor global_attn_separate
             global_tokens global_tokens_spacing n_heads n_layers pos_emb_max_len stochastic_depth_drop_prob
-            stochastic_depth_mode stochastic_depth_start_layer subsampling_conv_channels subsampling_factor
-            use_bias xscaling
+            stochastic_depth_start_layer subsampling_conv_channels subsampling_factor use_bias xscaling
         """,
         ignored="""
             att_chunk_context_size att_context_probs conv_context_style reduction_factor reduction_position
@@ -92,6 +91,7 @@ SECTIONS: dict[str, Section] = {
             use_pytorch_sdpa_backends
         """,
         only={
+            "stochastic_depth_mode": ("linear", "uniform"),
             "att_context_style": CONTEXT_STYLES,
             "conv_norm_type": CONV_NORM_TYPES,
             "feat_out": (-1, 0, None),
