@@ -50,10 +50,12 @@ ALLOWED = {
     "subwords": {"archive", "tokenization_parakeet"},
     "nemo_keys": {"archive", "configuration_parakeet", "feature_extraction_parakeet", "losses"},
     "nemo_settings": {"archive", "configuration_parakeet", "losses", "nemo_keys"},
+    "hub": {"archive", "configuration_parakeet", "modeling_parakeet", "processing_parakeet"},
     "nemo": {
         "archive",
         "configuration_parakeet",
         "feature_extraction_parakeet",
+        "hub",
         "modeling_parakeet",
         "nemo_keys",
         "nemo_settings",
@@ -70,7 +72,7 @@ ALLOWED = {
         "nemo_settings",
         "subwords",
     },
-    "conversion": {"archive", "nemo", "nemo_export"},
+    "conversion": {"archive", "hub", "nemo", "nemo_export"},
     "vocabulary": {"configuration_parakeet", "processing_parakeet", "subwords", "tokenization_parakeet"},
 }
 

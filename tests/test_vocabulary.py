@@ -8,7 +8,7 @@ import torch
 from conftest import noise
 
 from transformers_parakeet import export_nemo, extend_vocabulary, load_nemo, replace_tokenizer
-from transformers_parakeet.nemo import load_folder
+from transformers_parakeet.hub import load_folder
 from transformers_parakeet.subwords import MODELS, build_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .archive import Archive, NemoError
-from .nemo import find_checkpoint, load_archive, load_folder
+from .hub import find_checkpoint, load_folder
+from .nemo import load_archive
 from .nemo_export import export_nemo
 
 # above this the weights are cut into several files
