@@ -29,6 +29,22 @@ FORWARD_ARGUMENTS = {"output_attentions", "output_hidden_states", "output_attent
 UNLIMITED = 2**31
 
 
+class CTCTokens(Tensor):
+    """Frame-wise tokens (B, N) from the CTC head of a hybrid; slices and copies have this type as well.
+
+    A hybrid's processor has the type of the transducer, and reads here that these tokens are of the other kind.
+    """
+
+    decoder_type = "ctc"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CTCTokens:
+        return self.clone()  # type: ignore[return-value]  # operations keep the type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Save a plain tensor, which `torch.load` reads without this package."""
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
 @dataclass
 class ParakeetCTCGenerateOutput(ModelOutput):
     """What `ParakeetForCTC.generate` returns with `return_dict_in_generate=True`.
@@ -160,7 +176,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         encoded = self.encoder(input_features=input_features, attention_mask=attention_mask, **kwargs)
         logits = self.ctc_head(encoded.last_hidden_state)
         lengths = None if attention_mask is None else encoded.attention_mask.sum(-1)
-        sequences = greedy_ctc(logits, lengths, self.config.blank_token_id)
+        sequences = greedy_ctc(logits, lengths, self.config.blank_token_id).as_subclass(CTCTokens)
         return ctc_output(encoded, logits, sequences, output_confidence) if return_dict_in_generate else sequences
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
