@@ -72,6 +72,7 @@ ALLOWED = {
         "nemo_settings",
         "subwords",
     },
+    "nemo_pipeline": {"hub", "nemo"},
     "conversion": {"archive", "hub", "nemo", "nemo_export"},
     "vocabulary": {"configuration_parakeet", "processing_parakeet", "subwords", "tokenization_parakeet"},
 }

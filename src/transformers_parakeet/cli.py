@@ -33,8 +33,8 @@ class Format(str, Enum):
 
 
 def complain(text: str) -> None:
-    """Print an error."""
-    errors.print(text, style="red", markup=False, highlight=False)
+    """Print an error, without wrapping: it may be read by a program."""
+    errors.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def load_pipeline(model: str | None) -> Any:

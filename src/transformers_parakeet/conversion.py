@@ -103,7 +103,7 @@ def to_nemo(source: str | Path, path: Path, dtype: torch.dtype | None, hub: dict
     found = find_checkpoint(source, **hub)
     if found.is_file():
         raise NemoError(f"{source} is a .nemo file already: name a folder to convert it to")
-    model, processor = load_folder(source, dtype=dtype, **hub)
+    model, processor = load_folder(found, dtype=dtype, **hub)
     part = path.with_name(f".part-{path.name}")
     try:
         export_nemo(model, processor, part)

@@ -113,7 +113,7 @@ def load_nemo(
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     found = find_checkpoint(path, **hub)
     if not found.is_file():
-        return load_folder(path, dtype=dtype, **hub)
+        return load_folder(found, dtype=dtype, **hub)
     return load_archive(Archive(found), dtype)
 
 
