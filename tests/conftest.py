@@ -76,12 +76,12 @@ def run_stock(code, *arguments):
     return run_program(code, *arguments, PYTHONPATH="")
 
 
-def run_program(code, *arguments, **environment):
-    """Run a program in a process of its own; return what it prints."""
+def run_program(code, *arguments, status=0, **environment):
+    """Run a program in a process of its own; return what it prints, with another status than 0 also its errors."""
     program = textwrap.dedent(code)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", **environment}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)], capture_output=True, text=True, env=env
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert done.returncode == status, done.stderr[-3000:]
+    return (done.stdout, done.stderr) if status else done.stdout

@@ -58,7 +58,7 @@ class ParakeetProcessor(ProcessorMixin):
     Args:
         feature_extractor: a `ParakeetFeatureExtractor`.
         tokenizer: a `ParakeetTokenizer`.
-        blank_token: the blank of a transducer's tokenizer; where the vocabulary lacks it, the pad token is the blank.
+        blank_token: the blank of a transducer's tokenizer. The blank of a CTC tokenizer is its pad token.
         decoder_type: `"ctc"`, `"rnnt"` or `"tdt"`. With `None`, `from_pretrained` takes it from the model's
             configuration beside the processor; without one, a vocabulary with the blank counts as that of TDT.
     """
@@ -69,8 +69,7 @@ class ParakeetProcessor(ProcessorMixin):
         self, feature_extractor: Any, tokenizer: Any, blank_token: str = "<blank>", decoder_type: str | None = None
     ) -> None:
         self.blank_token = blank_token
-        known = blank_token in tokenizer.get_vocab()
-        self.blank_token_id = tokenizer.convert_tokens_to_ids(blank_token) if known else tokenizer.pad_token_id
+        self.blank_token_id = blank_id(tokenizer, blank_token)
         self.decoder_type = decoder_type
         super().__init__(feature_extractor, tokenizer)
 
@@ -256,6 +255,14 @@ class ParakeetProcessor(ProcessorMixin):
 
     def _detokenize(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, group_tokens=False))
+
+
+def blank_id(tokenizer: Any, blank_token: str) -> int:
+    """Return the id of the blank, which is the pad token where the vocabulary lacks `blank_token`.
+
+    `convert_tokens_to_ids` would return the id of the unknown token for it.
+    """
+    return int(tokenizer.get_vocab().get(blank_token, tokenizer.pad_token_id))
 
 
 def model_kind(source: Any, options: dict[str, Any]) -> str | None:
