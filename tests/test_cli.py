@@ -108,8 +108,7 @@ def test_json_without_a_good_file_is_an_empty_list(tmp_path):
     assert json.loads(result.stdout) == []
 
 
-# a process whose memory does not suffice for a clip of twenty minutes: the scores of attention alone take 4 x 15000^2 x 4
-# bytes
+# a process whose memory does not suffice for a clip of twenty minutes: scores of attention alone are 4 x 15000^2 floats
 SHORT_OF_MEMORY = """
 import resource, sys
 from transformers_parakeet.cli import app, load_pipeline
@@ -144,9 +143,8 @@ def test_json_is_printed_as_it_comes_and_closed_when_interrupted(tmp_path):
     os.mkfifo(waiting)
     command = [sys.executable, "-m", "transformers_parakeet.cli", "transcribe", good, waiting, "--format", "json"]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    printed = ""
-    while not printed.endswith("\n  ]"):
-        printed += process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    printed += process.communicate(timeout=60)[0]
+    # opens as soon as the command reads the second file
+    with open(waiting, "wb"):
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=60)
     assert [entry["text"] for entry in json.loads(printed)] == [MANIFEST[0]["text"]]

@@ -105,14 +105,14 @@ def recognised(pipe: Any, files: list[str], failures: list[str]) -> Iterator[dic
 
 def print_list(results: Iterator[dict[str, Any]]) -> None:
     """Print a JSON list, every entry as soon as it is known; close the list also when the command is interrupted."""
-    separator = "["
+    separator = "[\n"
     try:
         for result in results:
-            print_text(separator)
-            print_text(json.dumps(result, ensure_ascii=False, indent=2), end="")
-            separator = ","
+            text = separator + json.dumps(result, ensure_ascii=False, indent=2)
+            separator = ",\n"
+            print_text(text, end="")
     finally:
-        print_text("[]" if separator == "[" else "\n]")
+        print_text("[]" if separator == "[\n" else "\n]")
 
 
 @app.command()
@@ -201,9 +201,8 @@ def word(chunk: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_text(text: str, end: str = "\n") -> None:
-    """Print without markup, colours or wrapping, for other programs to read."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True, end=end)
-    console.file.flush()
+    """Print without markup, colours or wrapping, for other programs to read, and at once."""
+    typer.echo(text + end, nl=False)
 
 
 def main() -> None:
