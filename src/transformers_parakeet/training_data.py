@@ -73,7 +73,7 @@ def _datasets() -> Any:
         import datasets
     except ImportError as error:
         raise ImportError(
-            "reading training data needs the package datasets: pip install 'transformers-parakeet[train]'"
+            "this training data is read by the package datasets, which is not installed: pip install datasets"
         ) from error
     return datasets
 
