@@ -34,6 +34,7 @@ from transformers_parakeet import (
     ParakeetTDTConfig,
 )
 from transformers_parakeet.decoding import confidence
+from transformers_parakeet.plain_modules import pointwise
 from transformers_parakeet.screening import ScreenedLinear
 
 VOCAB, BLANK, PAD, MELS = 40, 39, 2, 80
@@ -395,7 +396,7 @@ def test_the_second_head_of_a_hybrid(head: str):
     model = tiny(head)
     features, mask = batch_of([4, 0])
     encoded = model.encoder(input_features=features, attention_mask=mask)
-    logits = model.ctc_head(encoded.last_hidden_state)
+    logits = pointwise(model.ctc_head, encoded.last_hidden_state)
     wanted = torch.where(encoded.attention_mask.bool(), logits.argmax(-1), BLANK)
     assert torch.equal(model.generate(features, attention_mask=mask, decoder="ctc"), wanted)
     out = run(model, features, mask, decoder="ctc", output_confidence=True)

@@ -5,6 +5,7 @@ What the fields build is decided in `attention.py`, `conformer.py` and `transduc
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -162,6 +163,16 @@ def check_attention_context(style: str, context: Sequence[int], model: str) -> N
     if model == "rel_pos_local_attn" and max(context) >= 0:
         _check(min(context) >= 0 and max(context) > 0, name, context,
                "[left, right] with no negative count and one above 0, or [-1, -1], for local attention")  # fmt: skip
+
+
+def add_missing_fields(config: Any) -> None:
+    """Give a configuration of transformers' own encoder the fields that only ours has, with their defaults.
+
+    Such a configuration comes from a class that a program took from transformers before it imported this package.
+    """
+    for field in fields(ParakeetEncoderConfig):
+        if not hasattr(config, field.name):
+            setattr(config, field.name, field.default)
 
 
 def _sub_config_specs(**classes: type[PreTrainedConfig]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from transformers.generation import (
 from transformers.utils import ModelOutput, logging
 
 from .decoding import TransducerOptions, confidence, greedy_ctc, greedy_transducer
+from .plain_modules import pointwise
 
 logger = logging.get_logger(__name__)
 
@@ -219,7 +220,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         kwargs.pop("forced_blanks", None)
         request = ctc_request(kwargs, generation_config)
         encoded = self.encoder(input_features=input_features, attention_mask=attention_mask, **request.forward)
-        logits = self.ctc_head(encoded.last_hidden_state)
+        logits = pointwise(self.ctc_head, encoded.last_hidden_state)
         lengths = None if attention_mask is None else encoded.attention_mask.sum(-1)
         sequences = greedy_ctc(logits, lengths, self.config.blank_token_id).as_subclass(CTCTokens)
         stream(sequences, self.config.blank_token_id, request.streamer)

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from .archive import SETTINGS, Archive, NemoError
 from .configuration_parakeet import ParakeetCTCConfig, ParakeetRNNTConfig, ParakeetTDTConfig
@@ -36,6 +37,8 @@ from .nemo_settings import (
 from .processing_parakeet import ParakeetProcessor
 from .subwords import build_tokenizer, plain_pieces
 from .tokenization_parakeet import ParakeetTokenizer
+
+logger = logging.get_logger(__name__)
 
 # NeMo's name of a weight and ours. Placeholders mean the same on both sides. Only NeMo has {ctc}, which is `ctc_` in a
 # hybrid, and {place}, which counts a dropout module that is there only when its probability is above 0
