@@ -47,7 +47,7 @@ ALLOWED = {
     "pipeline_parakeet": {"audio", "longform", "processing_parakeet", "timestamps"},
     "training_data": {"audio"},
     "training": {"audio", "augmentation", "losses", "processing_parakeet", "training_data"},
-    "finetuning": {"modeling_parakeet", "nemo", "training", "training_data", "vocabulary"},
+    "finetuning": {"configuration_parakeet", "modeling_parakeet", "nemo", "training", "training_data", "vocabulary"},
     "archive": set(),
     "subwords": {"archive", "tokenization_parakeet"},
     "nemo_keys": {"archive", "configuration_parakeet", "feature_extraction_parakeet", "losses"},

@@ -10,7 +10,7 @@ from pathlib import Path
 import jiwer
 import pytest
 import torch
-from conftest import noise
+from conftest import noise, run_program
 from safetensors.torch import load_file
 from training_helpers import SENTENCES, sentence_rows
 from transformers import pipeline
@@ -236,3 +236,62 @@ def pack(folder):
             entry = {**row, **place, "id": row["audio_filepath"]}
             lines += [{**entry, "split": split} for split in ("train", "dev", "test")]
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def broken_line(folder):
+    (folder / "manifest.json").write_text('{"audio_filepath": "a.wav", "text": "one"}\nno json\n')
+    return folder / "manifest.json"
+
+
+FAULTS = [
+    pytest.param(lambda folder: (folder / "missing.jsonl", []), "missing.jsonl", id="no manifest"),
+    pytest.param(lambda folder: (broken_line(folder), []), "line 2", id="broken line"),
+    pytest.param(lambda folder: (f"{folder}/clips", []), "there is no file or folder", id="no folder"),
+    pytest.param(lambda folder: ("tests/clipz", []), "there is no file or folder tests/clipz", id="mistyped folder"),
+    pytest.param(lambda folder: ("trian.csv", []), "there is no file or folder trian.csv", id="mistyped file"),
+    pytest.param(
+        lambda folder: (SENTENCES, ["--decoder", "attention"]), "transducer or ctc, got 'attention'", id="head"
+    ),
+]
+
+
+@pytest.mark.parametrize(("fault", "message"), FAULTS)
+@pytest.mark.parametrize("command", ["evaluate", "finetune"])
+def test_faulty_data_and_options_are_one_line(command, fault, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    data, more = fault(tmp_path)
+    if command == "evaluate":
+        result = run("evaluate", tp.demo_model_path(), data, *more)
+    else:
+        result = finetune(tmp_path / "out", "--max_steps", 1, *more, data=data)
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stderr.splitlines() if "parameters are trained" not in line]
+    assert message in line
+
+
+# datasets is not installed
+WITHOUT_DATASETS = """
+import sys
+sys.modules["datasets"] = None
+from transformers_parakeet.cli import app
+app(sys.argv[1:])
+"""
+
+
+def test_a_manifest_needs_no_further_package(digits, tmp_path):
+    printed = run_program(WITHOUT_DATASETS, "evaluate", tp.demo_model_path(), digits)
+    assert printed.startswith(f"{len(digits.read_text().splitlines())} clips, word error rate")
+    given = ["--model", tp.demo_model_path(), "--train_data", digits, "--output_dir", tmp_path / "out", *QUICK]
+    given += ["--max_steps", "1", "--batch_duration_s", "9"]
+    run_program(WITHOUT_DATASETS, "finetune", *given)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_missing_extra_is_named_in_one_line(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.wav,one\n")
+    _, errors = run_program(WITHOUT_DATASETS, "evaluate", tp.demo_model_path(), tmp_path, status=1)
+    # other packages may have complained before
+    assert errors.splitlines()[-1] == (
+        "this training data is read by the package datasets, which is not installed: pip install datasets"
+    )
+    assert "Traceback" not in errors
