@@ -1,7 +1,7 @@
 # every target works as the first command on a fresh clone
 PYTHON ?= python3
 BIN = .venv/bin
-.PHONY: setup demo test test-slow test-gpu check bench docs
+.PHONY: setup demo test test-slow test-gpu test-matrix check bench docs
 
 setup: .venv/done
 
@@ -21,6 +21,10 @@ test-slow: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# every supported Python and transformers release, each in an environment of its own: some 10 GB of downloads
+test-matrix:
+	$(PYTHON) tests/matrix.py
 
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

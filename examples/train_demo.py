@@ -460,7 +460,9 @@ def train(options: argparse.Namespace) -> tuple[ParakeetForTDT, ParakeetProcesso
     """Train from random weights and write the finished folder."""
     set_seed(options.seed)
     tokenizer = build_tokenizer()
-    processor = ParakeetProcessor(ParakeetFeatureExtractor(), tokenizer)
+    processor = ParakeetProcessor(
+        ParakeetFeatureExtractor(), tokenizer, blank_token=tokenizer.pad_token, decoder_type="tdt"
+    )
     model = build_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} pieces", flush=True)
     examples = TrainingExamples(

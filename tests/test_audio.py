@@ -467,7 +467,7 @@ def test_urls_that_lead_nowhere_are_refused(url: str, monkeypatch: pytest.Monkey
 )
 def test_a_missing_package_is_named(package: str, source: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"{package} is needed .*pip install transformers-parakeet"):
+    with pytest.raises(ImportError, match=rf"{package} is needed .*pip install {package}"):
         load_audio(source)
 
 

@@ -1,11 +1,19 @@
 """The command: what it prints, on the bundled recordings."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jiwer
+import numpy as np
 import pytest
+import soundfile
+from conftest import run_program
 from typer.testing import CliRunner
 
 import transformers_parakeet as tp
@@ -78,3 +86,65 @@ def test_other_models_are_taken(form, golden, tmp_path):
     assert result.exit_code == 0, result.exception
     if form == "folder":
         assert result.stdout == run("transcribe", CLIPS / MANIFEST[0]["file"]).stdout
+
+
+def test_a_file_of_nan_is_that_files_error_and_json_stays_whole(tmp_path):
+    nan = tmp_path / "nan.wav"
+    soundfile.write(nan, np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
+    good = [CLIPS / clip["file"] for clip in MANIFEST[:2]]
+    result = run("transcribe", good[0], nan, tmp_path / "missing.wav", good[1], "--format", "json")
+    assert result.exit_code == 1
+    assert [entry["file"] for entry in json.loads(result.stdout)] == [str(file) for file in good]
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2
+    assert "NaN" in lines[0]
+    # each file is named once
+    assert [line.count(str(file)) for line, file in zip(lines, (nan, tmp_path / "missing.wav"), strict=True)] == [1, 1]
+
+
+def test_json_without_a_good_file_is_an_empty_list(tmp_path):
+    result = run("transcribe", tmp_path / "missing.wav", "--format", "json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == []
+
+
+# a process whose memory does not suffice for a clip of twenty minutes: scores of attention alone are 4 x 15000^2 floats
+SHORT_OF_MEMORY = """
+import resource, sys
+from transformers_parakeet.cli import app, load_pipeline
+load_pipeline(None)(sys.argv[2])
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**30, resource.RLIM_INFINITY))
+app(["transcribe", sys.argv[1], sys.argv[2], "--format", "json"])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size of a process from /proc")
+def test_too_little_memory_for_one_file_is_that_files_error(tmp_path):
+    long = tmp_path / "long.wav"
+    soundfile.write(long, np.zeros(16000 * 1200, np.float32), 16000)
+    good = CLIPS / MANIFEST[0]["file"]
+    printed, errors = run_program(SHORT_OF_MEMORY, long, good, status=1)
+    assert [entry["text"] for entry in json.loads(printed)] == [MANIFEST[0]["text"]]
+    assert len(errors.splitlines()) == 1
+    assert errors.startswith(f"{long}: ")
+
+
+def test_messages_are_not_wrapped(tmp_path):
+    name = tmp_path / ("long" * 30) / "missing.wav"
+    result = CliRunner().invoke(app, ["transcribe", str(name)], env={"COLUMNS": "80"})
+    assert str(name) in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
+def test_json_is_printed_as_it_comes_and_closed_when_interrupted(tmp_path):
+    good, waiting = CLIPS / MANIFEST[0]["file"], tmp_path / "waiting.wav"
+    os.mkfifo(waiting)
+    command = [sys.executable, "-m", "transformers_parakeet.cli", "transcribe", good, waiting, "--format", "json"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    # opens as soon as the command reads the second file
+    with open(waiting, "wb"):
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=60)
+    assert [entry["text"] for entry in json.loads(printed)] == [MANIFEST[0]["text"]]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import encoder_fields, run_stock
+from transformers import configuration_utils
 
 import transformers_parakeet as tp
 
@@ -89,3 +90,16 @@ def test_seconds_per_frame_follow_the_subsampling():
 def test_values_that_no_model_can_have_are_named(name, fields, message):
     with pytest.raises(ValueError, match=message):
         getattr(tp, name)(**fields)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_inner_configurations_are_described_as_the_installed_release_wants(name):
+    config = getattr(tp, name)
+    spec = getattr(configuration_utils, "SubConfigSpec", None)
+    if spec is None:
+        assert config.sub_configs == {"encoder_config": tp.ParakeetEncoderConfig}
+    else:
+        described = config.sub_configs_defaults["encoder_config"]
+        assert type(described) is spec
+        assert described.config_class is tp.ParakeetEncoderConfig
+    assert config(encoder_config={"hidden_size": 64}).encoder_config.hidden_size == 64

@@ -1,24 +1,19 @@
-"""Conversion both ways: what is written, what is checked before it gets its name, and where checkpoints are found."""
+"""Conversion both ways: what is written, and what is checked before it gets its name."""
 
 import json
-import logging
-import os
-import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_stock
-from huggingface_hub import constants
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-import transformers_parakeet as tp
-from transformers_parakeet import NemoError, conversion, load_nemo, nemo
+from transformers_parakeet import NemoError, conversion, load_nemo
 from transformers_parakeet.cli import app
 from transformers_parakeet.conversion import convert
-from transformers_parakeet.nemo import load_folder
+from transformers_parakeet.hub import load_folder
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "processor_config.json",
@@ -172,108 +167,3 @@ def test_pushing_uploads_the_folder(tmp_path, monkeypatch):
     assert (tmp_path / "model" / "config.json").is_file()
     with pytest.raises(NemoError, match="only folders are pushed"):
         convert(tmp_path / "model", tmp_path / "x.nemo", push_to_hub=True)
-
-
-class Hub:
-    """A Hub of one repository, in place of huggingface_hub's functions."""
-
-    def __init__(self, monkeypatch, files):
-        self.files, self.asked = files, []
-        hub = self
-
-        class Api:
-            def __init__(self, token=None):
-                self.token = token
-
-            def list_repo_files(self, repo, revision=None):
-                hub.asked.append(("list", repo, revision, self.token))
-                return sorted(hub.files)
-
-        def download(repo, name, **options):
-            self.asked.append(("get", repo, name, options["revision"], options["token"], options["cache_dir"]))
-            return str(self.files[name])
-
-        monkeypatch.setattr(nemo, "HfApi", Api)
-        monkeypatch.setattr(nemo, "hf_hub_download", download)
-
-
-def test_a_hub_id_with_a_nemo_file(monkeypatch, tmp_path):
-    hub = Hub(monkeypatch, {"README.md": None, "parakeet.nemo": GOLDEN / "ctc" / "model.nemo", "config.json": None})
-    model, _ = load_nemo("nvidia/parakeet", revision="v2", token="secret", cache_dir=tmp_path)
-    assert same_weights(model, load_nemo(GOLDEN / "ctc" / "model.nemo")[0])
-    assert hub.asked == [
-        ("list", "nvidia/parakeet", "v2", "secret"),
-        ("get", "nvidia/parakeet", "parakeet.nemo", "v2", "secret", tmp_path),
-    ]
-
-
-def test_of_several_nemo_files_the_one_named_like_the_repository_is_taken(monkeypatch):
-    path = GOLDEN / "ctc" / "model.nemo"
-    hub = Hub(monkeypatch, {"parakeet.nemo": path, "other.nemo": path})
-    load_nemo("nvidia/parakeet")
-    assert hub.asked[-1][2] == "parakeet.nemo"
-    Hub(monkeypatch, {"one.nemo": path, "two.nemo": path})
-    with pytest.raises(FileNotFoundError, match=r"one \.nemo file or safetensors, it holds one\.nemo, two\.nemo"):
-        load_nemo("nvidia/parakeet")
-    Hub(monkeypatch, {"README.md": None})
-    with pytest.raises(FileNotFoundError, match="it holds neither"):
-        load_nemo("nvidia/parakeet")
-
-
-def test_safetensors_on_the_hub_are_preferred_and_it_is_said(monkeypatch, caplog):
-    hub = Hub(monkeypatch, {"parakeet.nemo": None, "model.safetensors": None, "config.json": None})
-    asked = []
-    monkeypatch.setattr(nemo, "load_folder", lambda source, **options: asked.append((source, options)) or ("m", "p"))
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    with caplog.at_level(logging.INFO, "transformers_parakeet.nemo"):
-        logging.getLogger("transformers_parakeet.nemo").propagate = True
-        assert load_nemo("nvidia/parakeet", revision="main") == ("m", "p")
-    assert "nvidia/parakeet holds safetensors: they are loaded, not parakeet.nemo" in caplog.text
-    assert asked == [("nvidia/parakeet", {"dtype": None, "revision": "main", "token": None, "cache_dir": None,
-                                          "local_files_only": False})]  # fmt: skip
-    assert [call[0] for call in hub.asked] == ["list"]
-
-
-def cached(cache, repo, files):
-    """Lay files out as huggingface_hub's cache does."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    base = cache / f"models--{repo.replace('/', '--')}"
-    (base / "refs").mkdir(parents=True)
-    (base / "refs" / "main").write_text(commit)
-    (base / "snapshots" / commit).mkdir(parents=True)
-    for name, path in files.items():
-        shutil.copy(path, base / "snapshots" / commit / name)
-
-
-@pytest.mark.parametrize("how", ["local_files_only", "offline", "no connection"])
-def test_without_the_hub_the_cache_is_used(how, tmp_path, monkeypatch):
-    cached(tmp_path, "nvidia/parakeet", {"model.nemo": GOLDEN / "ctc" / "model.nemo"})
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "offline")
-
-    class Unreachable:
-        def __init__(self, token=None):
-            pass
-
-        def list_repo_files(self, repo, revision=None):
-            assert how == "no connection"
-            raise ConnectionError("no route")
-
-    if how != "offline":
-        monkeypatch.setattr(nemo, "HfApi", Unreachable)
-    model, _ = load_nemo("nvidia/parakeet", cache_dir=tmp_path, local_files_only=how == "local_files_only")
-    assert same_weights(model, load_nemo(GOLDEN / "ctc" / "model.nemo")[0])
-    with pytest.raises(OSError, match=r"(?i)cache|offline|snapshot"):
-        load_nemo("nvidia/unknown", cache_dir=tmp_path, local_files_only=how == "local_files_only")
-
-
-def test_folders(tmp_path, caplog):
-    shutil.copy(GOLDEN / "ctc" / "model.nemo", tmp_path / "some.nemo")
-    assert same_weights(load_nemo(tmp_path)[0], load_nemo(str(tmp_path / "some.nemo"))[0])
-    model, _ = load_nemo(tp.demo_model_path())
-    assert type(model).__name__ == json.loads((tp.demo_model_path() / "config.json").read_text())["architectures"][0]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="it holds neither"):
-        load_nemo(tmp_path / "empty")
-    for missing in ("none.nemo", "a/b.nemo", os.path.join(tmp_path, "none")):
-        with pytest.raises(FileNotFoundError, match="there is no file"):
-            load_nemo(missing)

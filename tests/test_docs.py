@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,18 @@ def test_the_readmes_tree_is_the_source():
     tree = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in (ROOT / "src" / "transformers_parakeet").glob("*.py"):
         assert path.name in tree or path.name == "__init__.py", path.name
+
+
+def test_no_text_tells_to_install_this_package_from_an_index():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("src/**/*.py"), *ROOT.glob("examples/*")]
+    wrong = [str(page) for page in pages if "pip install transformers-parakeet" in page.read_text(encoding="utf-8")
+             or "'transformers-parakeet[" in page.read_text(encoding="utf-8")]  # fmt: skip
+    assert len(pages) > 30
+    assert wrong == []
+
+
+def test_what_an_example_writes_is_ignored_by_git():
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git repository")
+    done = subprocess.run(["git", "check-ignore", "from-scratch/model.safetensors"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0

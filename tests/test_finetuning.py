@@ -10,14 +10,14 @@ from pathlib import Path
 import jiwer
 import pytest
 import torch
-from conftest import noise
+from conftest import noise, run_program
 from safetensors.torch import load_file
 from training_helpers import SENTENCES, sentence_rows
 from transformers import pipeline
 from typer.testing import CliRunner
 
 import transformers_parakeet as tp
-from transformers_parakeet import NemoError, load_nemo
+from transformers_parakeet import load_nemo
 from transformers_parakeet.cli import app
 from transformers_parakeet.finetuning import FinetuneArguments, load_data
 
@@ -133,8 +133,10 @@ def test_a_broken_clip_ends_the_training_with_its_name_unless_it_may_be_skipped(
     manifest = tmp_path / "manifest.json"
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     given = ["--max_steps", 2, "--per_device_train_batch_size", 4]
-    with pytest.raises(tp.AudioError, match=r"bad\.wav"):
-        finetune(tmp_path / "out", *given, data=manifest)
+    result = finetune(tmp_path / "out", *given, data=manifest)
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stderr.splitlines() if str(tmp_path / "bad.wav") in line]
+    assert line.count("bad.wav") == 1
     result = finetune(tmp_path / "out", *given, "--skip_broken", data=manifest)
     assert "'broken_clips': '2'" in result.stdout or "'broken_clips': 2" in result.stdout
 
@@ -155,8 +157,9 @@ def test_options_can_come_from_a_file_and_are_listed(tmp_path):
 def test_another_kind_of_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "whisper"}')
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(NemoError, match="holds a model of type 'whisper'"):
-        finetune(tmp_path / "out", model=tmp_path)
+    result = finetune(tmp_path / "out", model=tmp_path)
+    assert result.exit_code == 1
+    assert "holds a model of type 'whisper'" in result.stderr
 
 
 def test_tokens_are_added_and_what_was_learnt_stays(golden, tmp_path):
@@ -295,3 +298,62 @@ def test_a_trained_folder_is_pushed_once(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.Trainer.push_to_hub", lambda self, *args, **kwargs: pushed.append(args))
     finetune(tmp_path, "--max_steps", 1, "--per_device_train_batch_size", 4, "--push_to_hub")
     assert len(pushed) == 1
+
+
+def broken_line(folder):
+    (folder / "manifest.json").write_text('{"audio_filepath": "a.wav", "text": "one"}\nno json\n')
+    return folder / "manifest.json"
+
+
+FAULTS = [
+    pytest.param(lambda folder: (folder / "missing.jsonl", []), "missing.jsonl", id="no manifest"),
+    pytest.param(lambda folder: (broken_line(folder), []), "line 2", id="broken line"),
+    pytest.param(lambda folder: (f"{folder}/clips", []), "there is no file or folder", id="no folder"),
+    pytest.param(lambda folder: ("tests/clipz", []), "there is no file or folder tests/clipz", id="mistyped folder"),
+    pytest.param(lambda folder: ("trian.csv", []), "there is no file or folder trian.csv", id="mistyped file"),
+    pytest.param(
+        lambda folder: (SENTENCES, ["--decoder", "attention"]), "transducer or ctc, got 'attention'", id="head"
+    ),
+]
+
+
+@pytest.mark.parametrize(("fault", "message"), FAULTS)
+@pytest.mark.parametrize("command", ["evaluate", "finetune"])
+def test_faulty_data_and_options_are_one_line(command, fault, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    data, more = fault(tmp_path)
+    if command == "evaluate":
+        result = run("evaluate", tp.demo_model_path(), data, *more)
+    else:
+        result = finetune(tmp_path / "out", "--max_steps", 1, *more, data=data)
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stderr.splitlines() if "parameters are trained" not in line]
+    assert message in line
+
+
+# datasets is not installed
+WITHOUT_DATASETS = """
+import sys
+sys.modules["datasets"] = None
+from transformers_parakeet.cli import app
+app(sys.argv[1:])
+"""
+
+
+def test_a_manifest_needs_no_further_package(digits, tmp_path):
+    printed = run_program(WITHOUT_DATASETS, "evaluate", tp.demo_model_path(), digits)
+    assert printed.startswith(f"{len(digits.read_text().splitlines())} clips, word error rate")
+    given = ["--model", tp.demo_model_path(), "--train_data", digits, "--output_dir", tmp_path / "out", *QUICK]
+    given += ["--max_steps", "1", "--batch_duration_s", "9"]
+    run_program(WITHOUT_DATASETS, "finetune", *given)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_missing_extra_is_named_in_one_line(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.wav,one\n")
+    _, errors = run_program(WITHOUT_DATASETS, "evaluate", tp.demo_model_path(), tmp_path, status=1)
+    # other packages may have complained before
+    assert errors.splitlines()[-1] == (
+        "this training data is read by the package datasets, which is not installed: pip install datasets"
+    )
+    assert "Traceback" not in errors

@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, MaxTimeCriteria, StoppingCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation import MinLengthLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
@@ -28,6 +34,7 @@ from transformers_parakeet import (
     ParakeetTDTConfig,
 )
 from transformers_parakeet.decoding import confidence
+from transformers_parakeet.plain_modules import pointwise
 from transformers_parakeet.screening import ScreenedLinear
 
 VOCAB, BLANK, PAD, MELS = 40, 39, 2, 80
@@ -389,7 +396,7 @@ def test_the_second_head_of_a_hybrid(head: str):
     model = tiny(head)
     features, mask = batch_of([4, 0])
     encoded = model.encoder(input_features=features, attention_mask=mask)
-    logits = model.ctc_head(encoded.last_hidden_state)
+    logits = pointwise(model.ctc_head, encoded.last_hidden_state)
     wanted = torch.where(encoded.attention_mask.bool(), logits.argmax(-1), BLANK)
     assert torch.equal(model.generate(features, attention_mask=mask, decoder="ctc"), wanted)
     out = run(model, features, mask, decoder="ctc", output_confidence=True)
@@ -411,11 +418,19 @@ REFUSALS = [
     ("rnnt", {"output_confidence": "margin"}, "got 'margin'"),
     ("ctc", {"num_beams": 4}, "num_beams"),
     ("ctc", {"do_sample": True}, "do_sample"),
+    ("ctc", {"generation_config": GenerationConfig(num_beams=3)}, "num_beams"),
+    ("ctc", {"suppress_tokens": [3]}, "suppress_tokens"),
+    ("ctc", {"repetition_penalty": 1.3}, "repetition_penalty"),
+    ("ctc", {"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(9, 1, "cpu")])}, "logits_processor"),
+    ("ctc", {"no_such_argument": 1}, "no_such_argument"),
+    ("ctc", {"decoder": "transducer"}, "decoder"),
     ("hybrid_tdt", {"decoder": "ctc", "num_beams": 4}, "num_beams"),
 ]
 
 
-@pytest.mark.parametrize(("head", "kwargs", "words"), REFUSALS, ids=str)
+@pytest.mark.parametrize(
+    ("head", "kwargs", "words"), REFUSALS, ids=[f"{head}-{'-'.join(kwargs)}" for head, kwargs, _ in REFUSALS]
+)
 def test_what_greedy_decoding_cannot_honour_is_refused(head: str, kwargs: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
         run(tiny(head), *batch_of([4]), **kwargs)
@@ -425,6 +440,80 @@ def test_what_greedy_decoding_cannot_honour_is_refused(head: str, kwargs: dict[s
 def test_arguments_that_ask_for_greedy_decoding_are_fine(head: str):
     plain = run(tiny(head), *batch_of([0])).sequences
     assert torch.equal(run(tiny(head), *batch_of([0]), num_beams=1, do_sample=False).sequences, plain)
+
+
+NEUTRAL = [
+    {"synced_gpus": False},
+    {"use_cache": True},
+    {"generation_config": GenerationConfig()},
+    {"generation_config": None},
+    {"logits_processor": LogitsProcessorList()},
+    {"stopping_criteria": StoppingCriteriaList()},
+    {"num_beams": 1, "do_sample": False, "num_return_sequences": 1, "repetition_penalty": 1.0},
+    {"pad_token_id": 0, "eos_token_id": 3, "output_logits": True},
+]
+WITHOUT_EFFECT = [
+    {"max_new_tokens": 3},
+    {"max_length": 4},
+    {"max_time": 0.001},
+    {"temperature": 0.5, "top_k": 2},
+    {"stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(0.001)])},
+    {"generation_config": GenerationConfig(max_new_tokens=3)},
+]
+
+
+def ctc_tokens(head: str, **kwargs: Any) -> Tensor:
+    """Frame-wise tokens of a CTC model or of the second head of a hybrid."""
+    features, mask = batch_of([0, 2])
+    second = {} if head == "ctc" else {"decoder": "ctc"}
+    return tiny(head).generate(features, attention_mask=mask, **second, **kwargs)
+
+
+@pytest.mark.parametrize("kwargs", NEUTRAL, ids=lambda kwargs: "-".join(kwargs))
+@pytest.mark.parametrize("head", ["ctc", "hybrid_tdt"])
+def test_neutral_arguments_of_ctc_are_accepted_in_silence(head: str, kwargs: dict[str, Any]):
+    with log_records() as records:
+        assert torch.equal(ctc_tokens(head, **kwargs), ctc_tokens(head))
+    assert records == []
+
+
+@pytest.mark.parametrize("kwargs", WITHOUT_EFFECT, ids=lambda kwargs: "-".join(kwargs))
+@pytest.mark.parametrize("head", ["ctc", "hybrid_tdt"])
+def test_arguments_without_effect_on_ctc_are_named_once(head: str, kwargs: dict[str, Any]):
+    with log_records() as records:
+        for _ in range(2):
+            assert torch.equal(ctc_tokens(head, **kwargs), ctc_tokens(head))
+    (message,) = [record.getMessage() for record in records]
+    assert "no effect" in message
+    assert all(name in message for name in kwargs if name != "generation_config")
+
+
+def test_a_generation_configuration_asks_for_the_outputs_of_ctc():
+    settings = GenerationConfig(return_dict_in_generate=True, output_scores=True, output_hidden_states=True)
+    out = ctc_tokens("ctc", generation_config=settings)
+    assert torch.equal(out.sequences, ctc_tokens("ctc"))
+    assert torch.equal(out.scores, out.logits)
+    assert len(out.hidden_states) == ENCODER["num_hidden_layers"] + 1
+    assert ctc_tokens("ctc", return_dict_in_generate=True).scores is None
+
+
+@pytest.mark.parametrize("head", ["ctc", "hybrid_tdt"])
+def test_a_streamer_sees_the_frames_of_ctc(head: str):
+    class Recorder(BaseStreamer):
+        def __init__(self) -> None:
+            self.shown: list[list[int]] = []
+
+        def put(self, value: Tensor) -> None:
+            self.shown.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            self.shown.append([])
+
+    recorder = Recorder()
+    features, mask = batch_of([4])
+    second = {} if head == "ctc" else {"decoder": "ctc"}
+    tokens = tiny(head).generate(features, attention_mask=mask, streamer=recorder, **second)
+    assert recorder.shown == [[BLANK], *([token] for token in tokens[0].tolist()), []]
 
 
 @pytest.mark.parametrize("head", HEADS)

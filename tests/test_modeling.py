@@ -11,6 +11,7 @@ import transformers_parakeet as tp
 from transformers_parakeet.attention import relative_shift
 from transformers_parakeet.conformer import subsampled_lengths
 from transformers_parakeet.losses import rnnt_loss, tdt_loss
+from transformers_parakeet.plain_modules import pointwise
 
 # two orders of float32 sums in a two-layer encoder of width 32, measured: 4e-6
 TOLERANCE = 2e-5
@@ -286,7 +287,7 @@ def test_the_loss_of_a_transducer_is_that_of_its_logits(kind, changes):
 def test_the_loss_of_a_hybrid_is_the_weighted_sum():
     model, (inputs, mask) = transducer(ctc_head=True, ctc_loss_weight=0.3), features()
     out = model(inputs, attention_mask=mask, labels=PADDED, output_logits=True)
-    scores = model.ctc_head(out.last_hidden_state).double().log_softmax(-1).transpose(0, 1)
+    scores = pointwise(model.ctc_head, out.last_hidden_state).double().log_softmax(-1).transpose(0, 1)
     lengths = out.attention_mask.sum(-1)
     ctc = F.ctc_loss(scores, LABELS, lengths, COUNTS, blank=29, zero_infinity=True)
     truth = 0.7 * loss_from_logits(model, out).double() + 0.3 * ctc

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 import transformers_parakeet as tp
 from transformers_parakeet import NemoError, export_nemo, load_nemo
 from transformers_parakeet.conversion import computed
-from transformers_parakeet.nemo import load_folder
+from transformers_parakeet.hub import load_folder
 from transformers_parakeet.nemo_settings import Resolver, dump_settings, parse_settings
 from transformers_parakeet.subwords import MODELS, build_tokenizer, sentencepiece_models
 

@@ -1,10 +1,15 @@
 """Processor and tokenizer: labels, decoding, times, offsets for stock tools."""
 
+import copy
+import json
+import shutil
+
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import noise, tiny_tokenizer
-from transformers import TextStreamer
+from transformers import AutoProcessor, TextStreamer, pipeline
 
 import transformers_parakeet as tp
 
@@ -116,3 +121,85 @@ def test_a_streamer_keeps_the_repeats_of_a_transducer(kind, said, capsys):
     assert capsys.readouterr().out.strip() == said
     assert tokenizer.decode([*the, *the], group_tokens=True) == "the"
     assert tokenizer.decode([*the, *the], group_tokens=False) == "the the"
+
+
+DEMO = tp.demo_model_path()
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """Model, processor and a batch of the bundled clips."""
+    processor = tp.ParakeetProcessor.from_pretrained(DEMO)
+    clips = [tp.load_audio(clip) for clip in sorted((DEMO / "clips").glob("*.flac"))]
+    return tp.ParakeetForTDT.from_pretrained(DEMO).eval(), processor, processor(clips, sampling_rate=16000)
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_the_demo_processor_is_that_of_a_transducer(typed, tmp_path, demo):
+    shutil.copytree(DEMO, tmp_path / "model")
+    fields = json.loads((DEMO / "processor_config.json").read_text())
+    assert fields["decoder_type"] == "tdt"
+    if not typed:
+        (tmp_path / "model" / "processor_config.json").write_text(json.dumps({**fields, "decoder_type": None}))
+    model, _, batch = demo
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    assert processor.blank_token_id == model.config.blank_token_id
+    output = model.generate(**batch)
+    pipe = pipeline("automatic-speech-recognition", model=str(tmp_path / "model"))
+    results = pipe([str(clip) for clip in sorted((DEMO / "clips").glob("*.flac"))], return_timestamps="char")
+    texts, times = processor.decode(output.sequences, durations=output.durations, skip_special_tokens=True)
+    assert texts == [result["text"] for result in results]
+    assert times == [
+        [{"token": c["text"], "start": c["timestamp"][0], "end": c["timestamp"][1]} for c in result["chunks"]]
+        for result in results
+    ]
+    assert "decoder_input_ids" in processor([noise(1.0)], text=["one"], sampling_rate=16000)
+
+
+def test_repeated_words_of_a_transducer_stay(demo):
+    _, processor, _ = demo
+    (two,) = processor.tokenizer("two", add_special_tokens=False).input_ids
+    blank = processor.blank_token_id
+    assert processor.batch_decode(torch.tensor([[blank, two, two, blank, two, two]])) == ["two two two two"]
+
+
+def test_durations_are_those_of_a_transducer_whatever_the_type():
+    untyped = tp.ParakeetProcessor(tp.ParakeetFeatureExtractor(), tiny_tokenizer("ctc"))
+    the = untyped.tokenizer("the", add_special_tokens=False).input_ids[0]
+    pad = untyped.tokenizer.pad_token_id
+    text, times = untyped.decode(torch.tensor([pad, the, the, pad]), durations=torch.tensor([0, 2, 3, 1]))
+    assert text == untyped.decode(torch.tensor([the, pad, the]))
+    assert [(t["start"], t["end"]) for t in times] == [(0.0, 0.16), (0.16, 0.4)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda ids: ids, id="as it is"),
+        pytest.param(lambda ids: ids.cpu().clone(), id="copied"),
+        pytest.param(list, id="a list of rows"),
+        pytest.param(lambda ids: ids[:, : ids.shape[1]], id="sliced"),
+    ],
+)
+def test_what_the_second_head_of_a_hybrid_generates_is_merged(change, golden):
+    model, processor = tp.load_nemo(golden / "hybrid_tdt_ctc" / "model.nemo")
+    expected = json.loads((golden / "hybrid_tdt_ctc" / "expected.json").read_text())["ctc"]["single"]
+    pairs = []
+    for clip in ("speech0", "speech1", "synthetic"):
+        samples, rate = soundfile.read(golden / "clips" / f"{clip}.wav", dtype="float32")
+        batch = processor([samples], sampling_rate=rate)
+        ids = change(model.generate(**batch, decoder="ctc"))
+        pairs.append((processor.batch_decode(ids, skip_special_tokens=True)[0], expected[clip]["text"]))
+    heard, wanted = zip(*pairs, strict=True)
+    assert heard == wanted
+
+
+def test_frame_wise_tokens_of_a_hybrid_are_saved_as_a_plain_tensor(demo, tmp_path):
+    model, processor, batch = demo
+    ids = model.generate(**batch, decoder="ctc")
+    merged = processor.batch_decode(ids, skip_special_tokens=True)
+    assert processor.batch_decode(copy.deepcopy(ids), skip_special_tokens=True) == merged
+    torch.save(ids, tmp_path / "ids.pt")
+    loaded = torch.load(tmp_path / "ids.pt")
+    assert type(loaded) is torch.Tensor
+    assert processor.batch_decode(loaded, skip_special_tokens=True, group_tokens=True) == merged

@@ -9,7 +9,7 @@ from conftest import noise
 from training_helpers import arguments
 
 from transformers_parakeet import export_nemo, extend_vocabulary, load_nemo, replace_tokenizer
-from transformers_parakeet.nemo import load_folder
+from transformers_parakeet.hub import load_folder
 from transformers_parakeet.subwords import MODELS, build_tokenizer
 from transformers_parakeet.training import ParakeetTrainer
 

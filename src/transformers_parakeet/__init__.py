@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers.models.parakeet
+import transformers.pipelines
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -37,6 +38,7 @@ from .modeling_parakeet import (
 )
 from .nemo import NemoError, load_nemo
 from .nemo_export import export_nemo
+from .nemo_pipeline import with_nemo_files
 from .pipeline_parakeet import ParakeetASRPipeline
 from .processing_parakeet import ParakeetProcessor
 from .tokenization_parakeet import ParakeetTokenizer
@@ -75,6 +77,11 @@ def _register() -> None:
     for name, obj in names.items():
         setattr(transformers.models.parakeet, name, obj)
         setattr(top, name, obj)
+    # `wraps` leaves the stock function in this attribute
+    stock = vars(transformers.pipelines)["pipeline"]
+    pipeline = with_nemo_files(getattr(stock, "__wrapped__", stock))
+    for module in (top, transformers.pipelines):
+        vars(module)["pipeline"] = pipeline
     task = PIPELINE_REGISTRY.supported_tasks["automatic-speech-recognition"]
     task["impl"] = ParakeetASRPipeline
     if AutoModelForRNNT not in task["pt"]:

@@ -466,6 +466,4 @@ def _require(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except (ImportError, OSError) as error:
-        raise ImportError(
-            f"{package} is needed to read this audio ({error}); pip install transformers-parakeet"
-        ) from error
+        raise ImportError(f"{package} is needed to read this audio ({error}): pip install {package}") from error

@@ -6,6 +6,8 @@ Only arguments and output live here; the work is done by the pipeline, `conversi
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Annotated, Any
 
@@ -16,9 +18,10 @@ from rich.table import Column, Table
 from transformers import pipeline
 from transformers.utils import logging
 
-from . import NemoError, demo_model_path, load_nemo
-from .audio import AudioError
+from . import demo_model_path, load_nemo
 from .conversion import convert as convert_checkpoint
+
+logger = logging.get_logger(__name__)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speech recognition with NVIDIA Parakeet models.")
 console = Console()
@@ -33,18 +36,31 @@ class Format(str, Enum):
 
 
 def complain(text: str) -> None:
-    """Print an error."""
-    errors.print(text, style="red", markup=False, highlight=False)
+    """Print an error, without wrapping: it may be read by a program."""
+    errors.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def message_of(error: Exception, name: str = "") -> str:
+    """Return the text of an error in one line, with the name of its file before it where the text lacks the name."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if name in text else f"{name}: {text}"
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an error that the user can mend into one line and status 1; verbosity "debug" shows where it came from."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, MemoryError) as error:
+        logger.debug("the command failed", exc_info=True)
+        complain(message_of(error))
+        raise typer.Exit(1) from error
 
 
 def load_pipeline(model: str | None) -> Any:
     """Return the pipeline of a Hub id, a folder, a `.nemo` file, or the demo model."""
     logging.disable_progress_bar()
-    try:
-        loaded, processor = load_nemo(model or demo_model_path())
-    except (NemoError, OSError) as error:
-        complain(str(error))
-        raise typer.Exit(1) from error
+    loaded, processor = load_nemo(model or demo_model_path())
     return pipeline(
         "automatic-speech-recognition",
         model=loaded,
@@ -61,29 +77,50 @@ def transcribe(
     ] = None,
     output: Annotated[Format, typer.Option("--format", help="txt: the text; json: with word times.")] = Format.txt,
 ) -> None:
-    """Write down what is said in audio files."""
-    pipe = load_pipeline(model)
-    results, failed = [], False
+    """Write down what is said in audio files; one that fails is named on stderr, and the others are still done."""
+    with one_line_errors():
+        pipe = load_pipeline(model)
+    failures: list[str] = []
+    results = recognised(pipe, files, failures)
+    if output is Format.json:
+        print_list(results)
+    else:
+        for result in results:
+            print_text(f"{result['file']}: {result['text']}" if len(files) > 1 else result["text"])
+    raise typer.Exit(int(bool(failures)))
+
+
+def recognised(pipe: Any, files: list[str], failures: list[str]) -> Iterator[dict[str, Any]]:
+    """Recognise files one by one; print the error of each that fails and add its name to `failures`."""
     for file in files:
         try:
             result = pipe(file, return_timestamps="word")
-        except (AudioError, OSError) as error:
-            complain(f"{file}: {error}")
-            failed = True
+        except Exception as error:  # whatever goes wrong with one file, the next may be good
+            logger.debug("%s failed", file, exc_info=True)
+            complain(message_of(error, file))
+            failures.append(file)
             continue
-        if output is Format.txt:
-            print_text(f"{file}: {result['text']}" if len(files) > 1 else result["text"])
-        results.append({"file": file, "text": result["text"], "words": [word(chunk) for chunk in result["chunks"]]})
-    if output is Format.json:
-        print_text(json.dumps(results, ensure_ascii=False, indent=2))
-    raise typer.Exit(int(failed))
+        yield {"file": file, "text": result["text"], "words": [word(chunk) for chunk in result["chunks"]]}
+
+
+def print_list(results: Iterator[dict[str, Any]]) -> None:
+    """Print a JSON list, every entry as soon as it is known; close the list also when the command is interrupted."""
+    separator = "[\n"
+    try:
+        for result in results:
+            text = separator + json.dumps(result, ensure_ascii=False, indent=2)
+            separator = ",\n"
+            print_text(text, end="")
+    finally:
+        print_text("[]" if separator == "[\n" else "\n]")
 
 
 @app.command()
 def demo() -> None:
     """Transcribe the bundled clips with both heads of the bundled model and compare with what was said."""
     folder = demo_model_path()
-    pipe = load_pipeline(None)
+    with one_line_errors():
+        pipe = load_pipeline(None)
     clips = json.loads((folder / "clips" / "manifest.json").read_text(encoding="utf-8"))
     files = [str(folder / "clips" / clip["file"]) for clip in clips]
     heard = pipe(files, return_timestamps="word", return_confidence=True)
@@ -117,20 +154,18 @@ def convert(
 ) -> None:
     """Convert a .nemo file to a folder of transformers, or a folder to a .nemo file, and check the result on noise."""
     logging.disable_progress_bar()
-    try:
+    with one_line_errors():
         written = convert_checkpoint(source, target, dtype=dtype, push_to_hub=push_to_hub, revision=revision)
-    except (NemoError, OSError) as error:
-        complain(str(error))
-        raise typer.Exit(1) from error
     print_text(f"{written}: written, and equal to {source} on noise")
 
 
 @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def finetune(context: typer.Context) -> None:
     """Train a model further on audio with transcripts; `parakeet finetune --help` lists the options."""
-    from .finetuning import main as train
+    with one_line_errors():
+        from .finetuning import main as train
 
-    train(context.args)
+        train(context.args)
 
 
 @app.command()
@@ -146,10 +181,12 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure the word error rate of a model on audio with transcripts."""
-    from .finetuning import evaluate as score
-    from .training_data import load_speech
+    with one_line_errors():
+        from .finetuning import evaluate as score
+        from .training_data import load_speech
 
-    result = score(load_pipeline(model), load_speech(data, split, name, default_split="test"), batch_size, decoder)
+        clips = load_speech(data, split, name, default_split="test")
+        result = score(load_pipeline(model), clips, batch_size, decoder)
     if output is not None:
         with open(output, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(clip, ensure_ascii=False) + "\n" for clip in result["clips"])
@@ -164,9 +201,9 @@ def word(chunk: dict[str, Any]) -> dict[str, Any]:
     return {"text": chunk["text"], "start": start, "end": end}
 
 
-def print_text(text: str) -> None:
-    """Print without markup, colours or wrapping, for other programs to read."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def print_text(text: str, end: str = "\n") -> None:
+    """Print without markup, colours or wrapping, for other programs to read, and at once."""
+    typer.echo(text + end, nl=False)
 
 
 def main() -> None:

@@ -5,10 +5,11 @@ What the fields build is decided in `attention.py`, `conformer.py` and `transduc
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, configuration_utils
 
 # samples per mel frame: 10 ms at 16 kHz, the only frame rate of the released checkpoints
 HOP_LENGTH = 160
@@ -186,12 +187,31 @@ def check_attention_context(style: str, context: Sequence[int], model: str) -> N
                "[left, right] with no negative count and one above 0, or [-1, -1], for local attention")  # fmt: skip
 
 
+def add_missing_fields(config: Any) -> None:
+    """Give a configuration of transformers' own encoder the fields that only ours has, with their defaults.
+
+    Such a configuration comes from a class that a program took from transformers before it imported this package.
+    """
+    for field in fields(ParakeetEncoderConfig):
+        if not hasattr(config, field.name):
+            setattr(config, field.name, field.default)
+
+
+def _sub_config_specs(**classes: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Describe the configurations inside another one, by field name, as transformers wants them from 5.20 on.
+
+    5.20 calls methods of `SubConfigSpec`; 5.21 and newer also accept a class. Older releases have no such description.
+    """
+    spec: Any = getattr(configuration_utils, "SubConfigSpec", None)
+    return {} if spec is None else {name: spec(config_class=config) for name, config in classes.items()}
+
+
 class _HeadConfig(PreTrainedConfig):
     """What the heads share: the encoder's configuration, the frame rate, and settings that a `.nemo` file carries."""
 
-    # transformers 5.17 reads the first, 5.23 the second
+    # transformers reads the first up to 5.19, the second from 5.20 on
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"encoder_config": ParakeetEncoderConfig}
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {"encoder_config": ParakeetEncoderConfig}
+    sub_configs_defaults: ClassVar[dict[str, Any]] = _sub_config_specs(encoder_config=ParakeetEncoderConfig)
 
     # a `ParakeetEncoderConfig` once built
     encoder_config: Any = None

@@ -6,7 +6,7 @@ Attention is in `attention.py`; saving, loading and the outputs of a model are i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import ParakeetEncoderAttention
 from .configuration_parakeet import ParakeetEncoderConfig
+from .plain_modules import is_plain, pointwise
+
+# the class that transformers has for the activation "silu"
+SILU = type(ACT2FN["silu"])
 
 Lengths = TypeVar("Lengths", int, Tensor)
 
@@ -72,6 +76,9 @@ class ParakeetEncoderSubsamplingConv2D(nn.Module):
         }
         halvings = int(math.log2(config.subsampling_factor))
         layers: list[nn.Module] = [nn.Conv2d(1, channels, kernel, **strided), nn.ReLU()]
+        # of each layer: whether a convolution is strided, None for an activation; an adapter may stand in its place
+        self.strided: list[bool | None] = [True, None, *[True, False, None] * (halvings - 1)]
+        self.kernel, self.stride, self.padding = kernel, config.subsampling_conv_stride, before + after
         for _ in range(halvings - 1):
             layers.append(nn.Conv2d(channels, channels, kernel, groups=channels, **strided))
             layers.append(nn.Conv2d(channels, channels, kernel_size=1))
@@ -93,22 +100,38 @@ class ParakeetEncoderSubsamplingConv2D(nn.Module):
         hidden = features[:, None]
         if lengths is not None:
             hidden = hidden * frame_mask(lengths, hidden)
-        for layer in self.layers:
-            if not isinstance(layer, nn.Conv2d):
-                # no layer keeps its output for the gradient, so it may always be overwritten
-                hidden = hidden.relu_() if lengths is None else hidden.mul_(frame_mask(lengths, hidden)).relu_()
+        owned = True
+        for layer, strided in zip(self.layers, self.strided, strict=True):
+            if strided is None:
+                hidden = self._rectified(layer, hidden, lengths, owned)
                 continue
-            if self.causal_padding and layer.stride[0] > 1:
+            if strided and self.causal_padding:
                 hidden = F.pad(hidden, self.causal_padding * 2)
-                lengths = None if lengths is None else lengths + sum(self.causal_padding)
-            # weights in channels-last memory make the result so, and depthwise and 1 x 1 convolutions several times
-            # faster; `clone` says it even where one input channel leaves the layout open
-            weight = layer.weight.clone(memory_format=torch.channels_last)
-            hidden = F.conv2d(hidden, weight, layer.bias, layer.stride, layer.padding, groups=layer.groups)
-            if lengths is not None:
-                lengths = (lengths + 2 * int(layer.padding[0]) - layer.kernel_size[0]) // layer.stride[0] + 1
+            owned = is_plain(layer, nn.Conv2d)
+            hidden = channels_last_conv(layer, hidden) if owned else layer(hidden)
+            if lengths is not None and strided:
+                lengths = (lengths + self.padding - self.kernel) // self.stride + 1
         # (B, C, N, F') -> (B, N, C * F'), channel-major as in NeMo
         return self.linear(hidden.transpose(1, 2).flatten(2))
+
+    def _rectified(self, layer: nn.Module, hidden: Tensor, lengths: Tensor | None, owned: bool) -> Tensor:
+        """Mask the frames past the clips' ends and apply the activation, in place where nobody else holds the input."""
+        mask = None if lengths is None else frame_mask(lengths, hidden)
+        if not (owned and is_plain(layer, nn.ReLU)):
+            result: Tensor = layer(hidden if mask is None else hidden * mask)
+            return result
+        # no convolution keeps its output for the gradient
+        return hidden.relu_() if mask is None else hidden.mul_(mask).relu_()
+
+
+def channels_last_conv(layer: Any, hidden: Tensor) -> Tensor:
+    """Apply an `nn.Conv2d` with its weight in channels-last memory.
+
+    The result is in that layout, too, in which depthwise and 1 x 1 convolutions are several times faster. `clone` asks
+    for it even where one input channel leaves the layout open.
+    """
+    weight = layer.weight.clone(memory_format=torch.channels_last)
+    return F.conv2d(hidden, weight, layer.bias, layer.stride, layer.padding, groups=layer.groups)
 
 
 class ParakeetEncoderFeedForward(nn.Module):
@@ -117,13 +140,13 @@ class ParakeetEncoderFeedForward(nn.Module):
     def __init__(self, config: ParakeetEncoderConfig) -> None:
         super().__init__()
         self.linear1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.attention_bias)
-        self.activation = activation(config.hidden_act)
+        self.activation = ACT2FN[config.hidden_act]
         self.linear2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.attention_bias)
         self.dropout = config.activation_dropout
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (B, N, H) to (B, N, H)."""
-        hidden = self.activation(self.linear1(hidden))
+        hidden = activate(self.activation, self.linear1(hidden), self.linear1)
         hidden = F.dropout(hidden, self.dropout, self.training)
         return self.linear2(hidden)
 
@@ -134,14 +157,16 @@ class ParakeetEncoderConvolutionModule(nn.Module):
     def __init__(self, config: ParakeetEncoderConfig) -> None:
         super().__init__()
         width, kernel, bias = config.hidden_size, config.conv_kernel_size, config.convolution_bias
-        self.activation = activation(config.hidden_act)
+        self.activation = ACT2FN[config.hidden_act]
         self.pointwise_conv1 = nn.Conv1d(width, 2 * width, 1, bias=bias)
         left, right = config.conv_context_size or ((kernel - 1) // 2, (kernel - 1) // 2)
         # zeros that the convolution cannot add itself: before and after the frames
         self.uneven_padding = None if left == right else (left, right)
         padding = left if left == right else 0
         self.depthwise_conv = nn.Conv1d(width, width, kernel, padding=padding, groups=width, bias=bias)
-        self.norm = nn.LayerNorm(width) if config.conv_norm_type == "layer_norm" else nn.BatchNorm1d(width)
+        # an adapter may stand in place of the module, so its type does not tell
+        self.norm_type = config.conv_norm_type
+        self.norm: nn.Module = nn.LayerNorm(width) if config.conv_norm_type == "layer_norm" else nn.BatchNorm1d(width)
         self.pointwise_conv2 = nn.Conv1d(width, width, 1, bias=bias)
 
     def forward(self, hidden: Tensor, valid: Tensor | None = None, is_repeated: bool = False) -> Tensor:
@@ -159,45 +184,53 @@ class ParakeetEncoderConvolutionModule(nn.Module):
             hidden = hidden.mul_(valid[..., None])
         if self.uneven_padding:
             hidden = F.pad(hidden, (0, 0, *self.uneven_padding))
-        hidden = depthwise(hidden, *self._filter(of_batch), padding=int(self.depthwise_conv.padding[0]))
-        if isinstance(self.norm, nn.LayerNorm):
-            hidden = self.norm(hidden)
-        elif of_batch:
-            hidden = batch_norm(self.norm, hidden.transpose(1, 2), is_repeated).transpose(1, 2)
-        return pointwise(self.pointwise_conv2, self.activation(hidden))
+        conv, norm = self.depthwise_conv, self.norm
+        if not of_batch and is_plain(conv, nn.Conv1d) and is_plain(norm, nn.BatchNorm1d):
+            hidden = depthwise(hidden, *folded_filter(conv, norm), padding=int(conv.padding[0]))
+        else:
+            hidden = self._normed(self._convolved(hidden), is_repeated)
+        return pointwise(self.pointwise_conv2, activate(self.activation, hidden, norm))
 
-    def _filter(self, of_batch: bool) -> tuple[Tensor, Tensor | None]:
-        """Return weight (H, 1, k) and bias of the depthwise convolution.
+    def _convolved(self, hidden: Tensor) -> Tensor:
+        """Apply the depthwise convolution to (B, N, H)."""
+        conv = self.depthwise_conv
+        if is_plain(conv, nn.Conv1d):
+            return depthwise(hidden, conv.weight, conv.bias, padding=int(conv.padding[0]))
+        return conv(hidden.transpose(1, 2)).transpose(1, 2)
 
-        Batch norm is part of them unless it uses the statistics of the batch.
-        """
-        weight, bias = self.depthwise_conv.weight, self.depthwise_conv.bias
-        norm: Any = self.norm
-        if of_batch or isinstance(norm, nn.LayerNorm):
-            return weight, bias
-        scale = norm.weight.float() * (norm.running_var.float() + norm.eps).rsqrt()
-        shift = (0.0 if bias is None else bias.float()) - norm.running_mean.float()
-        folded = weight.float() * scale[:, None, None]
-        return folded.to(weight.dtype), torch.addcmul(norm.bias.float(), shift, scale).to(weight.dtype)
-
-
-def batch_norm(norm: nn.BatchNorm1d, hidden: Tensor, is_repeated: bool) -> Tensor:
-    """Normalise (B, H, N); a repeated pass moves copies of the running statistics."""
-    if not is_repeated:
-        return norm(hidden)
-    copies = {name: value.clone() for name, value in norm.named_buffers()}
-    normalised: Tensor = torch.func.functional_call(norm, copies, (hidden,))
-    return normalised
+    def _normed(self, hidden: Tensor, is_repeated: bool) -> Tensor:
+        """Apply the norm to (B, N, H); a repeated pass moves copies of the running statistics."""
+        if self.norm_type == "layer_norm":
+            return self.norm(hidden)
+        if not is_repeated:
+            return self.norm(hidden.transpose(1, 2)).transpose(1, 2)
+        copies = {name: value.clone() for name, value in self.norm.named_buffers()}
+        normalised: Tensor = torch.func.functional_call(self.norm, copies, (hidden.transpose(1, 2),))
+        return normalised.transpose(1, 2)
 
 
-def silu(hidden: Tensor) -> Tensor:
-    """SiLU that overwrites its input when no gradient is wanted."""
-    return F.silu(hidden, inplace=not torch.is_grad_enabled())
+def folded_filter(conv: nn.Conv1d, norm: Any) -> tuple[Tensor, Tensor]:
+    """Return weight (H, 1, k) and bias (H,) of a depthwise convolution and the batch norm after it, as one filter."""
+    weight, bias = conv.weight, conv.bias
+    scale = norm.weight.float() * (norm.running_var.float() + norm.eps).rsqrt()
+    shift = (0.0 if bias is None else bias.float()) - norm.running_mean.float()
+    folded = weight.float() * scale[:, None, None]
+    return folded.to(weight.dtype), torch.addcmul(norm.bias.float(), shift, scale).to(weight.dtype)
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """Return the activation of that name."""
-    return silu if name == "silu" else ACT2FN[name]
+def activate(activation: nn.Module, hidden: Tensor, source: nn.Module) -> Tensor:
+    """Apply an activation; a plain SiLU overwrites its input when nobody else can hold it and no gradient is wanted.
+
+    Args:
+        activation: the module.
+        hidden: its input.
+        source: the module that computed the input; hooks may have kept the output of one that is not plain.
+    """
+    owned = any(is_plain(source, kind) for kind in (nn.Linear, nn.Conv1d, nn.BatchNorm1d, nn.LayerNorm))
+    if owned and is_plain(activation, SILU) and not torch.is_grad_enabled():
+        return F.silu(hidden, inplace=True)
+    result: Tensor = activation(hidden)
+    return result
 
 
 def depthwise(hidden: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
@@ -209,11 +242,6 @@ def depthwise(hidden: Tensor, weight: Tensor, bias: Tensor | None, padding: int)
     filters = weight[:, :, None].clone(memory_format=torch.channels_last)
     out = F.conv2d(image, filters, bias, padding=(0, padding), groups=len(weight))
     return out[:, :, 0].transpose(1, 2)
-
-
-def pointwise(conv: nn.Conv1d, hidden: Tensor) -> Tensor:
-    """Apply a convolution of kernel 1 to (B, N, H) as the matrix product that it is."""
-    return F.linear(hidden, conv.weight[..., 0], conv.bias)
 
 
 class ParakeetEncoderBlock(GradientCheckpointingLayer):

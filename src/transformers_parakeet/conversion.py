@@ -20,7 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .archive import Archive, NemoError
-from .nemo import find_checkpoint, load_archive, load_folder
+from .hub import find_checkpoint, load_folder
+from .nemo import load_archive
 from .nemo_export import export_nemo
 
 # above this the weights are cut into several files
@@ -102,7 +103,7 @@ def to_nemo(source: str | Path, path: Path, dtype: torch.dtype | None, hub: dict
     found = find_checkpoint(source, **hub)
     if found.is_file():
         raise NemoError(f"{source} is a .nemo file already: name a folder to convert it to")
-    model, processor = load_folder(source, dtype=dtype, **hub)
+    model, processor = load_folder(found, dtype=dtype, **hub)
     part = path.with_name(f".part-{path.name}")
     try:
         export_nemo(model, processor, part)

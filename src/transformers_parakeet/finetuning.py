@@ -21,6 +21,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from .configuration_parakeet import kind_of
 from .modeling_parakeet import ParakeetForCTC
 from .nemo import load_nemo
 from .training import ParakeetTrainer, SpeechCollator, add_lora, error_rates, freeze
@@ -69,12 +70,28 @@ def prepare_model(options: FinetuneArguments) -> tuple[Any, Any]:
         extend_vocabulary(model, processor, options.new_tokens)
     if options.spec_augment is not None:
         model.config.spec_augment = None if options.spec_augment == "none" else json.loads(options.spec_augment)
+    check_decoder(model.config, options.decoder)
     frozen = freeze(model, options.freeze.split(",") if options.freeze else ())
     if options.lora_rank:
         model = add_lora(model, options.lora_rank)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.warning(f"{trained:,} parameters are trained, {frozen:,} were frozen by name.")
     return model, processor
+
+
+def check_decoder(config: Any, decoder: str | None) -> None:
+    """Refuse a head that a model does not have, before any data is read.
+
+    Args:
+        config: of the model.
+        decoder: the head that was asked for, or None.
+
+    Raises:
+        ValueError: the model has no such head.
+    """
+    heads = ["ctc"] if kind_of(config) == "ctc" else ["transducer", *(["ctc"] if config.ctc_head else [])]
+    if decoder is not None and decoder not in heads:
+        raise ValueError(f"`decoder` must be a head of the model, {' or '.join(heads)}, got {decoder!r}: correct it")
 
 
 def load_data(options: FinetuneArguments, seed: int) -> tuple[Any, Any]:
@@ -170,6 +187,7 @@ def evaluate(pipe: Any, dataset: Any, batch_size: int = 8, decoder: str | None =
     Returns:
         `wer`, `cer`, and `clips`: a dict of `reference` and `hypothesis` each.
     """
+    check_decoder(pipe.model.config, decoder)
     rate, references = pipe.feature_extractor.sampling_rate, []
 
     def clips() -> Iterator[Any]:

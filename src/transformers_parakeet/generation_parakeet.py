@@ -13,20 +13,57 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.generation import (
     CompileConfig,
+    GenerationConfig,
     GenerationMixin,
     GenerationMode,
     MaxLengthCriteria,
     SuppressTokensLogitsProcessor,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .decoding import TransducerOptions, confidence, greedy_ctc, greedy_transducer
+from .plain_modules import pointwise
+
+logger = logging.get_logger(__name__)
 
 # arguments of the encoder that `generate` of a CTC head passes on
 FORWARD_ARGUMENTS = {"output_attentions", "output_hidden_states", "output_attention_mask", "return_dict"}
 
+# arguments of transformers' `generate` that say nothing about the result of a CTC head
+NEUTRAL_ARGUMENTS = {
+    "synced_gpus", "use_cache", "cache_implementation", "cache_config", "transformers_version", "_from_model_config",
+    "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "output_logits", "tokenizer",
+}  # fmt: skip
+# and those that ask for what greedy decoding does anyway
+NEUTRAL_VALUES = {
+    "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "decoder": "ctc",
+    "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+}  # fmt: skip
+# arguments of sampling, of beams, and limits: a CTC head gives one token per frame in a single step
+ARGUMENTS_WITHOUT_EFFECT = {
+    "max_new_tokens", "max_length", "min_new_tokens", "min_length", "max_time", "stop_strings", "stopping_criteria",
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "length_penalty",
+    "early_stopping",
+}  # fmt: skip
+
 # a limit on steps that no audio reaches
 UNLIMITED = 2**31
+
+
+class CTCTokens(Tensor):
+    """Frame-wise tokens (B, N) from the CTC head of a hybrid; slices and copies have this type as well.
+
+    A hybrid's processor has the type of the transducer, and reads here that these tokens are of the other kind.
+    """
+
+    decoder_type = "ctc"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CTCTokens:
+        return self.clone()  # type: ignore[return-value]  # operations keep the type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Save a plain tensor, which `torch.load` reads without this package."""
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 @dataclass
@@ -39,6 +76,7 @@ class ParakeetCTCGenerateOutput(ModelOutput):
         attentions: the encoder's, when asked for.
         hidden_states: the encoder's, when asked for.
         token_confidence: (B, N) confidence of each frame's token, with `output_confidence`.
+        scores: the logits again, with `output_scores`: greedy decoding does not change them.
     """
 
     sequences: Tensor | None = None
@@ -46,6 +84,24 @@ class ParakeetCTCGenerateOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     token_confidence: Tensor | None = None
+    scores: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class CTCRequest:
+    """What a caller of `generate` asks of a CTC head.
+
+    Args:
+        forward: arguments of the encoder.
+        streamer: shown the tokens of all frames, or nothing.
+        return_dict: return a `ParakeetCTCGenerateOutput`.
+        scores: fill its `scores`.
+    """
+
+    forward: dict[str, Any]
+    streamer: Any = None
+    return_dict: bool = False
+    scores: bool = False
 
 
 class ParakeetCTCGenerationMixin(GenerationMixin):
@@ -59,6 +115,7 @@ class ParakeetCTCGenerationMixin(GenerationMixin):
         return_dict_in_generate: bool = False,
         compile_config: CompileConfig | None = None,
         output_confidence: bool | str = False,
+        generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> ParakeetCTCGenerateOutput | Tensor:
         """Take the best token of every frame.
@@ -69,22 +126,27 @@ class ParakeetCTCGenerationMixin(GenerationMixin):
             return_dict_in_generate: return a `ParakeetCTCGenerateOutput` instead of a tensor.
             compile_config: compile the forward pass with these settings.
             output_confidence: also give confidences; `True` means `"max_prob"`, see `decoding.confidence`.
-            **kwargs: passed on to `forward`.
+            generation_config: its settings count like arguments; arguments come first.
+            **kwargs: `streamer`, `output_scores`, arguments of `forward`; other arguments of transformers' `generate`
+                are accepted when they ask for greedy decoding, and ignored with a warning when they have no effect.
 
         Returns:
             (B, N) token ids, blanks and repeats included: `processor.batch_decode` merges them.
 
         Raises:
-            ValueError: an argument that greedy decoding cannot honour.
+            ValueError: an argument that asks for another result, such as one of beam search or sampling.
         """
+        if return_dict_in_generate:
+            kwargs["return_dict_in_generate"] = True
+        request = ctc_request(kwargs, generation_config)
         forward = self.__call__ if compile_config is None else self.get_compiled_call(compile_config)
-        kwargs = {**checked_forward_arguments(without_targets(kwargs)), "return_dict": True}
-        outputs = forward(input_features=input_features, attention_mask=attention_mask, **kwargs)
+        outputs = forward(input_features=input_features, attention_mask=attention_mask, **request.forward)
         lengths = None if attention_mask is None else self._get_subsampling_output_length(attention_mask.sum(-1))
         sequences = greedy_ctc(outputs.logits, lengths, self.config.pad_token_id)
-        if not return_dict_in_generate:
+        stream(sequences, self.config.pad_token_id, request.streamer)
+        if not request.return_dict:
             return sequences
-        return ctc_output(outputs, outputs.logits, sequences, output_confidence)
+        return ctc_output(outputs, outputs.logits, sequences, output_confidence, request.scores)
 
 
 @dataclass
@@ -148,20 +210,23 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         self,
         input_features: Tensor,
         attention_mask: Tensor | None = None,
-        return_dict_in_generate: bool = False,
         output_confidence: bool | str = False,
+        generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> ParakeetCTCGenerateOutput | Tensor:
         """Decode with the CTC head of a hybrid."""
         if not self.config.ctc_head:
             raise ValueError("`decoder='ctc'` needs a hybrid checkpoint, this one has no CTC head: leave `decoder` out")
         kwargs.pop("forced_blanks", None)
-        kwargs = {**checked_forward_arguments(kwargs), "return_dict": True}
-        encoded = self.encoder(input_features=input_features, attention_mask=attention_mask, **kwargs)
-        logits = self.ctc_head(encoded.last_hidden_state)
+        request = ctc_request(kwargs, generation_config)
+        encoded = self.encoder(input_features=input_features, attention_mask=attention_mask, **request.forward)
+        logits = pointwise(self.ctc_head, encoded.last_hidden_state)
         lengths = None if attention_mask is None else encoded.attention_mask.sum(-1)
-        sequences = greedy_ctc(logits, lengths, self.config.blank_token_id)
-        return ctc_output(encoded, logits, sequences, output_confidence) if return_dict_in_generate else sequences
+        sequences = greedy_ctc(logits, lengths, self.config.blank_token_id).as_subclass(CTCTokens)
+        stream(sequences, self.config.blank_token_id, request.streamer)
+        if not request.return_dict:
+            return sequences
+        return ctc_output(encoded, logits, sequences, output_confidence, request.scores)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in self._own_arguments})
@@ -297,7 +362,7 @@ def frame_lengths(encoded: Any) -> Tensor:
 
 
 def ctc_output(
-    encoded: ModelOutput, logits: Tensor, sequences: Tensor, output_confidence: bool | str
+    encoded: ModelOutput, logits: Tensor, sequences: Tensor, output_confidence: bool | str, output_scores: bool
 ) -> ParakeetCTCGenerateOutput:
     """Collect what a CTC head gave."""
     method = "max_prob" if output_confidence is True else output_confidence
@@ -307,6 +372,7 @@ def ctc_output(
         attentions=encoded.attentions,
         hidden_states=encoded.hidden_states,
         token_confidence=confidence(logits, method) if method else None,
+        scores=logits if output_scores else None,
     )
 
 
@@ -315,20 +381,49 @@ def without_targets(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in ("labels", "decoder_input_ids")}
 
 
-def checked_forward_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return what frame-wise decoding passes on to the encoder.
+def ctc_request(kwargs: dict[str, Any], generation_config: GenerationConfig | None) -> CTCRequest:
+    """Sort the arguments of `generate` for a CTC head.
+
+    Args:
+        kwargs: arguments of the caller.
+        generation_config: its settings that differ from transformers' defaults count as well.
 
     Raises:
-        ValueError: an argument that it cannot honour, such as one of a search.
+        ValueError: an argument that asks for another result than the best token of every frame, or is not known.
     """
-    neutral = {"num_beams": 1, "do_sample": False, "num_return_sequences": 1}
-    asked = {name: value for name, value in kwargs.items() if neutral.get(name) != value and value is not None}
-    unknown = sorted(asked.keys() - FORWARD_ARGUMENTS)
-    if unknown:
-        raise ValueError(
-            f"CTC decoding takes the best token of every frame and cannot honour {', '.join(unknown)}: leave it out"
+    settings = {} if generation_config is None else generation_config.to_diff_dict()
+    asked = {**settings, **without_targets(kwargs)}
+    forward = {name: asked[name] for name in FORWARD_ARGUMENTS if asked.get(name) is not None}
+    streamer, scores, as_dict = (asked.get(n) for n in ("streamer", "output_scores", "return_dict_in_generate"))
+    done = {*FORWARD_ARGUMENTS, *NEUTRAL_ARGUMENTS, "streamer", "output_scores", "return_dict_in_generate"}
+    rest = {name for name, value in asked.items() if name not in done and not is_neutral(name, value)}
+    unused = sorted(rest & ARGUMENTS_WITHOUT_EFFECT)
+    if unused:
+        logger.warning_once(
+            f"{', '.join(unused)}: no effect on a CTC model, which gives one token per frame in a single step."
         )
-    return asked
+    refused = sorted(rest - ARGUMENTS_WITHOUT_EFFECT)
+    if refused:
+        raise ValueError(
+            f"CTC decoding takes the best token of every frame and cannot honour {', '.join(refused)}: leave it out"
+        )
+    return CTCRequest({**forward, "return_dict": True}, streamer, bool(as_dict), bool(scores))
+
+
+def is_neutral(name: str, value: Any) -> bool:
+    """Tell whether an argument asks for nothing, or for what greedy decoding does."""
+    nothing = value is None or value is False or (isinstance(value, (list, tuple, dict)) and not value)
+    return nothing or (name in NEUTRAL_VALUES and NEUTRAL_VALUES[name] == value)
+
+
+def stream(sequences: Tensor, blank_id: int, streamer: Any) -> None:
+    """Show (B, N) frame-wise tokens to a streamer, the blank in place of a prompt first, as transformers does."""
+    if streamer is None:
+        return
+    streamer.put(torch.full((len(sequences), 1), blank_id))
+    for tokens in sequences.as_subclass(Tensor).cpu().unbind(1):
+        streamer.put(tokens)
+    streamer.end()
 
 
 def refuse_processors(processors: Any, vocab_size: int) -> None:

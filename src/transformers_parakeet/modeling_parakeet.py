@@ -26,6 +26,7 @@ from .configuration_parakeet import (
     ParakeetEncoderConfig,
     ParakeetRNNTConfig,
     ParakeetTDTConfig,
+    add_missing_fields,
     check_attention_context,
 )
 from .conformer import (
@@ -34,12 +35,12 @@ from .conformer import (
     drop_block,
     drop_probabilities,
     length_mask,
-    pointwise,
     subsampled_lengths,
 )
 from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin, frame_lengths
 from .kernel import select_loss
 from .losses import compact_labels, ctc_loss
+from .plain_modules import pointwise
 from .transducer import ParakeetRNNTDecoder, ParakeetRNNTJointNetwork
 
 logger = logging.get_logger(__name__)
@@ -159,6 +160,7 @@ class ParakeetEncoder(ParakeetPreTrainedModel):
     base_model_prefix = "encoder"
 
     def __init__(self, config: ParakeetEncoderConfig) -> None:
+        add_missing_fields(config)
         super().__init__(config)
         self.gradient_checkpointing = False
         self.input_scale = math.sqrt(config.hidden_size) if config.scale_input else 1.0
@@ -188,7 +190,7 @@ class ParakeetEncoder(ParakeetPreTrainedModel):
             `last_hidden_state` (B, N, H) and `attention_mask` (B, N).
         """
         lengths = None if attention_mask is None else attention_mask.sum(-1)
-        hidden = self.subsampling(input_features.to(self.subsampling.linear.weight.dtype), lengths)
+        hidden = self.subsampling(input_features.to(self.dtype), lengths)
         if self.config.scale_input:
             hidden = hidden * self.input_scale
         positions = self.encode_positions(hidden)
@@ -208,14 +210,6 @@ class ParakeetEncoder(ParakeetPreTrainedModel):
         )
 
 
-class ParakeetEncoderCTCHead(nn.Conv1d):
-    """Projection to the vocabulary; a convolution of kernel 1 for the sake of the checkpoints."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map (B, N, H) to (B, N, V)."""
-        return pointwise(self, hidden_states)
-
-
 class ParakeetForCTC(ParakeetPreTrainedModel, ParakeetCTCGenerationMixin):
     """FastConformer encoder with a CTC head."""
 
@@ -224,7 +218,7 @@ class ParakeetForCTC(ParakeetPreTrainedModel, ParakeetCTCGenerationMixin):
     def __init__(self, config: ParakeetCTCConfig) -> None:
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.encoder_config)
-        self.ctc_head = ParakeetEncoderCTCHead(config.encoder_config.hidden_size, config.vocab_size, kernel_size=1)
+        self.ctc_head = nn.Conv1d(config.encoder_config.hidden_size, config.vocab_size, kernel_size=1)
         self.post_init()
 
     @can_return_tuple
@@ -248,7 +242,7 @@ class ParakeetForCTC(ParakeetPreTrainedModel, ParakeetCTCGenerationMixin):
         """
         features = self._augmented(input_features, attention_mask)
         encoded = self.encoder(input_features=features, attention_mask=attention_mask, **kwargs)
-        logits = self.ctc_head(encoded.last_hidden_state)
+        logits = pointwise(self.ctc_head, encoded.last_hidden_state)
         loss = None
         if labels is not None:
             loss = ctc_loss(
@@ -296,7 +290,7 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         self.decoder = ParakeetRNNTDecoder(config)
         self.joint = ParakeetRNNTJointNetwork(config, self._outputs)
         if config.ctc_head:
-            self.ctc_head = ParakeetEncoderCTCHead(width, config.vocab_size, kernel_size=1)
+            self.ctc_head = nn.Conv1d(width, config.vocab_size, kernel_size=1)
         self.post_init()
 
     @property
@@ -380,7 +374,7 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
             return loss
         padded = labels.masked_fill(~length_mask(label_lengths, labels.shape[1]), -100)
         ctc = ctc_loss(
-            self.ctc_head(encoded.last_hidden_state),
+            pointwise(self.ctc_head, encoded.last_hidden_state),
             padded,
             lengths,
             blank_token_id=config.blank_token_id,

@@ -8,14 +8,20 @@ from typing import Any
 
 import torch.utils.data
 from transformers import AutomaticSpeechRecognitionPipeline
+from transformers.utils import logging
 
 from .audio import load_audio
 from .longform import Window, merge, windows
 from .processing_parakeet import LEVELS, ParakeetProcessor
 from .timestamps import DEFAULT_AGGREGATION, ctc_emissions, transducer_emissions
 
+logger = logging.get_logger(__name__)
+
 # model type -> how its generated steps are read
 KINDS = {"parakeet_ctc": "ctc", "parakeet_rnnt": "rnnt", "parakeet_tdt": "tdt"}
+
+# where transformers' own classes are, which a program has in its hands if it imported their names first
+STOCK_MODULE = "transformers.models.parakeet.modeling_parakeet"
 
 # keys under which a dict carries audio; all others are handed through to the result
 AUDIO_KEYS = {"array", "raw", "sampling_rate", "path", "bytes"}
@@ -42,6 +48,13 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         self._kind = KINDS.get(model.config.model_type)
+        if self._kind is not None and is_stock(model):
+            self._kind = None
+            logger.warning(
+                f"{type(model).__name__} is transformers' own class, imported before transformers_parakeet: it runs in "
+                "transformers' own pipeline. Import transformers_parakeet first for times and chunks on "
+                "every head."
+            )
         super().__init__(model, *args, **kwargs)
         if self._kind is not None:
             self._processor = ParakeetProcessor(self.feature_extractor, self.tokenizer, decoder_type=self._kind)
@@ -147,6 +160,11 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
         return transducer_emissions(
             ids, out["durations"].flatten().tolist(), {blank, self.model.config.pad_token_id}, sure
         )
+
+
+def is_stock(model: Any) -> bool:
+    """Tell whether a model, or what an adapter or compiler has wrapped around it, is one of transformers' own."""
+    return any(type(module).__module__ == STOCK_MODULE for module in model.modules())
 
 
 def timestamp_level(return_timestamps: Any) -> str | None:

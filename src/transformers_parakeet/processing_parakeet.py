@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedConfig
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .timestamps import (
@@ -27,6 +27,9 @@ from .timestamps import (
 from .tokenization_parakeet import WORD_START
 
 LEVELS = ("char", "word", "segment")
+
+# arguments of `from_pretrained` that say where files are
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 # encoder frames are so many mel frames in every released checkpoint
 SUBSAMPLING_FACTOR = 8
@@ -56,7 +59,8 @@ class ParakeetProcessor(ProcessorMixin):
         feature_extractor: a `ParakeetFeatureExtractor`.
         tokenizer: a `ParakeetTokenizer`.
         blank_token: the blank of a transducer's tokenizer. The blank of a CTC tokenizer is its pad token.
-        decoder_type: `"ctc"`, `"rnnt"` or `"tdt"`; `None` in old checkpoints, which are TDT if they know the blank.
+        decoder_type: `"ctc"`, `"rnnt"` or `"tdt"`. With `None`, `from_pretrained` takes it from the model's
+            configuration beside the processor; without one, a vocabulary with the blank counts as that of TDT.
     """
 
     valid_processor_kwargs = ParakeetProcessorKwargs
@@ -68,6 +72,16 @@ class ParakeetProcessor(ProcessorMixin):
         self.blank_token_id = blank_id(tokenizer, blank_token)
         self.decoder_type = decoder_type
         super().__init__(feature_extractor, tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a processor; where its file names no type, the type is that of the model beside it."""
+        # the base class takes arguments out of its copy of `kwargs`
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded
+        if processor.decoder_type is None:
+            processor.decoder_type = model_kind(pretrained_model_name_or_path, kwargs)
+        return loaded
 
     @property
     def _decoder_type(self) -> str:
@@ -115,36 +129,58 @@ class ParakeetProcessor(ProcessorMixin):
             inputs["decoder_input_ids"] = torch.cat([blank, inputs["labels"]], dim=1)
         return inputs
 
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Decode generated sequences to texts; CTC repeats are merged, transducer repeats kept."""
-        kwargs.setdefault("group_tokens", self._decoder_type == "ctc")
-        return [self._tidy(text) for text in self.tokenizer.batch_decode(*args, **kwargs)]
+    def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
+        """Decode generated sequences to texts.
 
-    def decode(self, *args: Any, durations: Tensor | None = None, **kwargs: Any) -> Any:
+        CTC repeats are merged, transducer repeats kept. What the CTC head of a hybrid generated is known as such; after
+        it has become a list, pass `group_tokens=True`.
+
+        Args:
+            sequences: (B, L), as `generate` returns them.
+            **kwargs: arguments of the tokenizer.
+        """
+        sequences, kwargs = self._prepared(sequences, kwargs)
+        return [self._tidy(text) for text in self.tokenizer.batch_decode(sequences, **kwargs)]
+
+    def decode(self, token_ids: Any, *, durations: Tensor | None = None, **kwargs: Any) -> Any:
         """Decode generated sequences, and time their tokens when durations are given.
 
         Args:
-            *args: the sequence (L,) or sequences (B, L), as `generate` returns them.
-            durations: frames that each step advances, same shape.
+            token_ids: (L,) or (B, L), as `generate` returns them.
+            durations: frames that each step of a transducer advances, same shape.
             **kwargs: arguments of the tokenizer.
 
         Returns:
             The text or texts; with durations also, per sequence, a list of `{"token", "start", "end"}` in seconds.
         """
-        kwargs.setdefault("group_tokens", self._decoder_type == "ctc")
-        decoded = self.tokenizer.decode(*args, **kwargs)
+        if durations is not None:
+            kwargs.setdefault("group_tokens", False)
+        sequences, kwargs = self._prepared(token_ids, kwargs)
+        decoded = self.tokenizer.decode(sequences, **kwargs)
         decoded = self._tidy(decoded) if isinstance(decoded, str) else [self._tidy(text) for text in decoded]
         if durations is None:
             return decoded
-        rows, spans = torch.as_tensor(args[0]), torch.as_tensor(durations)
+        rows, spans = torch.as_tensor(sequences), torch.as_tensor(durations)
         if rows.ndim == 1:
             return decoded, self._token_times(rows.tolist(), spans.tolist())
         return decoded, [self._token_times(row.tolist(), span.tolist()) for row, span in zip(rows, spans, strict=True)]
 
+    def _prepared(self, sequences: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Return sequences and tokenizer arguments as the kind of the sequences asks for."""
+        first = sequences[0] if isinstance(sequences, (list, tuple)) and len(sequences) else sequences
+        kind = getattr(first, "decoder_type", None)
+        kwargs = {"group_tokens": (kind or self._decoder_type) == "ctc", **kwargs}
+        if kind == "ctc" and isinstance(sequences, Tensor):
+            # the tokenizer leaves out the pad token between repeats, which is the blank of a CTC model
+            sequences = sequences.masked_fill(sequences == self.blank_token_id, self.tokenizer.pad_token_id)
+        return sequences, kwargs
+
     def _token_times(self, ids: list[int], durations: list[int]) -> list[dict[str, Any]]:
         """Time the tokens of one generated row as stock transformers returns them."""
         emissions = transducer_emissions(ids, durations, {self.tokenizer.pad_token_id, self.blank_token_id})
-        chunks = self.chunks(emissions, "char", self._decoder_type)
+        # only a transducer has durations
+        kind = "tdt" if self._decoder_type == "ctc" else self._decoder_type
+        chunks = self.chunks(emissions, "char", kind)
         return [{"token": c["text"], "start": c["timestamp"][0], "end": c["timestamp"][1]} for c in chunks if c["text"]]
 
     def to_text(self, emissions: Emissions) -> str:
@@ -227,6 +263,22 @@ def blank_id(tokenizer: Any, blank_token: str) -> int:
     `convert_tokens_to_ids` would return the id of the unknown token for it.
     """
     return int(tokenizer.get_vocab().get(blank_token, tokenizer.pad_token_id))
+
+
+def model_kind(source: Any, options: dict[str, Any]) -> str | None:
+    """Return the kind of head of the model in a folder or Hub repository, None where there is no such configuration.
+
+    Args:
+        source: the folder or Hub id.
+        options: of `from_pretrained`; those that say where files are count.
+    """
+    place = {name: value for name, value in options.items() if name in HUB_OPTIONS}
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(source, **place)
+    except OSError:
+        return None
+    kind = str(fields.get("model_type")).removeprefix("parakeet_")
+    return kind if kind in ("ctc", "rnnt", "tdt") else None
 
 
 def as_chunk(span: Span, frame_s: float) -> dict[str, Any]:

@@ -185,7 +185,9 @@ class SpeechCollator:
                 raise AudioError(f"a clip to train on must hold a frame of {extractor.hop_length} samples, "
                                  f"this one has {len(samples)}")  # fmt: skip
         except (OSError, ValueError) as error:
-            message = f"{clip_name(row, position)}: {error}"
+            name = clip_name(row, position)
+            # most errors name their file already
+            message = str(error) if name in str(error) else f"{name}: {error}"
             if not self.skip_broken:
                 raise AudioError(f"{message}; correct or remove it, or set `skip_broken`") from error
             result = "a second of silence takes its place" if self.keep_size else "skipped"
@@ -344,7 +346,7 @@ def add_lora(model: Any, rank: int, alpha: int | None = None, targets: Sequence[
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError("LoRA needs the package peft: pip install 'transformers-parakeet[train]'") from error
+        raise ImportError("LoRA needs the package peft: pip install peft") from error
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=list(targets)))
 
 

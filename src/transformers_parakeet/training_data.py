@@ -9,15 +9,19 @@ import contextlib
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .audio import AudioError, load_audio
 
+MANIFESTS = (".json", ".jsonl")
 AUDIO_COLUMNS = ("audio", "audio_filepath", "file", "path")
 # files in which libsndfile finds a sample without decoding what lies before; `load_audio` reads them with it, too
 SEEKABLE = {".wav", ".flac", ".aiff", ".au"}
@@ -48,13 +52,21 @@ def load_speech(
         default_split: the split of a source with splits when `split` is None.
 
     Returns:
-        A `datasets` dataset with the columns `audio` (not decoded) and `text`, and all others of the source.
+        A `datasets` dataset, or `ClipRows` of a manifest where that package is missing, with the columns `audio` (not
+        decoded) and `text`, and all others of the source.
 
     Raises:
+        FileNotFoundError: a text that can only be a path names no file or folder.
         ValueError: no such column or split, or a manifest line that cannot be used.
     """
-    found = _open(source, split or default_split, split is not None, name, streaming)
-    return _with_standard_columns(found, _datasets(), audio_column, text_column)
+    if isinstance(source, (str, Path)):
+        check_source(source)
+        if Path(source).suffix in MANIFESTS and not streaming and find_spec("datasets") is None:
+            if split is not None:
+                _check_only_split(source, split)
+            return ClipRows(read_manifest(Path(source)))
+    dataset = _open(source, split or default_split, split is not None, name, streaming)
+    return _with_standard_columns(dataset, _datasets(), audio_column, text_column)
 
 
 def _open(source: Any, split: str, named: bool, name: str | None, streaming: bool) -> Any:
@@ -63,7 +75,7 @@ def _open(source: Any, split: str, named: bool, name: str | None, streaming: boo
     if not isinstance(source, (str, Path)):
         return _choose_split(source, f"the {type(source).__name__}", split, named)
     path = Path(source)
-    if path.suffix in (".json", ".jsonl"):
+    if path.suffix in MANIFESTS:
         if named:
             _check_only_split(path, split)
         rows = read_manifest(path)
@@ -96,12 +108,59 @@ def _check_only_split(source: Any, split: str, own: str = "train") -> None:
         )
 
 
+def check_source(source: str | Path) -> None:
+    """Refuse a mistyped path, which would otherwise be looked for among the datasets of the Hub.
+
+    Raises:
+        FileNotFoundError: the text is no name of a Hub dataset, has the ending of a file, or lies in a local folder.
+    """
+    path, text = Path(source), str(source)
+    if path.exists():
+        return
+    is_name = isinstance(source, str) and text.count("/") <= 1 and not path.suffix[1:].isalpha()
+    if is_name:
+        with contextlib.suppress(HFValidationError):
+            validate_repo_id(text)
+            if "/" not in text or not path.parent.is_dir():
+                return
+    raise FileNotFoundError(
+        f"there is no file or folder {text}: correct the path, or name a dataset of the Hub as `org/name`"
+    )
+
+
+class ClipRows(Sequence[dict[str, Any]]):
+    """The rows of a manifest, with as much of the interface of `datasets` as training and evaluation use.
+
+    Args:
+        rows: see `read_manifest`.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the fields of a row."""
+        return list(self.rows[0])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return a row by its number, or a column by its name."""
+        return [row[key] for row in self.rows] if isinstance(key, str) else self.rows[key]
+
+    def map(self, function: Callable[[dict[str, Any]], dict[str, Any]], **_: Any) -> ClipRows:
+        """Return the rows with what a function of each adds to it."""
+        return ClipRows([{**row, **function(row)} for row in self.rows])
+
+
 def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
         raise ImportError(
-            "reading training data needs the package datasets: pip install 'transformers-parakeet[train]'"
+            "this training data is read by the package datasets, which is not installed: pip install datasets"
         ) from error
     return datasets
 

@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 
 from .configuration_parakeet import ParakeetRNNTConfig
 from .decoding import Shortcuts
+from .plain_modules import is_plain
 from .screening import ScreenedLinear
 
 # hidden and cell state of every LSTM layer, each (layers, B, P)
@@ -57,6 +58,9 @@ class ParakeetRNNTDecoder(nn.Module):
             (B, J) predictor state and the LSTM state after the step.
         """
         hidden = self.embedding(tokens)
+        if not is_plain(self.lstm, nn.LSTM):
+            output, state = self.lstm(hidden[:, None], state)
+            return self.decoder_projector(output[:, 0]), state
         if state is None:
             zeros = hidden.new_zeros(self.lstm.num_layers, len(tokens), hidden.shape[1])
             state = (zeros, zeros)
@@ -148,10 +152,6 @@ class ParakeetRNNTJointNetwork(nn.Module):
         """Return what the output layer reads."""
         return self.activation(encoder_hidden_states + decoder_hidden_states)
 
-    def _plain(self) -> bool:
-        """Tell whether the output layer multiplies with its own weight: no adapter, quantised weight or hook."""
-        return type(self.head) is nn.Linear and not hasattr(self.head, "_hf_hook")
-
     def output_layer(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return weight (V [+ D], J) and bias (V [+ D],) of the output layer, through which gradients reach it.
 
@@ -162,7 +162,7 @@ class ParakeetRNNTJointNetwork(nn.Module):
         Args:
             like: an input of the joint network, for its type and device.
         """
-        if self._plain():
+        if is_plain(self.head, nn.Linear):
             return self.head.weight, self.head.bias
         units = PROBE * torch.eye(self.head.in_features, dtype=like.dtype, device=like.device)
         bias = self.head(torch.zeros_like(units[:1]))[0]
@@ -170,7 +170,7 @@ class ParakeetRNNTJointNetwork(nn.Module):
 
     def score(self, encoder_hidden_states: Tensor, decoder_hidden_states: Tensor) -> Tensor:
         """Score (R, K, J) frames with (R, 1, J) predictor states in decoding; returns (R, K, V [+ D])."""
-        if not self._plain():
+        if not is_plain(self.head, nn.Linear):
             return self(decoder_hidden_states, encoder_hidden_states)
         hidden = self._combined(encoder_hidden_states, decoder_hidden_states)
         scores = few_rows_linear(hidden.flatten(0, 1), self.head.weight, self.head.bias)
@@ -182,7 +182,7 @@ class ParakeetRNNTJointNetwork(nn.Module):
         Args:
             vocab_size: tokens V; outputs behind them are durations.
         """
-        if not self._plain():
+        if not is_plain(self.head, nn.Linear):
             return Shortcuts()
         weight, bias = self.head.weight, self.head.bias
 
