@@ -126,8 +126,10 @@ def test_too_little_memory_for_one_file_is_that_files_error(tmp_path):
     good = CLIPS / MANIFEST[0]["file"]
     printed, errors = run_program(SHORT_OF_MEMORY, long, good, status=1)
     assert [entry["text"] for entry in json.loads(printed)] == [MANIFEST[0]["text"]]
-    assert len(errors.splitlines()) == 1
-    assert errors.startswith(f"{long}: ")
+    # other packages may have complained before
+    assert errors.splitlines()[-1].startswith(f"{long}: ")
+    assert errors.count(str(long)) == 1
+    assert "Traceback" not in errors
 
 
 def test_messages_are_not_wrapped(tmp_path):
@@ -142,7 +144,14 @@ def test_json_is_printed_as_it_comes_and_closed_when_interrupted(tmp_path):
     good, waiting = CLIPS / MANIFEST[0]["file"], tmp_path / "waiting.wav"
     os.mkfifo(waiting)
     command = [sys.executable, "-m", "transformers_parakeet.cli", "transcribe", good, waiting, "--format", "json"]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        # a shell that runs the tests in the background has its children ignore the signal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     # opens as soon as the command reads the second file
     with open(waiting, "wb"):
         process.send_signal(signal.SIGINT)

@@ -24,6 +24,9 @@ from .conversion import convert as convert_checkpoint
 logger = logging.get_logger(__name__)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speech recognition with NVIDIA Parakeet models.")
+# columns of a table that is not printed to a terminal
+PIPE_WIDTH = 200
+
 console = Console()
 errors = Console(stderr=True)
 
@@ -131,7 +134,9 @@ def demo() -> None:
         table.add_row(
             clip["file"], clip["text"], "\n".join(map(timed_word, tdt["chunks"])), ctc["text"], end_section=True
         )
-    console.print(table)
+    # a pipe has no width of its own: the table gets what it needs
+    wide = console if console.file.isatty() else Console(file=console.file, width=PIPE_WIDTH)
+    wide.print(table)
     said = [clip["text"] for clip in clips]
     for head, results in (("TDT", heard), ("CTC", second)):
         rate = jiwer.wer(said, [result["text"] for result in results])
