@@ -20,6 +20,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # on models this small a second thread costs more than it brings
 torch.set_num_threads(1)
 
+# run by test_neighbours.py in a process of its own
+collect_ignore = ["neighbours"]
+
 TESTS = Path(__file__).parent
 WORDS = ["the quick brown fox jumps over the lazy dog", "she sells sea shells by the sea shore, again."] * 8
 
