@@ -226,7 +226,7 @@ def activate(activation: nn.Module, hidden: Tensor, source: nn.Module) -> Tensor
         hidden: its input.
         source: the module that computed the input; hooks may have kept the output of one that is not plain.
     """
-    owned = any(is_plain(source, kind) for kind in (nn.Linear, nn.Conv1d, nn.BatchNorm1d, nn.LayerNorm))
+    owned = type(source) in (nn.Linear, nn.BatchNorm1d, nn.LayerNorm) and is_plain(source, type(source))
     if owned and is_plain(activation, SILU) and not torch.is_grad_enabled():
         return F.silu(hidden, inplace=True)
     result: Tensor = activation(hidden)

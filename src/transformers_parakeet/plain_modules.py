@@ -3,15 +3,9 @@
 The faster ways themselves stand where they are used.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-
-# hooks of one module, and those that torch keeps for all modules
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
 # of a tensor that is neither quantised, sharded, nor a stand-in
 PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -28,12 +22,28 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         module: the module.
         kind: the class.
     """
-    if type(module) is not kind or "forward" in module.__dict__:
+    if type(module) is not kind or "forward" in module.__dict__ or has_hooks(module):
         return False
-    if any(getattr(module, name) for name in HOOKS) or any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
-        return False
-    tensors: list[Any] = [*module._parameters.values(), *module._buffers.values()]
-    return all(tensor is None or (type(tensor) in PLAIN_TENSORS and not tensor.is_meta) for tensor in tensors)
+    # written out, because this runs many times in a forward pass
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is not None and (type(tensor) not in PLAIN_TENSORS or tensor.is_meta):
+                return False
+    return True
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether something is called before or after a module, or after every module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 def pointwise(conv: nn.Module, hidden: Tensor) -> Tensor:
