@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from training_helpers import SENTENCES, arguments, features_of, sentence_rows, small
 from transformers import TrainerCallback
 
@@ -71,6 +73,36 @@ def sharded_blocks():
     return shared, None
 
 
+ADAPTED = ["q_proj", "pointwise_conv1", "pointwise_conv2", "linear1", "head", "ctc_head"]
+
+
+def sharded_adapters():
+    """Return loss and gradients of adapters after one step of training, with whole and with sharded weights."""
+    torch.distributed.init_process_group("gloo")
+    results = {}
+    for sharded in (False, True):
+        model, processor = small("hybrid", encoder={"layerdrop": 0.0})
+        batch = SpeechCollator(processor, dither=0.0)(sentence_rows()[:3])
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=ADAPTED, init_lora_weights=False))
+        if sharded:
+            mesh = init_device_mesh("cpu", (2,))
+            for layer in model.get_base_model().encoder.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            assert isinstance(next(model.parameters()), DTensor)
+        loss = model.train()(**batch).loss
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        results[f"sharded {sharded}"] = {
+            "loss": loss.item(),
+            "gradients": {
+                name: (grad.full_tensor() if sharded else grad).flatten().tolist() for name, grad in gradients.items()
+            },
+        }
+    return results, None
+
+
 def stream(folder):
     """Train on a stream and evaluate on one; return which clips each process got in training, and the scores."""
     model, processor = small("ctc")
@@ -130,6 +162,7 @@ if __name__ == "__main__":
         "ddp": lambda: train(folder),
         "ddp_dropping": lambda: dropping(folder, gradient_checkpointing=True),
         "sharded_blocks": sharded_blocks,
+        "sharded_adapters": sharded_adapters,
         "fsdp": lambda: train(folder, steps=2, **FSDP),
         "stream": lambda: stream(folder),
         "broken": lambda: broken(folder),

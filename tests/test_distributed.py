@@ -79,6 +79,17 @@ def test_sharded_blocks_are_gathered_in_step(tmp_path):
     assert processes[0] != processes[1]
 
 
+def test_adapters_on_sharded_weights_get_the_gradients_of_whole_ones(tmp_path):
+    """LoRA on convolutions, projections, the joint network and the CTC head; both processes have the same batch."""
+    result = launch("sharded_adapters", tmp_path)
+    whole, sharded = result["sharded False"], result["sharded True"]
+    assert sharded["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert len(whole["gradients"]) == len(sharded["gradients"]) > 20
+    for name, gradient in whole["gradients"].items():
+        assert any(gradient), name
+        assert sharded["gradients"][name] == pytest.approx(gradient, rel=1e-4, abs=1e-6), name
+
+
 def test_two_processes_share_a_stream(tmp_path):
     shared = launch("stream", tmp_path)
     names = [Path(row["audio"]).name for row in sentence_rows()]
