@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from nemo_files import setter
 
 from transformers_parakeet import NemoError, export_nemo, load_nemo
 from transformers_parakeet.archive import Archive, write_archive
@@ -78,18 +79,6 @@ def with_weights(change):
 def with_checkpoint(content):
     """The archive with another file of weights."""
     return packed({**members(), "./model_weights.ckpt": content})
-
-
-def setter(path, value):
-    """A change that sets one setting."""
-
-    def put(tree):
-        *sections, key = path.split(".")
-        for section in sections:
-            tree = tree.setdefault(section, {})
-        tree[key] = value
-
-    return put
 
 
 class Trap:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import noise
+from nemo_files import members
 from tokenizers import Tokenizer
 
 import transformers_parakeet as tp
@@ -22,12 +23,6 @@ from transformers_parakeet.subwords import MODELS, build_tokenizer, sentencepiec
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = ["ctc", "rnnt", "tdt", "hybrid_tdt_ctc", "tdt_agg_tokenizer"]
 RELEASED = Path(__file__).parent / "data" / "parakeet-tdt-0.6b-v3.model"
-
-
-def members(path):
-    """The plain files of an archive by name."""
-    with tarfile.open(path) as tar:
-        return {info.name: tar.extractfile(info).read() for info in tar.getmembers() if info.isfile()}
 
 
 def checkpoint(files):

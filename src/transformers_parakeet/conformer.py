@@ -35,14 +35,18 @@ def subsampled_lengths(lengths: Lengths, config: ParakeetEncoderConfig) -> Lengt
     Returns:
         Encoder frames, same type and shape; 0 stays 0.
     """
-    kernel, stride = config.subsampling_conv_kernel_size, config.subsampling_conv_stride
-    padding = sum(subsampling_padding(config))
     is_empty = lengths == 0
     for _ in range(int(math.log2(config.subsampling_factor))):
-        lengths = (lengths + padding - kernel) // stride + 1
+        lengths = strided_lengths(lengths, config)
     if isinstance(lengths, Tensor):
         return lengths.masked_fill(is_empty, 0)
     return 0 if is_empty else lengths
+
+
+def strided_lengths(lengths: Lengths, config: ParakeetEncoderConfig) -> Lengths:
+    """Count the frames that one strided convolution makes of so many."""
+    padding, kernel = sum(subsampling_padding(config)), config.subsampling_conv_kernel_size
+    return (lengths + padding - kernel) // config.subsampling_conv_stride + 1
 
 
 def subsampling_padding(config: ParakeetEncoderConfig) -> tuple[int, int]:
@@ -66,6 +70,7 @@ class ParakeetEncoderSubsamplingConv2D(nn.Module):
 
     def __init__(self, config: ParakeetEncoderConfig) -> None:
         super().__init__()
+        self.config = config
         channels, kernel = config.subsampling_conv_channels, config.subsampling_conv_kernel_size
         before, after = subsampling_padding(config)
         # zeros that a convolution cannot add itself: before and after each axis
@@ -78,7 +83,6 @@ class ParakeetEncoderSubsamplingConv2D(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(1, channels, kernel, **strided), nn.ReLU()]
         # of each layer: whether a convolution is strided, None for an activation; an adapter may stand in its place
         self.strided: list[bool | None] = [True, None, *[True, False, None] * (halvings - 1)]
-        self.kernel, self.stride, self.padding = kernel, config.subsampling_conv_stride, before + after
         for _ in range(halvings - 1):
             layers.append(nn.Conv2d(channels, channels, kernel, groups=channels, **strided))
             layers.append(nn.Conv2d(channels, channels, kernel_size=1))
@@ -110,7 +114,7 @@ class ParakeetEncoderSubsamplingConv2D(nn.Module):
             owned = is_plain(layer, nn.Conv2d)
             hidden = channels_last_conv(layer, hidden) if owned else layer(hidden)
             if lengths is not None and strided:
-                lengths = (lengths + self.padding - self.kernel) // self.stride + 1
+                lengths = strided_lengths(lengths, self.config)
         # (B, C, N, F') -> (B, N, C * F'), channel-major as in NeMo
         return self.linear(hidden.transpose(1, 2).flatten(2))
 

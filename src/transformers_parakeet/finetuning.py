@@ -22,9 +22,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .configuration_parakeet import kind_of
+from .metrics import error_rates
 from .modeling_parakeet import ParakeetForCTC
 from .nemo import load_nemo
-from .training import ParakeetTrainer, SpeechCollator, add_lora, error_rates, freeze
+from .training import ParakeetTrainer, SpeechCollator, add_lora, freeze
 from .training_data import add_durations, load_speech, read_clip
 from .vocabulary import extend_vocabulary, replace_tokenizer
 

@@ -34,6 +34,7 @@ HUB_TIMEOUT_S = 10.0
 # and httpx2 after it; both are base classes of the Hub's own error
 REQUEST_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 
+# kind of head -> its model; `config_class` of a model is its configuration
 MODELS: dict[str, type[ParakeetPreTrainedModel]] = {
     "ctc": ParakeetForCTC,
     "rnnt": ParakeetForRNNT,

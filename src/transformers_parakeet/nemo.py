@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .archive import SETTINGS, Archive, NemoError
-from .configuration_parakeet import ParakeetCTCConfig, ParakeetRNNTConfig, ParakeetTDTConfig
 from .feature_extraction_parakeet import ParakeetFeatureExtractor
-from .hub import find_checkpoint, load_folder
-from .modeling_parakeet import ParakeetForCTC, ParakeetForRNNT, ParakeetForTDT, ParakeetPreTrainedModel
+from .hub import MODELS, find_checkpoint, load_folder
+from .modeling_parakeet import ParakeetPreTrainedModel
 from .nemo_keys import ELSE, MULTI_TALKER, PROMPT, SECTIONS, check_section, check_settings
 from .nemo_settings import (
     LISTS,
@@ -73,12 +71,6 @@ OTHER_WEIGHTS = {"spk_kernels.": MULTI_TALKER, "bg_spk_kernels.": MULTI_TALKER, 
 
 # stands in `config.nemo_config` for a list of the tokenizer's pieces
 PIECES = "<the pieces of the tokenizer>"
-
-HEADS: dict[str, tuple[type[PreTrainedConfig], type[ParakeetPreTrainedModel]]] = {
-    "ctc": (ParakeetCTCConfig, ParakeetForCTC),
-    "rnnt": (ParakeetRNNTConfig, ParakeetForRNNT),
-    "tdt": (ParakeetTDTConfig, ParakeetForTDT),
-}
 
 
 def load_nemo(
@@ -157,7 +149,7 @@ def read_archive(archive: Archive, dtype: torch.dtype | None) -> tuple[ParakeetP
     tokenizer = read_tokenizer(settings, archive.artifact, kind)
     labels = len(tokenizer) - 1
     check_vocabulary(settings, labels)
-    config = HEADS[kind][0](
+    config = MODELS[kind].config_class(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         nemo_config=without_pieces(raw, tokenizer.convert_ids_to_tokens(range(labels))),
@@ -166,7 +158,7 @@ def read_archive(archive: Archive, dtype: torch.dtype | None) -> tuple[ParakeetP
     )
     try:
         with torch.device("meta"):
-            model = HEADS[kind][1](config)
+            model = MODELS[kind](config)
     except RuntimeError as error:
         raise NemoError(f"a size in {SETTINGS} is too large for any model: {error}") from error
     load_weights(model, state, archive, dtype)
@@ -187,8 +179,8 @@ def read_tokenizer(settings: Mapping[str, Any], artifact: Callable[[str], bytes]
     parts = {"": section}
     if section["type"].lower() == "agg":
         parts = section.get("langs") or {}
-        for lang in parts:
-            check_section(settings, f"tokenizer.langs.{lang}", SECTIONS["tokenizer"])
+        for lang, part in parts.items():
+            check_section(part, f"tokenizer.langs.{lang}", SECTIONS["tokenizer"])
     if not parts:
         raise NemoError("`tokenizer.langs` must name at least one language, it names none: save the file again")
     return build_tokenizer([artifact(part["model_path"]) for part in parts.values()], kind)

@@ -290,8 +290,6 @@ def check_settings(settings: Mapping[str, Any], *, is_transducer: bool, has_ctc_
         NemoError: a setting that can change inference is not implemented, or a section is missing.
     """
     check_class(settings.get("target"))
-    if settings.get("tokenizer") is None:
-        raise NemoError("the file names no tokenizer: save the model again in NeMo, with `tokenizer.type` bpe or agg")
     if lookup(settings, "decoding.big_blank_durations"):
         raise refuse("decoding.big_blank_durations", lookup(settings, "decoding.big_blank_durations"),
                      "implemented are no multi-blank transducers")  # fmt: skip
@@ -303,14 +301,14 @@ def check_settings(settings: Mapping[str, Any], *, is_transducer: bool, has_ctc_
     unknown: list[str] = []
     for name, section in SECTIONS.items():
         if name not in skipped:
-            unknown += check_section(settings, name, section)
+            unknown += check_section(lookup(settings, name), name, section)
     return unknown
 
 
 def check_class(target: Any) -> None:
     """Refuse a model class that is not implemented, and say what it is."""
-    name = last_name(target or "EncDecRNNTBPEModel")
-    if name in MODEL_CLASSES:
+    name = last_name(target)
+    if not target or name in MODEL_CLASSES:
         return
     kind = next((text for part, text in OTHER_CLASSES.items() if part in name), None)
     if kind:
@@ -318,9 +316,17 @@ def check_class(target: Any) -> None:
     raise refuse("target", target, f"implemented is only {' or '.join(MODEL_CLASSES)}")
 
 
-def check_section(settings: Mapping[str, Any], name: str, section: Section) -> list[str]:
-    """Refuse what is not implemented in one section; return its unknown settings if they cannot change inference."""
-    values = lookup(settings, name)
+def check_section(values: Any, name: str, section: Section) -> list[str]:
+    """Refuse what is not implemented in one section.
+
+    Args:
+        values: its settings; `None` where the file has none.
+        name: its dotted path.
+        section: its keys.
+
+    Returns:
+        Its unknown settings, if they cannot change inference.
+    """
     if values is None and not section.strict:
         return []
     if not isinstance(values, dict):

@@ -24,7 +24,7 @@ from .timestamps import (
     transducer_emissions,
     word_spans,
 )
-from .tokenization_parakeet import WORD_START
+from .tokenization_parakeet import BLANK, WORD_START
 
 LEVELS = ("char", "word", "segment")
 
@@ -66,7 +66,7 @@ class ParakeetProcessor(ProcessorMixin):
     valid_processor_kwargs = ParakeetProcessorKwargs
 
     def __init__(
-        self, feature_extractor: Any, tokenizer: Any, blank_token: str = "<blank>", decoder_type: str | None = None
+        self, feature_extractor: Any, tokenizer: Any, blank_token: str = BLANK, decoder_type: str | None = None
     ) -> None:
         self.blank_token = blank_token
         self.blank_token_id = blank_id(tokenizer, blank_token)

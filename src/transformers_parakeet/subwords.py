@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE, Unigram
 
 from .archive import NemoError
-from .tokenization_parakeet import WORD_START, ParakeetTokenizer
+from .tokenization_parakeet import BLANK, WORD_START, ParakeetTokenizer
 
 # marks the pieces of a second language that the first one has, too; a private-use character
 DUPLICATE = "\ue000"
@@ -46,7 +46,7 @@ def build_tokenizer(models: Sequence[bytes], kind: str) -> ParakeetTokenizer:
         backend = sentencepiece_backend(protos[0], more)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise NemoError(f"the SentencePiece model cannot be used: {error}") from error
-    blank = "<pad>" if kind == "ctc" and backend.token_to_id("<pad>") is None else "<blank>"
+    blank = "<pad>" if kind == "ctc" and backend.token_to_id("<pad>") is None else BLANK
     pad = "<pad>" if kind != "ctc" and backend.token_to_id("<pad>") is not None else blank
     backend.add_special_tokens([AddedToken(blank, special=True, normalized=False)])
     count = len(protos[0].pieces) + len(more)

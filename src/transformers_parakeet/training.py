@@ -1,19 +1,18 @@
-"""What training needs beside the model: collator, batches by duration, word error rate, freezing, and a `Trainer`.
+"""What training needs beside the model: collator, batches by duration, freezing, and a `Trainer`.
 
-Where clips come from is for `training_data.py`; the command `parakeet finetune` is in `finetuning.py`.
+Where clips come from is for `training_data.py`, error rates are in `metrics.py`; the command `parakeet finetune` is in
+`finetuning.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-import jiwer
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from transformers.utils import logging
 from .audio import AudioError
 from .augmentation import dither
 from .losses import compact_labels
+from .metrics import ErrorRates, error_rates, normalize_text
 from .processing_parakeet import SUBSAMPLING_FACTOR
 from .training_data import clip_durations, clip_name, read_clip
 from .update_guard import NonFiniteGuard
@@ -36,58 +36,7 @@ DITHER = 1e-5
 IGNORED = -100
 # clips are sorted by duration into steps of so many seconds, within which every epoch shuffles
 BUCKET_S = 0.5
-# signs that are written for an apostrophe: acute and grave accent, quotation marks, modifier letter
-APOSTROPHES = str.maketrans(dict.fromkeys("\u00b4`\u2018\u2019\u02bc", "'"))
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-def normalize_text(text: str) -> str:
-    """Prepare a transcript for scoring: NFKC, lower case, no punctuation but apostrophes in words, single spaces."""
-    # before NFKC, which makes a space and a combining accent of the acute accent
-    text = unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).lower()
-    spaced = "".join(" " if unicodedata.category(char).startswith("P") and char != "'" else char for char in text)
-    return " ".join(word for word in (word.strip("'") for word in spaced.split()) if word)
-
-
-def error_rates(
-    references: Sequence[str], hypotheses: Sequence[str], normalize: Callable[[str], str] = normalize_text
-) -> dict[str, float]:
-    """Score transcripts, all clips pooled.
-
-    Args:
-        references: what was said.
-        hypotheses: what was recognised.
-        normalize: applied to both.
-
-    Returns:
-        `wer` and `cer`, errors per word and per character of the references.
-    """
-    said, heard = [normalize(text) for text in references], [normalize(text) for text in hypotheses]
-    return {"wer": float(jiwer.wer(said, heard)), "cer": float(jiwer.cer(said, heard))}
-
-
-@dataclass(frozen=True)
-class ErrorRates:
-    """`compute_metrics` for `ParakeetTrainer`: word and character error rate.
-
-    Args:
-        processor: turns token ids into text.
-        normalize: applied to references and hypotheses.
-    """
-
-    processor: Any
-    normalize: Callable[[str], str] = normalize_text
-
-    def __call__(self, prediction: Any) -> dict[str, float]:
-        """Score `predictions` and `label_ids`, both (clips, tokens), filled up with -100."""
-        return error_rates(self.texts(prediction.label_ids), self.texts(prediction.predictions), self.normalize)
-
-    def texts(self, ids: Any) -> list[str]:
-        """Decode token ids, one per token: no blanks, no repeats to merge."""
-        tokenizer = self.processor.tokenizer
-        unwanted = {tokenizer.pad_token_id, self.processor.blank_token_id}
-        rows = [[int(i) for i in row if i >= 0 and i not in unwanted] for row in np.asarray(ids)]
-        return [str(tokenizer.decode(row, group_tokens=False)) for row in rows]
 
 
 @dataclass(frozen=True)

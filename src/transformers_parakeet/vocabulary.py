@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .configuration_parakeet import blank_of, kind_of
 from .processing_parakeet import ParakeetProcessor, blank_id
 from .subwords import build_tokenizer, parse_sentencepiece, sentencepiece_models
-from .tokenization_parakeet import WORD_START, ParakeetTokenizer
+from .tokenization_parakeet import BLANK, WORD_START, ParakeetTokenizer
 
 
 def extend_vocabulary(model: Any, processor: ParakeetProcessor, new_tokens: Sequence[str]) -> None:
@@ -75,7 +75,7 @@ def replace_tokenizer(
     if isinstance(tokenizer, bytes):
         tokenizer = build_tokenizer([tokenizer], kind_of(model.config))
     blank = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
-    if blank not in ("<blank>", tokenizer.pad_token):
+    if blank not in (BLANK, tokenizer.pad_token):
         raise ValueError(f"the last token must be the blank, got {blank!r}: give the SentencePiece model itself")
     old = {piece: index for index, piece in enumerate(processor.tokenizer.convert_ids_to_tokens(range(labels)))}
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer) - 1))
