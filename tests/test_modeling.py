@@ -88,6 +88,24 @@ def test_relative_shift_against_its_definition():
                 torch.testing.assert_close(shifted[..., query, key], scores[..., query, key - query + frames - 1])
 
 
+@pytest.mark.parametrize("norm_type", ["batch_norm", "layer_norm"])
+@pytest.mark.parametrize("context", [[8, 0], [6, 2], [0, 8]])
+def test_an_uneven_convolution_sees_its_context(context, norm_type):
+    module = encoder(conv_context_size=context, conv_norm_type=norm_type).layers[0].conv
+    hidden = torch.randn(2, 30, 32)
+    with torch.no_grad():
+        gated = F.glu(module.pointwise_conv1(hidden.transpose(1, 2)), dim=1)
+        filtered = F.conv1d(
+            F.pad(gated, context), module.depthwise_conv.weight, module.depthwise_conv.bias, groups=gated.shape[1]
+        )
+        if norm_type == "layer_norm":
+            normed = module.norm(filtered.transpose(1, 2)).transpose(1, 2)
+        else:
+            normed = module.norm(filtered)
+        plain = module.pointwise_conv2(F.silu(normed)).transpose(1, 2)
+        torch.testing.assert_close(module(hidden), plain, atol=TOLERANCE, rtol=0)
+
+
 def test_the_evaluated_convolution_has_the_norm_folded_in():
     module = encoder().layers[0].conv
     torch.nn.init.normal_(module.norm.running_mean)
