@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from transformers_parakeet import ParakeetEncoder, ParakeetEncoderConfig
-from transformers_parakeet import attention as attention_module
+from transformers_parakeet.networks import attention as attention_module
 
 FRAMES_PER_MINUTE = 6000
 SHAPE = {"hidden_size": 512, "num_hidden_layers": 17, "num_attention_heads": 8, "intermediate_size": 2048}

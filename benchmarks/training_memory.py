@@ -17,7 +17,7 @@ import sys
 import torch
 
 import transformers_parakeet as tp
-from transformers_parakeet.losses import tdt_loss
+from transformers_parakeet.losses.transducer import tdt_loss
 
 # clips, seconds of each, labels of each, tokens
 CASES = (

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import transformers_parakeet as tp
-from transformers_parakeet.subwords import build_tokenizer
+from transformers_parakeet.nemo.sentencepiece import build_tokenizer
 
 
 def main() -> None:

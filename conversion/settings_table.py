@@ -5,7 +5,7 @@ python conversion/settings_table.py
 
 from pathlib import Path
 
-from transformers_parakeet.nemo_keys import settings_table
+from transformers_parakeet.nemo.keys import settings_table
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "conversion.md"
 START, END = "<!-- settings: start -->\n", "<!-- settings: end -->\n"

@@ -1,9 +1,9 @@
 """Fine-tune a Parakeet model: what `parakeet finetune` does, for `torchrun` and `accelerate launch`.
 
-All of it is in `transformers_parakeet.finetuning`; `python examples/finetune.py --help` lists the options.
+All of it is in `transformers_parakeet.training.finetune`; `python examples/finetune.py --help` lists the options.
 """
 
-from transformers_parakeet.finetuning import main
+from transformers_parakeet.training.finetune import main
 
 if __name__ == "__main__":
     main()

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from training_helpers import SENTENCES, arguments, features_of, sentence_rows, small
 from transformers import TrainerCallback
 
-from transformers_parakeet.training import ParakeetTrainer, SpeechCollator
-from transformers_parakeet.training_data import load_speech
+from transformers_parakeet.training.data import load_speech
+from transformers_parakeet.training.trainer import ParakeetTrainer, SpeechCollator
 
 FSDP = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"transformer_layer_cls_to_wrap": ["ParakeetEncoderBlock"]}}
 

@@ -1,142 +1,156 @@
-"""The layout of docs/design.md, read off the source files."""
+"""The layout in docs/design.md, compared with the imports in the source."""
 
 import ast
 import re
-from pathlib import Path
+from functools import cache
 
 import pytest
+from conftest import TESTS
 
 import transformers_parakeet as tp
 
-ROOT = Path(__file__).parent.parent
+ROOT = TESTS.parent
 SOURCE = ROOT / "src" / "transformers_parakeet"
-MODULES = sorted(path.stem for path in SOURCE.glob("*.py"))
-
-# what each file may import of ours; `__init__` and `cli` may import everything
-ALLOWED = {
-    "configuration_parakeet": set(),
-    "audio": set(),
-    "augmentation": set(),
-    "timestamps": set(),
-    "tokenization_parakeet": {"timestamps"},
-    "lattice": set(),
-    "fused_loss": {"lattice"},
-    "losses": {"fused_loss", "lattice"},
-    "decoding": set(),
-    "feature_extraction_parakeet": {"audio"},
-    "processing_parakeet": {"timestamps", "tokenization_parakeet"},
-    "attention": {"configuration_parakeet"},
-    "plain_modules": set(),
-    "conformer": {"attention", "configuration_parakeet", "plain_modules"},
-    "screening": set(),
-    "transducer": {"configuration_parakeet", "decoding", "plain_modules", "screening"},
-    "generation_parakeet": {"decoding", "plain_modules"},
-    "kernel": {"losses"},
-    "modeling_parakeet": {
-        "attention",
-        "augmentation",
-        "configuration_parakeet",
-        "conformer",
-        "transducer",
-        "generation_parakeet",
-        "kernel",
-        "losses",
-        "plain_modules",
-    },
-    "longform": {"timestamps"},
-    "pipeline_parakeet": {"audio", "longform", "processing_parakeet", "timestamps"},
-    "training_data": {"audio"},
-    "update_guard": set(),
-    "metrics": set(),
-    "training": {
-        "audio",
-        "augmentation",
-        "losses",
-        "metrics",
-        "processing_parakeet",
-        "training_data",
-        "update_guard",
-    },
-    "finetuning": {
-        "configuration_parakeet",
-        "metrics",
-        "modeling_parakeet",
-        "nemo",
-        "training",
-        "training_data",
-        "vocabulary",
-    },
-    "archive": set(),
-    "subwords": {"archive", "tokenization_parakeet"},
-    "nemo_keys": {"archive", "configuration_parakeet", "feature_extraction_parakeet", "losses"},
-    "nemo_settings": {"archive", "configuration_parakeet", "losses", "nemo_keys"},
-    "hub": {"archive", "configuration_parakeet", "modeling_parakeet", "processing_parakeet"},
-    "nemo": {
-        "archive",
-        "configuration_parakeet",
-        "feature_extraction_parakeet",
-        "hub",
-        "modeling_parakeet",
-        "nemo_keys",
-        "nemo_settings",
-        "processing_parakeet",
-        "subwords",
-        "tokenization_parakeet",
-    },
-    "nemo_export": {
-        "archive",
-        "configuration_parakeet",
-        "feature_extraction_parakeet",
-        "nemo",
-        "nemo_keys",
-        "nemo_settings",
-        "subwords",
-    },
-    "nemo_pipeline": {"hub", "nemo"},
-    "conversion": {"archive", "hub", "nemo", "nemo_export"},
-    "vocabulary": {"configuration_parakeet", "processing_parakeet", "subwords", "tokenization_parakeet"},
-}
+FILES = sorted(path for path in SOURCE.rglob("*.py"))
+PACKAGES = sorted(path.parent.name for path in SOURCE.glob("*/__init__.py"))
+STOCK = re.compile(r"models\.parakeet|loss_tdt|loss_rnnt")
 
 
+def table():
+    """Allowed imports of every module and sub-package, read from docs/design.md."""
+    allowed = {}
+    rows = re.findall(
+        r"^\| `([a-z_]+)/?` \|.*\|([^|]*)\|$", (ROOT / "docs" / "design.md").read_text("utf-8"), re.MULTILINE
+    )
+    for name, imports in rows:
+        every = set(allowed) if imports.strip().startswith("every module above") else set()
+        named = set(re.findall(r"`([a-z_]+)`", imports))
+        allowed[name] = every - named if every else named
+    return allowed
+
+
+ALLOWED = table()
+
+
+def name_of(path):
+    """Module name relative to the package, such as `nemo.reader`; a sub-package is named after its folder."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+@cache
 def imports(module):
-    """Names of the modules that a source file imports, ours as `.name`."""
-    found = set()
-    for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            found.add("." * node.level + (node.module or ""))
-        elif isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+    """(module, names) of each import statement of a source file; modules of this package are relative to it."""
+    path = MODULES[module]
+    package = list(path.relative_to(SOURCE).parts[:-1])
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, ()) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.append((node.module, ()))
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1]
+            target = ".".join([*base, *([node.module] if node.module else [])])
+            found.append((f".{target}", tuple(alias.name for alias in node.names)))
     return found
 
 
-def test_every_module_has_its_place():
-    assert set(MODULES) - {"__init__", "cli"} == ALLOWED.keys()
+def defining_module(package, name):
+    """The file that defines a name which the `__init__` of a sub-package re-exports."""
+    for target, names in imports(package):
+        if name in names:
+            return target.strip(".")
+    return package
 
 
-@pytest.mark.parametrize("module", sorted(ALLOWED))
-def test_a_module_imports_only_what_the_layout_allows(module):
-    ours = {name.removeprefix(".") for name in imports(module) if name.startswith(".")}
-    assert ours <= ALLOWED[module]
-    assert not [name for name in imports(module) if name.startswith("..")]
+def own_imports(module):
+    """Modules of this package that a module imports; a name from a sub-package counts as an import of its file."""
+    targets = set()
+    for target, names in imports(module):
+        if not target.startswith("."):
+            continue
+        base = target.strip(".")
+        for name in names:
+            inside = f"{base}.{name}".strip(".")
+            if base in PACKAGES:
+                targets.add(defining_module(base, name))
+            else:
+                targets.add(inside if inside in MODULES else base)
+    return targets
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_no_source_file_is_long_or_leans_on_stock_parakeet(module):
-    text = (SOURCE / f"{module}.py").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 600
-    stock = {name for name in imports(module) if re.search(r"models\.parakeet|loss_tdt|loss_rnnt", name)}
-    assert stock <= ({"transformers.models.parakeet"} if module == "__init__" else set())
+def part_of(module):
+    """The row of the table to which a module belongs."""
+    return module.partition(".")[0]
 
 
-def test_no_function_is_over_sixty_lines():
+def test_every_module_has_a_row_in_the_table():
+    assert {part_of(module) for module in MODULES} - {""} == ALLOWED.keys()
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {""}))
+def test_a_module_imports_only_what_the_table_allows(module):
+    own = part_of(module)
+    others = {target.strip(".") for target, _ in imports(module) if target.startswith(".")}
+    others = {target for target in others if part_of(target) != own}
+    # the command may use the public names of the package
+    assert {part_of(target) for target in others} - ({""} if own == "cli" else set()) <= ALLOWED[own]
+    # another sub-package is imported by its `__init__`, not by its files
+    assert not {target for target in others if "." in target}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_init_of_a_sub_package_only_re_exports(package):
+    body = ast.parse((SOURCE / package / "__init__.py").read_text(encoding="utf-8")).body
+    assert isinstance(body[0], ast.Expr)
+    assert isinstance(body[-1], ast.Assign)
+    assert body[-1].targets[0].id == "__all__"
+    assert all(isinstance(node, ast.ImportFrom) and node.level == 1 for node in body[1:-1])
+
+
+def longest_chain(module, importers=()):
+    """The longest chain of imports that ends at a module."""
+    assert module not in importers, f"a circle of imports: {' -> '.join([*importers, module])}"
+    chains = [longest_chain(target, (*importers, module)) for target in own_imports(module) if target]
+    return [*max(chains, default=[], key=len), module]
+
+
+def test_imports_have_no_circle_and_at_most_seven_levels():
+    chains = [longest_chain(module) for module in MODULES if module and module not in PACKAGES]
+    longest = max(chains, key=len)
+    assert len(longest) <= 7, longest
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_source_file_is_long_or_imports_stock_parakeet(module):
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 500
+    stock = {target for target, _ in imports(module) if STOCK.search(target)}
+    assert stock <= ({"transformers.models.parakeet"} if module == "registration" else set())
+
+
+def test_no_function_is_over_fifty_lines():
     long = []
-    for module in MODULES:
-        nodes = ast.walk(ast.parse((SOURCE / f"{module}.py").read_text(encoding="utf-8")))
-        functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-        long += [f"{module}.{node.name}" for node in functions if node.end_lineno - node.lineno > 60]
+    for module, path in MODULES.items():
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        long += [f"{module}.{node.name}" for node in functions if node.end_lineno - node.lineno + 1 > 50]
     assert long == []
 
 
-def test_the_version_stands_in_one_form():
+def test_the_tests_have_the_layout_of_the_source():
+    folders = {path.parent.name for path in TESTS.glob("*/test_*.py")} - {"neighbours"}
+    assert folders == set(PACKAGES)
+
+
+def test_git_holds_no_link_and_no_build_output():
+    links = [path for path in ROOT.rglob("*") if path.is_symlink() and ".venv" not in path.parts]
+    assert links == []
+
+
+def test_the_version_is_the_same_everywhere():
     declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert declared.group(1) == tp.__version__

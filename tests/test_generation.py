@@ -33,9 +33,9 @@ from transformers_parakeet import (
     ParakeetRNNTConfig,
     ParakeetTDTConfig,
 )
-from transformers_parakeet.decoding import confidence
-from transformers_parakeet.plain_modules import pointwise
-from transformers_parakeet.screening import ScreenedLinear
+from transformers_parakeet.decoding.greedy import confidence
+from transformers_parakeet.networks.fast_linear import ScreenedLinear
+from transformers_parakeet.networks.plain_modules import pointwise
 
 VOCAB, BLANK, PAD, MELS = 40, 39, 2, 80
 ENCODER = {

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import transformers_parakeet as tp
+from transformers_parakeet.registration import register
 
 AUTO = {"ctc": AutoModelForCTC, "rnnt": AutoModelForRNNT, "tdt": AutoModelForTDT}
 MODELS = {"ctc": tp.ParakeetForCTC, "rnnt": tp.ParakeetForRNNT, "tdt": tp.ParakeetForTDT}
@@ -215,7 +216,7 @@ def test_registering_twice_changes_nothing():
 
     task = PIPELINE_REGISTRY.supported_tasks["automatic-speech-recognition"]
     before = dict(task)
-    tp._register()
+    register()
     assert task == before
     assert task["pt"].count(AutoModelForRNNT) == 1
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from transformers_parakeet import ParakeetFeatureExtractor, ParakeetProcessor, load_nemo
-from transformers_parakeet.subwords import build_tokenizer
+from transformers_parakeet.nemo.sentencepiece import build_tokenizer
 from transformers_parakeet.timestamps import (
     AGGREGATIONS,
     Emissions,

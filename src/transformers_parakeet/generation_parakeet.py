@@ -21,8 +21,7 @@ from transformers.generation import (
 )
 from transformers.utils import ModelOutput, logging
 
-from .decoding import TransducerOptions, confidence, greedy_ctc, greedy_transducer
-from .plain_modules import pointwise
+from .decoding import Shortcuts, TransducerOptions, confidence, greedy_ctc, greedy_transducer
 
 logger = logging.get_logger(__name__)
 
@@ -220,7 +219,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         kwargs.pop("forced_blanks", None)
         request = ctc_request(kwargs, generation_config)
         encoded = self.encoder(input_features=input_features, attention_mask=attention_mask, **request.forward)
-        logits = pointwise(self.ctc_head, encoded.last_hidden_state)
+        logits = self.ctc_logits(encoded.last_hidden_state)
         lengths = None if attention_mask is None else encoded.attention_mask.sum(-1)
         sequences = greedy_ctc(logits, lengths, self.config.blank_token_id).as_subclass(CTCTokens)
         stream(sequences, self.config.blank_token_id, request.streamer)
@@ -295,7 +294,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             joint=self.joint.score,
             options=options,
             pad_id=self.config.pad_token_id,
-            shortcuts=self.joint.shortcuts(options.vocab_size),
+            shortcuts=Shortcuts(*self.joint.shortcuts(options.vocab_size)),
             on_step=Watcher(input_ids, self.config.pad_token_id, criteria, streamer) if watched else None,
         )
         if streamer is not None:

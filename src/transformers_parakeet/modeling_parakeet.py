@@ -19,7 +19,6 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import ParakeetEncoderAttention, ParakeetEncoderRelPositionalEncoding
 from .augmentation import spec_augment
 from .configuration_parakeet import (
     ParakeetCTCConfig,
@@ -29,19 +28,21 @@ from .configuration_parakeet import (
     add_missing_fields,
     check_attention_context,
 )
-from .conformer import (
+from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin, frame_lengths
+from .losses import compact_labels, ctc_loss, select_loss
+from .networks import (
+    ParakeetEncoderAttention,
     ParakeetEncoderBlock,
+    ParakeetEncoderRelPositionalEncoding,
     ParakeetEncoderSubsamplingConv2D,
+    ParakeetRNNTDecoder,
+    ParakeetRNNTJointNetwork,
     drop_block,
     drop_probabilities,
     length_mask,
+    pointwise,
     subsampled_lengths,
 )
-from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin, frame_lengths
-from .kernel import select_loss
-from .losses import compact_labels, ctc_loss
-from .plain_modules import pointwise
-from .transducer import ParakeetRNNTDecoder, ParakeetRNNTJointNetwork
 
 logger = logging.get_logger(__name__)
 
@@ -221,6 +222,10 @@ class ParakeetForCTC(ParakeetPreTrainedModel, ParakeetCTCGenerationMixin):
         self.ctc_head = nn.Conv1d(config.encoder_config.hidden_size, config.vocab_size, kernel_size=1)
         self.post_init()
 
+    def ctc_logits(self, hidden: Tensor) -> Tensor:
+        """Return the (B, N, V) scores of (B, N, H) encoder frames."""
+        return pointwise(self.ctc_head, hidden)
+
     @can_return_tuple
     def forward(
         self,
@@ -242,7 +247,7 @@ class ParakeetForCTC(ParakeetPreTrainedModel, ParakeetCTCGenerationMixin):
         """
         features = self._augmented(input_features, attention_mask)
         encoded = self.encoder(input_features=features, attention_mask=attention_mask, **kwargs)
-        logits = pointwise(self.ctc_head, encoded.last_hidden_state)
+        logits = self.ctc_logits(encoded.last_hidden_state)
         loss = None
         if labels is not None:
             loss = ctc_loss(
@@ -297,6 +302,10 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
     def _outputs(self) -> int:
         """Outputs of the joint network."""
         return self.config.vocab_size
+
+    def ctc_logits(self, hidden: Tensor) -> Tensor:
+        """Return the (B, N, V) scores of the CTC head of a hybrid for (B, N, H) encoder frames."""
+        return pointwise(self.ctc_head, hidden)
 
     @can_return_tuple
     def get_audio_features(
@@ -374,7 +383,7 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
             return loss
         padded = labels.masked_fill(~length_mask(label_lengths, labels.shape[1]), -100)
         ctc = ctc_loss(
-            pointwise(self.ctc_head, encoded.last_hidden_state),
+            self.ctc_logits(encoded.last_hidden_state),
             padded,
             lengths,
             blank_token_id=config.blank_token_id,

@@ -11,7 +11,7 @@ from transformers import AutomaticSpeechRecognitionPipeline
 from transformers.utils import logging
 
 from .audio import load_audio
-from .longform import Window, merge, windows
+from .long_audio import Window, merge, windows
 from .processing_parakeet import LEVELS, ParakeetProcessor
 from .timestamps import DEFAULT_AGGREGATION, ctc_emissions, transducer_emissions
 

@@ -1,0 +1,179 @@
+"""Attention contexts against attention with a mask, written out pair by pair; numbers of NeMo are in test_family.py."""
+
+import math
+
+import pytest
+import torch
+from conftest import encoder_fields
+
+import transformers_parakeet as tp
+from transformers_parakeet.networks.attention import (
+    BlockLayout,
+    ParakeetEncoderAttention,
+    ParakeetEncoderRelPositionalEncoding,
+    block_layout,
+    nemo_local_positions,
+    visible_keys,
+)
+
+# float32 sums in another order; measured: up to 6e-7
+TOLERANCE = 1e-5
+
+# style, context
+CONTEXTS = [
+    ("regular", [5, 5]),
+    ("regular", [40, 3]),
+    ("regular", [0, 12]),
+    ("regular", [9, -1]),
+    ("regular", [-1, 4]),
+    ("chunked_limited", [8, 3]),
+    ("chunked_limited", [70, 0]),
+    ("chunked_limited", [-1, 6]),
+    ("chunked_limited", [0, 9]),
+    ("chunked_limited_with_rc", [10, 4, 3]),
+    ("chunked_limited_with_rc", [64, 1, 0]),
+    ("chunked_limited_with_rc", [3, 5, 20]),
+    ("chunked_limited_with_rc", [-1, 4, 2]),
+]
+
+
+def config_of(style, context, **fields):
+    return tp.ParakeetEncoderConfig(
+        **encoder_fields(attention_context_style=style, attention_context_size=context, **fields)
+    )
+
+
+def may_attend(style, context, query, key):
+    """The rule of each style for one pair of frames, as NeMo documents it."""
+    left, right = context[0], context[-1]
+    if style == "regular":
+        return (left < 0 or key >= query - left) and (right < 0 or key <= query + right)
+    if style == "chunked_limited":
+        chunks = query // (right + 1) - key // (right + 1)
+        return chunks >= 0 and (left < 0 or chunks <= left // (right + 1))
+    start = query // context[1] * context[1]
+    return (left < 0 or key >= start - left) and key < start + context[1] + right
+
+
+def attention(config, dtype=torch.float64):
+    torch.manual_seed(0)
+    config._attn_implementation = "eager"
+    module = ParakeetEncoderAttention(config, 0).to(dtype).eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def plain_attention(module, hidden, mask):
+    """Relative attention of one clip with an (N, N) mask, one pair of frames at a time."""
+    config, frames = module.config, hidden.shape[0]
+    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    query, key, value = (p(hidden).view(frames, heads, width) for p in (module.q_proj, module.k_proj, module.v_proj))
+    frequencies = 10000.0 ** (-torch.arange(0, config.hidden_size, 2, dtype=hidden.dtype) / config.hidden_size)
+    scores = torch.full((heads, frames, frames), -math.inf, dtype=hidden.dtype)
+    for i in range(frames):
+        for j in range(frames):
+            if mask[i, j]:
+                angle = (i - j) * frequencies
+                sinusoid = torch.stack([angle.sin(), angle.cos()], -1).flatten()
+                position = module.relative_k_proj(sinusoid).view(heads, width)
+                content = ((query[i] + module.bias_u) * key[j]).sum(-1)
+                scores[:, i, j] = (content + ((query[i] + module.bias_v) * position).sum(-1)) / width**0.5
+    weights = scores.softmax(-1)
+    return module.o_proj(torch.einsum("hij,jhd->ihd", weights, value).flatten(1))
+
+
+def one_block(config, frames):
+    return BlockLayout(frames, frames)
+
+
+def attend(module, hidden, valid=None):
+    with torch.no_grad():
+        return module(hidden, ParakeetEncoderRelPositionalEncoding(module.config)(hidden), valid)[0]
+
+
+@pytest.mark.parametrize(("style", "context"), CONTEXTS)
+@pytest.mark.parametrize("frames", [1, 2, 23])
+def test_a_context_is_a_mask(style, context, frames):
+    module = attention(config_of(style, context))
+    hidden = torch.randn(2, frames, 32, dtype=torch.float64)
+    mask = torch.tensor([[may_attend(style, context, i, j) for j in range(frames)] for i in range(frames)])
+    for row, output in zip(hidden, attend(module, hidden), strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(output, plain_attention(module, row, mask), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(("style", "context"), CONTEXTS)
+@pytest.mark.parametrize("frames", [64, 137, 500])
+def test_blocks_equal_one_block(style, context, frames, monkeypatch):
+    module = attention(config_of(style, context))
+    hidden = torch.randn(3, frames, 32, dtype=torch.float64)
+    valid = torch.arange(frames) < torch.tensor([frames, frames // 2, 1])[:, None]
+    blocked = attend(module, hidden, valid)
+    monkeypatch.setattr(
+        "transformers_parakeet.networks.attention.block_layout", lambda config, frames: BlockLayout(frames, frames)
+    )
+    whole = attend(module, hidden, valid)
+    torch.testing.assert_close(blocked[valid], whole[valid], atol=TOLERANCE, rtol=0)
+    assert blocked.isfinite().all()
+
+
+@pytest.mark.parametrize(("style", "context"), CONTEXTS)
+def test_blocks_see_what_the_rule_allows(style, context):
+    config, frames = config_of(style, context), 300
+    layout = block_layout(config, frames)
+    visible = visible_keys(config, layout, torch.device("cpu"))
+    for query in range(frames):
+        start = query // layout.block * layout.block
+        row = visible[query - start]
+        keys = {start - layout.before + k for k in row.nonzero().flatten().tolist()}
+        assert keys & set(range(frames)) == {k for k in range(frames) if may_attend(style, context, query, k)}
+
+
+@pytest.mark.parametrize(("style", "context"), [c for c in CONTEXTS if min(c[1]) >= 0])
+def test_memory_is_linear(style, context):
+    config = config_of(style, context)
+    sizes = [
+        layout.keys * (layout.frames + layout.padding) for layout in (block_layout(config, n) for n in (2000, 8000))
+    ]
+    assert sizes[1] < 4.2 * sizes[0]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_backends_agree_in_blocks(implementation):
+    config = config_of("regular", [20, 20])
+    module = attention(config, torch.float32)
+    hidden = torch.randn(2, 200, 32)
+    expected = attend(module, hidden)
+    config._attn_implementation = implementation
+    torch.testing.assert_close(attend(module, hidden), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_gradients_of_blocks_equal_those_of_one_block(monkeypatch):
+    module = attention(config_of("regular", [12, 7]))
+    inputs = torch.randn(1, 150, 32, dtype=torch.float64)
+    gradients = []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr("transformers_parakeet.networks.attention.block_layout", one_block)
+        hidden = inputs.clone().requires_grad_()
+        output, _ = module(hidden, ParakeetEncoderRelPositionalEncoding(module.config)(hidden))
+        gradients.append(torch.autograd.grad(output.square().sum(), [hidden, *module.parameters()]))
+    # the weights are computed in float32; measured: 1.6e-5 where gradients are up to 3
+    for blocked, one in zip(*gradients, strict=True):
+        torch.testing.assert_close(blocked, one, atol=5e-5, rtol=1e-5)
+
+
+def test_positions_of_an_uneven_local_window():
+    # 2 before, 3 after: NeMo's table has rows of the positions 2 .. -3, its scores have columns of 3 .. -3
+    positions, has_embedding = nemo_local_positions(torch.tensor([2, 1, 0, -1, -2, -3]), 2, 3)
+    # column 1 gets row 1 (position 1), column 2 no row, columns 3 to 6 rows 2 to 5 (positions 0 to -3)
+    assert has_embedding.tolist() == [True, False, True, True, True, True]
+    assert positions[has_embedding].tolist() == [1, 0, -1, -2, -3]
+
+
+def test_positions_of_an_even_local_window_are_their_own():
+    own = torch.arange(7, -8, -1)
+    positions, has_embedding = nemo_local_positions(own, 7, 7)
+    assert has_embedding.all()
+    assert torch.equal(positions, own)
