@@ -1,10 +1,12 @@
-"""The transducer loss fused with the joint network: scores of a few cells at a time, forward and backward.
+"""The transducer loss fused with the joint network: logits exist for a chunk of lattice nodes at a time.
 
-The sum over paths is in `lattice.py`, the loss as users call it in `losses.py`.
+The sums over paths are in `lattice.py`, the public function is in `transducer.py`. Letters: B clips, T frames, U labels, J
+joint width, V tokens with the blank, D durations, C nodes.
 """
 
 from __future__ import annotations
 
+import math
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,250 +17,469 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from .lattice import Flow, Located, Task, accurate, locate, of_cells, refuse_second_derivative, solve, to_gradient
+from .lattice import (
+    ArcPosteriors,
+    Lattice,
+    NodeLogProbs,
+    NodePositions,
+    accumulation_dtype,
+    duration_logit_gradient,
+    locate_nodes,
+    refuse_second_derivative,
+    repeat_per_node,
+    scale_posteriors,
+    sum_paths,
+    token_logit_gradient_,
+)
+
+
+# rows of token logits are padded to whole cache lines of 64 bytes: with V = 1025, the product of the output layer takes
+# 0.63 times as long as with rows of 1025 values (AMD EPYC, torch 2.13)
+PADDED_VALUES = 16
 
 
 @dataclass(frozen=True)
-class Joint:
+class JointSettings:
     """Settings of the joint network.
 
     Args:
-        tokens: V, the first of the outputs; the others are durations.
-        activation: name of the activation.
+        vocab_size: V, the number of outputs that are tokens with the blank; the outputs after them are durations.
+        activation: name of the activation in `transformers.activations.ACT2FN`.
         dropout: probability of zeroing an input of the output layer.
-        seed: of the dropout.
-        workspace_bytes: memory for scores.
+        dropout_seed: seed of the dropout masks.
+        workspace_bytes: memory for hidden values and logits.
+        dtype: type of the matrix products.
     """
 
-    tokens: int
+    vocab_size: int
     activation: str
     dropout: float
-    seed: int
+    dropout_seed: int
     workspace_bytes: int
+    dtype: torch.dtype
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """V rounded up to a multiple of `PADDED_VALUES`: the length of a row of token logits."""
+        return math.ceil(self.vocab_size / PADDED_VALUES) * PADDED_VALUES
 
 
-class _Scorer:
-    """The joint network on some cells; scores stand in rows of 16 n columns, which matrix products like."""
+@dataclass(frozen=True)
+class ChunkPlan:
+    """How the valid nodes are divided into chunks.
+
+    Args:
+        chunk_size: number of nodes of a chunk.
+        num_cached: number of chunks whose token log-probabilities are kept for the backward pass.
+    """
+
+    chunk_size: int
+    num_cached: int
+
+
+def plan_chunks(num_nodes: int, joint_width: int, settings: JointSettings, device_type: str) -> ChunkPlan:
+    """Divide the workspace between one chunk that is being computed and chunks that are kept for the backward pass.
+
+    Args:
+        num_nodes: C, number of valid nodes.
+        joint_width: J.
+        settings: of the joint network.
+        device_type: `cpu`, `cuda`, ...
+
+    Returns:
+        Size and number of the chunks. A chunk has at least one node, even if the workspace is too small for it.
+    """
+    exact_dtype = accumulation_dtype(settings.dtype)
+    logit_bytes = settings.padded_vocab_size * exact_dtype.itemsize
+    if settings.dtype != exact_dtype:
+        # the product of the output layer in half precision
+        logit_bytes += settings.vocab_size * settings.dtype.itemsize
+    # the hidden values, their gradients and the copies between: about six rows of J values
+    node_bytes = logit_bytes + 6 * joint_width * exact_dtype.itemsize
+    # on a CPU, smaller chunks stay in the caches
+    chunk_bytes = settings.workspace_bytes // (8 if device_type == "cpu" else 2)
+    chunk_size = min(max(1, chunk_bytes // node_bytes), max(1, num_nodes))
+    if settings.dtype != exact_dtype:
+        # half precision is for tensor cores, where computing the logits again is cheaper than the memory
+        return ChunkPlan(chunk_size, num_cached=0)
+    free_bytes = settings.workspace_bytes - chunk_size * node_bytes
+    return ChunkPlan(chunk_size, num_cached=max(0, free_bytes // (chunk_size * logit_bytes)))
+
+
+class ChunkedJoint:
+    """The joint network, evaluated at some nodes of the lattice.
+
+    Args:
+        encoder_states: (B, T, J).
+        predictor_states: (B, U+1, J).
+        head_weight: (V [+ D], J) weight of the output layer.
+        head_bias: (V [+ D],), or None.
+        lattice: the lattices of the batch.
+        settings: of the joint network.
+    """
 
     def __init__(
-        self, encoder: Tensor, predictor: Tensor, weight: Tensor, bias: Tensor | None, task: Task, joint: Joint,
-        dtype: torch.dtype,
-    ) -> None:  # fmt: skip
-        self.task, self.joint, self.dtype = task, joint, dtype
-        self.frames, self.prefixes = encoder.flatten(0, 1), predictor.flatten(0, 1)
-        self.weight = weight.to(dtype)
-        self.bias = self.weight.new_zeros(len(weight)) if bias is None else bias.to(dtype)
-        self.columns = -(-joint.tokens // 16) * 16
-        exact = accurate(dtype)
-        self.row_bytes = self.columns * exact.itemsize + (joint.tokens * dtype.itemsize if dtype != exact else 0)
-        # hidden values and their gradients: about six rows of J
-        cell_bytes = self.row_bytes + 6 * weight.shape[1] * exact.itemsize
-        # on a CPU a chunk is best small enough for its caches
-        share = 8 if weight.device.type == "cpu" else 2
-        self.chunk = min(max(1, joint.workspace_bytes // share // cell_bytes), max(1, len(task.cells)))
-        # chunks whose scores backward finds again
-        self.kept = (joint.workspace_bytes - self.chunk * cell_bytes) // max(1, self.chunk * self.row_bytes)
-        if dtype != exact:
-            self.kept = 0
+        self,
+        encoder_states: Tensor,
+        predictor_states: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        lattice: Lattice,
+        settings: JointSettings,
+    ) -> None:
+        self.lattice = lattice
+        self.settings = settings
+        # (B * T, J) and (B * (U+1), J)
+        self.encoder_rows = encoder_states.flatten(0, 1)
+        self.predictor_rows = predictor_states.flatten(0, 1)
+        self.weight = head_weight.to(settings.dtype)
+        self.bias = self.weight.new_zeros(len(head_weight)) if head_bias is None else head_bias.to(settings.dtype)
+        self.plan = plan_chunks(len(lattice.nodes), head_weight.shape[1], settings, head_weight.device.type)
 
-    def buffer(self) -> Tensor:
-        """Memory for the scores of one chunk."""
-        return self.weight.new_empty(self.chunk, self.columns, dtype=accurate(self.dtype))
+    def new_buffer(self) -> Tensor:
+        """Allocate memory for the token logits of one chunk: (chunk size, padded V)."""
+        dtype = accumulation_dtype(self.settings.dtype)
+        return self.weight.new_empty(self.plan.chunk_size, self.settings.padded_vocab_size, dtype=dtype)
 
-    def inputs(self, at: Located) -> Tensor:
-        """(C, J) sums of frame and prefix."""
-        return self.frames[at.frame] + self.prefixes[at.prefix]
+    def hidden_inputs(self, positions: NodePositions) -> Tensor:
+        """Add encoder and predictor states: (C, J)."""
+        return self.encoder_rows[positions.frame_rows] + self.predictor_rows[positions.prefix_rows]
 
-    def hidden(self, inputs: Tensor, cells: Tensor) -> Tensor:
-        """(C, J) inputs of the output layer."""
-        hidden = ACT2FN[self.joint.activation](inputs)
-        if self.joint.dropout > 0:
-            keep = _keep(cells, inputs.shape[1], self.joint)
-            hidden = hidden * keep.to(hidden.dtype) / (1 - self.joint.dropout)
-        return hidden.to(self.dtype)
+    def hidden(self, inputs: Tensor, nodes: Tensor) -> Tensor:
+        """Apply activation and dropout.
 
-    def tokens(self, hidden: Tensor, buffer: Tensor) -> Tensor:
-        """(C, 16 n) raw token scores, in the buffer."""
-        rows, count = buffer[: len(hidden)], self.joint.tokens
-        weight, bias = self.weight[:count], self.bias[:count]
-        if rows.dtype == self.dtype:
-            torch.addmm(bias, hidden, weight.t(), out=rows[:, :count])
+        Args:
+            inputs: (C, J) sums of encoder and predictor states.
+            nodes: (C,) indices of the nodes, which choose the dropout mask.
+
+        Returns:
+            (C, J) inputs of the output layer.
+        """
+        hidden = ACT2FN[self.settings.activation](inputs)
+        if self.settings.dropout > 0:
+            mask = dropout_mask(nodes, inputs.shape[1], self.settings.dropout, self.settings.dropout_seed)
+            hidden = hidden * mask.to(hidden.dtype) / (1 - self.settings.dropout)
+        return hidden.to(self.settings.dtype)
+
+    def token_logits(self, hidden: Tensor, buffer: Tensor) -> Tensor:
+        """Compute token logits in the first rows of a buffer; the columns of the padding have probability 0.
+
+        Args:
+            hidden: (C, J) inputs of the output layer.
+            buffer: (C or more, padded V) memory.
+
+        Returns:
+            (C, padded V) logits, minus infinity in the padding.
+        """
+        vocab_size = self.settings.vocab_size
+        rows, weight, bias = buffer[: len(hidden)], self.weight[:vocab_size], self.bias[:vocab_size]
+        if rows.dtype == self.settings.dtype:
+            torch.addmm(bias, hidden, weight.t(), out=rows[:, :vocab_size])
         else:
-            rows[:, :count] = F.linear(hidden, weight, bias)
-        # the padding never wins
-        rows[:, count:] = -math.inf
+            rows[:, :vocab_size] = F.linear(hidden, weight, bias)
+        rows[:, vocab_size:] = -math.inf
         return rows
 
-    def spans(self, hidden: Tensor) -> Tensor:
-        """(C, D) raw duration scores."""
-        count = self.joint.tokens
-        return F.linear(hidden, self.weight[count:], self.bias[count:]).to(accurate(self.dtype))
+    def duration_logits(self, hidden: Tensor) -> Tensor:
+        """Compute (C, D) duration logits."""
+        vocab_size = self.settings.vocab_size
+        logits = F.linear(hidden, self.weight[vocab_size:], self.bias[vocab_size:])
+        return logits.to(accumulation_dtype(self.settings.dtype))
 
 
-def _keep(cells: Tensor, width: int, joint: Joint) -> Tensor:
-    """(C, J) mask of what dropout keeps: a hash of seed, cell and input, so that backward finds the same one."""
-    bits = cells[:, None] * width + torch.arange(width, device=cells.device) + joint.seed
-    # the finaliser of SplitMix64 (Steele, Lea and Flood, 2014), in two's complement
+def dropout_mask(nodes: Tensor, joint_width: int, dropout: float, seed: int) -> Tensor:
+    """Draw the dropout mask of nodes as a hash of seed, node and channel, so that backward draws the same mask again.
+
+    Args:
+        nodes: (C,) indices of the nodes.
+        joint_width: J.
+        dropout: probability of False.
+        seed: of the hash.
+
+    Returns:
+        (C, J) boolean mask, False where a hidden value is zeroed.
+    """
+    bits = nodes[:, None] * joint_width + torch.arange(joint_width, device=nodes.device) + seed
+    # the finaliser of SplitMix64 (Steele, Lea and Flood, 2014), with signed constants because torch has no uint64
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * factor
-    return (bits >> 40 & 0xFFFFFF) >= joint.dropout * 2**24
+        shifted = bits >> shift & (1 << 64 - shift) - 1
+        bits = (bits ^ shifted) * factor
+    # 24 of the bits are a uniform number from 0 to 2^24 - 1
+    return (bits >> 40 & 0xFFFFFF) >= dropout * 2**24
 
 
 def fused_losses(
-    encoder: Tensor, predictor: Tensor, weight: Tensor, bias: Tensor | None, task: Task, joint: Joint
+    encoder_states: Tensor,
+    predictor_states: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    lattice: Lattice,
+    settings: JointSettings,
 ) -> Tensor:
-    """Compute the losses (B,) from frames (B, T, J), prefixes (B, U+1, J) and the output layer."""
-    device = encoder.device.type
-    dtype = torch.promote_types(encoder.dtype, weight.dtype)
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    return _FusedLoss.apply(encoder, predictor, weight, bias, task, joint, dtype)
+    """Compute the loss of each clip from the inputs of the joint network.
+
+    Args:
+        encoder_states: (B, T, J).
+        predictor_states: (B, U+1, J).
+        head_weight: (V [+ D], J) weight of the output layer.
+        head_bias: (V [+ D],), or None.
+        lattice: the lattices of the batch.
+        settings: of the joint network.
+
+    Returns:
+        (B,) losses, float64 for float64 inputs and otherwise float32.
+    """
+    return _FusedLoss.apply(encoder_states, predictor_states, head_weight, head_bias, lattice, settings)
+
+
+def product_dtype(encoder_states: Tensor, head_weight: Tensor) -> torch.dtype:
+    """Choose the type of the matrix products: autocast's type where autocast is on, otherwise that of the inputs."""
+    device_type = encoder_states.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return torch.promote_types(encoder_states.dtype, head_weight.dtype)
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Losses (B,) from the inputs of the joint network."""
+    """Losses (B,) of the inputs of the joint network, with an analytic gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, encoder: Tensor, predictor: Tensor, weight: Tensor, bias: Tensor | None, task: Task, joint: Joint,
-        dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        """Score the valid cells chunk by chunk, keep what the lattice needs, and sum the paths."""
-        with torch.autocast(weight.device.type, enabled=False):
-            scorer = _Scorer(encoder, predictor, weight, bias, task, joint, dtype)
-            keep = scorer.kept if any(ctx.needs_input_grad) else 0
-            blank, label, spans, ctx.kept = _score(scorer, keep)
-            losses, flow = solve(task, blank, label, spans if task.timed else None)
-        ctx.task, ctx.joint, ctx.dtype = task, joint, dtype
-        ctx.save_for_backward(encoder, predictor, weight, bias, flow.blank, flow.label, flow.spans)
+        ctx: Any,
+        encoder_states: Tensor,
+        predictor_states: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        lattice: Lattice,
+        settings: JointSettings,
+    ) -> Tensor:
+        """Compute the log-probabilities of the lattice chunk by chunk, and sum over its paths."""
+        with torch.autocast(head_weight.device.type, enabled=False):
+            joint = ChunkedJoint(encoder_states, predictor_states, head_weight, head_bias, lattice, settings)
+            num_cached = joint.plan.num_cached if any(ctx.needs_input_grad) else 0
+            log_probs, ctx.cached_log_probs = _node_log_probs(joint, num_cached)
+            losses, posteriors = sum_paths(lattice, log_probs)
+        ctx.lattice, ctx.settings = lattice, settings
+        ctx.save_for_backward(
+            encoder_states,
+            predictor_states,
+            head_weight,
+            head_bias,
+            posteriors.blank,
+            posteriors.label,
+            posteriors.durations,
+        )
         return losses
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Turn the scores of each chunk into gradients and add them up."""
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of the four tensors chunk by chunk; the gradient of the losses is (B,)."""
         refuse_second_derivative()
-        encoder, predictor, weight, bias, *flow = ctx.saved_tensors
-        # used up: with `retain_graph` the next backward computes them again
-        kept, ctx.kept = ctx.kept, []
-        with torch.autocast(weight.device.type, enabled=False):
-            scorer = _Scorer(encoder, predictor, weight, bias, ctx.task, ctx.joint, ctx.dtype)
-            return _Collector(scorer, Flow(*flow), gradient, ctx.needs_input_grad).run(kept)
+        *tensors, blank, label, durations = ctx.saved_tensors
+        # the chunks are overwritten: with `retain_graph`, a second backward computes them again
+        cached_log_probs, ctx.cached_log_probs = ctx.cached_log_probs, []
+        posteriors = ArcPosteriors(blank, label, durations)
+        with torch.autocast(loss_gradient.device.type, enabled=False):
+            joint = ChunkedJoint(*tensors, ctx.lattice, ctx.settings)
+            gradients = _accumulate_gradients(joint, posteriors, loss_gradient, cached_log_probs, ctx.needs_input_grad)
+        return (*gradients, None, None)
 
 
-def _in_place(function: Callable[..., Tensor], scores: Tensor) -> None:
-    """Apply `torch.softmax` or `torch.log_softmax` to the last dimension."""
-    if scores.device.type == "cpu":
-        # torch's CPU kernel reads a row before it writes it
-        function(scores, -1, out=scores)
+def _softmax_in_place(function: Callable[..., Tensor], logits: Tensor) -> None:
+    """Overwrite (C, padded V) logits by `torch.softmax` or `torch.log_softmax` over V, without a second buffer on a CPU."""
+    if logits.device.type == "cpu":
+        # torch's CPU kernel reads a whole row before it writes the row
+        function(logits, -1, out=logits)
     else:
-        scores.copy_(function(scores, -1))
+        logits.copy_(function(logits, -1))
 
 
-def _score(scorer: _Scorer, keep: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Score every valid cell.
+def _node_log_probs(joint: ChunkedJoint, num_cached: int) -> tuple[NodeLogProbs, list[Tensor]]:
+    """Compute the log-probabilities of blank, next label and durations at every valid node.
+
+    Args:
+        joint: the joint network.
+        num_cached: number of chunks whose token log-probabilities are kept for the backward pass.
 
     Returns:
-        Log-probabilities (C,) of the blank, (C,) of the next label and (C, D) of the durations, and the first `keep`
-        chunks of those of all tokens.
+        The log-probabilities of C nodes, and the first `num_cached` chunks of those of all tokens, as (chunk size, padded V).
     """
-    task = scorer.task
-    cells, dtype = task.cells, accurate(scorer.dtype)
-    blank, label = (torch.empty(len(cells), dtype=dtype, device=cells.device) for _ in range(2))
-    spans = torch.empty(len(cells), len(task.durations), dtype=dtype, device=cells.device)
-    kept: list[Tensor] = []
+    lattice, chunk_size = joint.lattice, joint.plan.chunk_size
+    num_nodes, num_durations = len(lattice.nodes), len(lattice.options.arc_durations)
+    dtype, device = accumulation_dtype(joint.settings.dtype), lattice.nodes.device
+    blank, label = (torch.empty(num_nodes, dtype=dtype, device=device) for _ in range(2))
+    durations = torch.empty(num_nodes, num_durations, dtype=dtype, device=device) if lattice.options.is_tdt else None
+    cached: list[Tensor] = []
     buffer = None
-    for start in range(0, len(cells), scorer.chunk):
-        some = slice(start, start + scorer.chunk)
-        at = locate(task, cells[some])
-        hidden = scorer.hidden(scorer.inputs(at), cells[some])
-        if len(kept) < keep:
-            kept.append(scorer.buffer())
-        elif buffer is None:
-            buffer = scorer.buffer()
-        scores = scorer.tokens(hidden, kept[-1] if buffer is None else buffer)
-        _in_place(torch.log_softmax, scores)
-        blank[some] = scores[:, task.blank]
-        label[some] = scores.gather(1, at.next_label[:, None])[:, 0]
-        if task.timed:
-            spans[some] = scorer.spans(hidden).log_softmax(-1)
-    return blank, label, spans, kept
+    for start in range(0, num_nodes, chunk_size):
+        chunk = slice(start, start + chunk_size)
+        nodes = lattice.nodes[chunk]
+        positions = locate_nodes(lattice, nodes)
+        hidden = joint.hidden(joint.hidden_inputs(positions), nodes)
+        buffer = joint.new_buffer() if buffer is None else buffer
+        log_probs = joint.token_logits(hidden, buffer)
+        _softmax_in_place(torch.log_softmax, log_probs)
+        blank[chunk] = log_probs[:, lattice.options.blank_id]
+        label[chunk] = log_probs.gather(1, positions.next_labels[:, None])[:, 0]
+        if durations is not None:
+            durations[chunk] = joint.duration_logits(hidden).log_softmax(-1)
+        if len(cached) < num_cached:
+            cached.append(log_probs)
+            # the next chunk needs memory of its own
+            buffer = None
+    return NodeLogProbs(blank, label, durations), cached
 
 
-class _Collector:
-    """Adds up the gradients of the joint network's inputs and parameters in one backward pass."""
+def _accumulate_gradients(
+    joint: ChunkedJoint,
+    posteriors: ArcPosteriors,
+    loss_gradient: Tensor,
+    cached_log_probs: Sequence[Tensor],
+    needs_gradient: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of encoder states, predictor states, weight and bias.
 
-    def __init__(self, scorer: _Scorer, flow: Flow, gradient: Tensor, needs: Sequence[bool]) -> None:
-        self.scorer, self.task, self.needs = scorer, scorer.task, needs
-        task = self.task
-        # the arcs of all the cells that are skipped together are fewer than the rounding of one
-        limit = torch.finfo(gradient.dtype).eps / 2 / (task.frames * (task.labels + 1)).clamp(min=1).to(gradient.dtype)
-        scale = of_cells(task, gradient)
-        # what is not a number counts
-        counts = ~((flow.blank + flow.label) <= of_cells(task, limit)) & (scale != 0)
-        self.active = counts.nonzero()[:, 0]
-        self.flow = Flow(flow.blank * scale, flow.label * scale, flow.spans * scale[:, None])
-        dtype = accurate(scorer.dtype)
-        shapes = scorer.frames, scorer.prefixes, scorer.weight, scorer.bias
-        self.sums = [torch.zeros_like(like, dtype=dtype) if need else None
-                     for like, need in zip(shapes, needs, strict=False)]  # fmt: skip
+    Args:
+        joint: the joint network.
+        posteriors: of the arcs of the C valid nodes.
+        loss_gradient: (B,) gradient by the loss of each clip.
+        cached_log_probs: token log-probabilities of the first chunks, overwritten.
+        needs_gradient: whether each of the four tensors needs a gradient.
 
-    def run(self, kept: list[Tensor]) -> tuple[Tensor | None, ...]:
-        """Visit the cells that count; return what `_FusedLoss.backward` does."""
-        chunk = self.scorer.chunk
-        for index, scores in enumerate(kept):
-            start = index * chunk
-            which = self.active[(self.active >= start) & (self.active < start + chunk)]
-            if len(which):
-                rows = scores[: len(which)] if len(which) == min(chunk, len(self.task.cells) - start) else None
-                self._add(which, (scores[which - start] if rows is None else rows).exp_())
-        left = self.active[self.active >= len(kept) * chunk]
-        buffer = self.scorer.buffer() if len(left) else None
-        for start in range(0, len(left), chunk):
-            self._add(left[start : start + chunk], None, buffer)
-        encoder, predictor, weight, bias = self.sums
-        batch, frames, width = self.task.shape
-        return (
-            None if encoder is None else encoder.unflatten(0, (batch, frames)).to(self.scorer.frames.dtype),
-            None if predictor is None else predictor.unflatten(0, (batch, width)).to(self.scorer.prefixes.dtype),
-            weight, bias, None, None, None,
-        )  # fmt: skip
+    Returns:
+        Four gradients, None where no gradient is needed.
+    """
+    active = active_nodes(joint.lattice, posteriors, loss_gradient)
+    scaled = scale_posteriors(joint.lattice, posteriors, loss_gradient)
+    accumulator = GradientAccumulator(joint, scaled, needs_gradient)
+    chunk_size = joint.plan.chunk_size
+    for index, log_probs in enumerate(cached_log_probs):
+        start = index * chunk_size
+        chunk = active[(active >= start) & (active < start + len(log_probs))]
+        # a copy only where some nodes of the chunk are skipped
+        rows = log_probs if len(chunk) == len(log_probs) else log_probs[chunk - start]
+        if len(chunk) > 0:
+            accumulator.add(chunk, rows.exp_())
+    uncached = active[active >= len(cached_log_probs) * chunk_size]
+    if len(uncached) > 0:
+        buffer = joint.new_buffer()
+        for chunk in uncached.split(chunk_size):
+            accumulator.add(chunk, None, buffer)
+    return accumulator.gradients()
 
-    def _add(self, which: Tensor, tokens: Tensor | None, buffer: Tensor | None = None) -> None:
-        """Add the gradients of some cells, given their token probabilities or a buffer to compute them in."""
-        task, scorer, flow = self.task, self.scorer, self.flow
-        cells = task.cells[which]
-        at = locate(task, cells)
+
+def active_nodes(lattice: Lattice, posteriors: ArcPosteriors, loss_gradient: Tensor) -> Tensor:
+    """Choose the nodes whose posteriors are large enough to change the gradients.
+
+    Paths of a trained model go through few nodes. A clip with n nodes skips those with a posterior below e / (2 n), where e is
+    the rounding error of 1: all the skipped nodes together weigh less than the rounding error of one node.
+
+    Args:
+        lattice: the lattices of the batch.
+        posteriors: of the arcs of the C valid nodes.
+        loss_gradient: (B,) gradient by the loss of each clip; nodes of clips with gradient 0 are skipped.
+
+    Returns:
+        Positions in `lattice.nodes`, in ascending order. A node with a NaN is always among them.
+    """
+    num_nodes = (lattice.frame_lengths * (lattice.label_lengths + 1)).clamp(min=1)
+    limit = torch.finfo(loss_gradient.dtype).eps / 2 / num_nodes.to(loss_gradient.dtype)
+    is_negligible = (posteriors.blank + posteriors.label) <= repeat_per_node(lattice, limit)
+    has_gradient = repeat_per_node(lattice, loss_gradient) != 0
+    return (~is_negligible & has_gradient).nonzero()[:, 0]
+
+
+class GradientAccumulator:
+    """Sums of the gradients of the joint network's inputs and parameters over chunks of nodes.
+
+    Args:
+        joint: the joint network.
+        posteriors: of the arcs of the C valid nodes, times the gradient of the clip's loss.
+        needs_gradient: whether encoder states, predictor states, weight and bias need a gradient.
+    """
+
+    def __init__(self, joint: ChunkedJoint, posteriors: ArcPosteriors, needs_gradient: Sequence[bool]) -> None:
+        self.joint = joint
+        self.posteriors = posteriors
+        dtype = accumulation_dtype(joint.settings.dtype)
+        tensors = joint.encoder_rows, joint.predictor_rows, joint.weight, joint.bias
+        self.encoder_rows, self.predictor_rows, self.weight, self.bias = (
+            torch.zeros_like(tensor, dtype=dtype) if is_needed else None
+            for tensor, is_needed in zip(tensors, needs_gradient, strict=False)
+        )
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Return the gradients of encoder states, predictor states, weight and bias; None where none is needed."""
+        batch, num_frames, num_columns = self.joint.lattice.shape
+        encoder_states = None if self.encoder_rows is None else self.encoder_rows.unflatten(0, (batch, num_frames))
+        predictor_states = (
+            None if self.predictor_rows is None else self.predictor_rows.unflatten(0, (batch, num_columns))
+        )
+        return encoder_states, predictor_states, self.weight, self.bias
+
+    def add(self, chunk: Tensor, token_probs: Tensor | None, buffer: Tensor | None = None) -> None:
+        """Add the gradients of a chunk of nodes.
+
+        Args:
+            chunk: (C,) positions in `lattice.nodes`.
+            token_probs: (C, padded V) token probabilities, overwritten; None computes them in the buffer.
+            buffer: (C or more, padded V) memory, if `token_probs` is None.
+        """
+        joint, lattice = self.joint, self.joint.lattice
+        nodes = lattice.nodes[chunk]
+        positions = locate_nodes(lattice, nodes)
+        # autograd differentiates activation and dropout
         with torch.enable_grad():
-            inputs = scorer.inputs(at).detach().requires_grad_()
-            hidden = scorer.hidden(inputs, cells)
-        values = hidden.detach()
-        if tokens is None:
+            inputs = joint.hidden_inputs(positions).detach().requires_grad_()
+            hidden = joint.hidden(inputs, nodes)
+        if token_probs is None:
             assert buffer is not None
-            tokens = scorer.tokens(values, buffer)
-            _in_place(torch.softmax, tokens)
-        to_gradient(tokens, task.blank, at.next_label, flow.blank[which], flow.label[which])
-        outputs = [(slice(scorer.joint.tokens), tokens[:, : scorer.joint.tokens].to(scorer.dtype))]
-        if task.timed:
-            spans = flow.spans[which]
-            gradient = scorer.spans(values).softmax(-1) * spans.sum(-1, keepdim=True) - spans
-            outputs.append((slice(scorer.joint.tokens, None), gradient.to(scorer.dtype)))
-        self._add_head(outputs, values)
-        if self.needs[0] or self.needs[1]:
-            below = torch.zeros_like(values)
-            for rows, gradient in outputs:
-                below.addmm_(gradient, scorer.weight[rows])
-            (below,) = torch.autograd.grad(hidden, inputs, below)
-            for total, index in zip(self.sums, (at.frame, at.prefix), strict=False):
-                if total is not None:
-                    total.index_add_(0, index, below.to(total.dtype))
+            token_probs = joint.token_logits(hidden.detach(), buffer)
+            _softmax_in_place(torch.softmax, token_probs)
+        blank, label = self.posteriors.blank[chunk], self.posteriors.label[chunk]
+        token_logit_gradient_(token_probs, lattice.options.blank_id, positions.next_labels, blank, label)
+        hidden_gradient = torch.zeros_like(hidden)
+        vocab_size = joint.settings.vocab_size
+        self._add_outputs(slice(vocab_size), token_probs[:, :vocab_size], hidden.detach(), hidden_gradient)
+        if lattice.options.is_tdt:
+            gradient = duration_logit_gradient(joint.duration_logits(hidden.detach()), self.posteriors.durations[chunk])
+            self._add_outputs(slice(vocab_size, None), gradient, hidden.detach(), hidden_gradient)
+        self._add_states(positions, inputs, hidden, hidden_gradient)
 
-    def _add_head(self, outputs: list[tuple[slice, Tensor]], hidden: Tensor) -> None:
-        """Add the gradients of the output layer, given those of its outputs."""
-        weight, bias = self.sums[2:]
-        for rows, gradient in outputs:
-            if weight is not None and weight.dtype == gradient.dtype:
-                weight[rows].addmm_(gradient.t(), hidden)
-            elif weight is not None:
-                weight[rows] += gradient.t() @ hidden
-            if bias is not None:
-                bias[rows] += gradient.sum(0, dtype=bias.dtype)
+    def _add_outputs(self, outputs: slice, logit_gradient: Tensor, hidden: Tensor, hidden_gradient: Tensor) -> None:
+        """Add the gradients by some rows of weight and bias, and by the hidden values.
+
+        Args:
+            outputs: rows of the output layer: tokens or durations.
+            logit_gradient: (C, number of rows) gradient by their logits.
+            hidden: (C, J) inputs of the output layer.
+            hidden_gradient: (C, J), to which the gradient by the hidden values is added.
+        """
+        logit_gradient = logit_gradient.to(self.joint.settings.dtype)
+        if self.weight is not None and self.weight.dtype == logit_gradient.dtype:
+            self.weight[outputs].addmm_(logit_gradient.t(), hidden)
+        elif self.weight is not None:
+            self.weight[outputs] += logit_gradient.t() @ hidden
+        if self.bias is not None:
+            self.bias[outputs] += logit_gradient.sum(0, dtype=self.bias.dtype)
+        if self.encoder_rows is not None or self.predictor_rows is not None:
+            hidden_gradient.addmm_(logit_gradient, self.joint.weight[outputs])
+
+    def _add_states(self, positions: NodePositions, inputs: Tensor, hidden: Tensor, hidden_gradient: Tensor) -> None:
+        """Differentiate activation and dropout, and add the result to the gradients of the encoder and predictor states.
+
+        Args:
+            positions: rows of encoder and predictor states that the C nodes read.
+            inputs: (C, J) sums of encoder and predictor states.
+            hidden: (C, J) activation and dropout of the inputs, with the graph of autograd.
+            hidden_gradient: (C, J) gradient by `hidden`.
+        """
+        if self.encoder_rows is None and self.predictor_rows is None:
+            return
+        (input_gradient,) = torch.autograd.grad(hidden, inputs, hidden_gradient)
+        for gradient, rows in (
+            (self.encoder_rows, positions.frame_rows),
+            (self.predictor_rows, positions.prefix_rows),
+        ):
+            if gradient is not None:
+                gradient.index_add_(0, rows, input_gradient.to(gradient.dtype))

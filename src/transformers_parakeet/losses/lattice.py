@@ -1,6 +1,28 @@
-"""The lattice of a transducer: its cells, and how much of a clip's probability goes through each.
+"""The transducer lattice: sums over all of its paths, and the posterior probability of each arc.
 
-Where the scores of a cell come from is for `losses.py` and `fused_loss.py`.
+Node (t, u) of a clip means that u labels have been emitted and frame t is read next. Two kinds of arcs leave it:
+
+    blank with duration d > 0:   (t, u) -> (t + d, u),      log-probability blank(t, u, d)
+    label with duration d >= 0:  (t, u) -> (t + d, u + 1),  log-probability label(t, u, d)
+
+RNN-T (Graves, arXiv 1211.3711) has blanks of duration 1 and labels of duration 0. TDT (arXiv 2304.06795) also scores the
+duration: blank(t, u, d) = log P(blank | t, u) - sigma + log P(d | t, u), and the same for labels. A path starts at (0, 0)
+and ends at (T, U), which only a blank may enter. log_alpha sums over the paths to a node, log_beta over the paths from it:
+
+    log_alpha(t, u) = log sum over d of [ exp(log_alpha(t - d, u)     + blank(t - d, u, d))
+                                        + exp(log_alpha(t - d, u - 1) + label(t - d, u - 1, d)) ],  log_alpha(0, 0) = 0
+
+    log_beta(t, u)  = log sum over d of [ exp(blank(t, u, d) + log_beta(t + d, u))
+                                        + exp(label(t, u, d) + log_beta(t + d, u + 1)) ],           log_beta(T, U) = 0
+
+    log-likelihood    = log_alpha(T, U) = log_beta(0, 0)
+    posterior(an arc) = exp(log_alpha(its source) + its log-probability + log_beta(its target) - log-likelihood)
+
+The posterior is the derivative of the log-likelihood by the log-probability of the arc. log_beta is computed as the log_alpha
+of the reversed lattice, in which frames and labels are counted from the end of the clip.
+
+Where the log-probabilities come from is in `transducer.py` (logits) and `fused.py` (joint network). Letters: B clips, T
+frames, U labels, V tokens with the blank, D durations, C valid nodes, R lattices in one recursion.
 """
 
 from __future__ import annotations
@@ -13,261 +35,425 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# score of a label arc that cannot be: small enough to vanish in any sum, large enough that a running sum over thousands
-# of labels keeps the digits of the others in float64
-BLOCKED = -1e7
+# log-probability that replaces minus infinity in running sums: exp(-1e7) is 0, and a float64 sum over thousands of
+# labels with this value still holds 6 decimals of the other log-probabilities
+LOG_ZERO = -1e7
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is to be emitted, and the cells (clip, frame, labels emitted so far) at which that happens.
+class TransducerOptions:
+    """Which arcs a lattice has, and how they are weighted.
 
     Args:
-        shape: B, T and W = U+1 of the grid of cells.
-        targets: (B, W) label that each cell would emit next; 0 where there is none.
-        frames: (B,) valid frames.
-        labels: (B,) valid labels.
-        cells: (C,) flat indices of the valid cells.
-        blank: id of the blank.
-        durations: frames of each kind of step; RNN-T is the lattice (0, 1) in which a label stays and a blank moves.
-        timed: durations have scores of their own (TDT).
-        sigma: subtracted from every token score.
-        fastemit: weight of FastEmit.
+        blank_id: id of the blank.
+        durations: number of frames of each duration output of TDT; None for RNN-T.
+        sigma: logit under-normalisation of TDT: subtracted from every token log-probability. RNN-T ignores it.
+        fastemit_lambda: FastEmit weight (arXiv 2010.11148). The gradients of the token log-probabilities of labels are
+            scaled by 1 + lambda, as in NeMo's numba kernels; the loss value stays the negative log-likelihood.
+    """
+
+    blank_id: int
+    durations: tuple[int, ...] | None
+    sigma: float
+    fastemit_lambda: float
+
+    @property
+    def is_tdt(self) -> bool:
+        """Whether durations have scores of their own."""
+        return self.durations is not None
+
+    @property
+    def arc_durations(self) -> tuple[int, ...]:
+        """Number of frames of each kind of arc; RNN-T has labels of 0 frames and blanks of 1 frame."""
+        return (0, 1) if self.durations is None else self.durations
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The valid nodes of a batch of lattices.
+
+    Args:
+        shape: B, T and U+1 of the padded grid of nodes.
+        next_labels: (B, U+1) label that is emitted after u labels; 0 where no label is left.
+        frame_lengths: (B,) number of valid frames.
+        label_lengths: (B,) number of valid labels.
+        nodes: (C,) indices of the valid nodes in the flattened (B, T, U+1) grid, in ascending order.
+        options: kinds of arcs and their weights.
     """
 
     shape: tuple[int, int, int]
-    targets: Tensor
-    frames: Tensor
-    labels: Tensor
-    cells: Tensor
-    blank: int
-    durations: tuple[int, ...]
-    timed: bool
-    sigma: float
-    fastemit: float
-
-
-def make_task(
-    shape: Sequence[int],
-    device: torch.device,
-    tokens: int,
-    labels: Tensor,
-    frame_lengths: Tensor,
-    label_lengths: Tensor,
-    blank_id: int,
-    durations: Sequence[int] | None,
-    sigma: float,
-    fastemit_lambda: float,
-) -> Task:
-    """Check the arguments against each other and find the valid cells."""
-    batch, frames, width = shape
-    if tuple(labels.shape) != (batch, width - 1):
-        raise ValueError(
-            f"`labels` must have one column less than the {width} predictor states of each of {batch} clips, got "
-            f"{tuple(labels.shape)}: prepend the blank to the predictor's input, and nothing to the labels"
-        )
-    lengths = frame_lengths.to(device, torch.long), label_lengths.to(device, torch.long)
-    for name, values, limit in (("frame", lengths[0], frames), ("label", lengths[1], width - 1)):
-        if values.shape != (batch,) or bool(((values < 0) | (values > limit)).any()):
-            raise ValueError(f"{name} lengths must be {batch} numbers from 0 to {limit}, got {values.tolist()}")
-    columns = torch.arange(width, device=device)
-    emits = columns < lengths[1][:, None]
-    targets = F.pad(labels.to(device, torch.long), (0, 1)).masked_fill(~emits, 0)
-    wrong = emits & ((targets < 0) | (targets >= tokens) | (targets == blank_id))
-    if bool(wrong.any()):
-        raise ValueError(
-            f"labels must be ids below {tokens} other than the blank ({blank_id}), got "
-            f"{targets[wrong].unique().tolist()}: give the number of labels of each clip without its padding"
-        )
-    inside = torch.arange(frames, device=device)[:, None] < lengths[0][:, None, None]
-    cells = (inside & (columns <= lengths[1][:, None])[:, None]).flatten().nonzero()[:, 0]
-    steps = (0, 1) if durations is None else tuple(durations)
-    # sigma belongs to TDT
-    return Task(
-        (batch, frames, width), targets, *lengths, cells, blank_id, steps, durations is not None,
-        sigma if durations is not None else 0.0, fastemit_lambda,
-    )  # fmt: skip
+    next_labels: Tensor
+    frame_lengths: Tensor
+    label_lengths: Tensor
+    nodes: Tensor
+    options: TransducerOptions
 
 
 @dataclass(frozen=True)
-class Located:
-    """Where cells read: (C,) clip, row of the flattened frames, row of the flattened prefixes, and next label."""
-
-    clip: Tensor
-    frame: Tensor
-    prefix: Tensor
-    next_label: Tensor
-
-
-def locate(task: Task, cells: Tensor) -> Located:
-    """Find clip, frame, prefix and next label of cells."""
-    _, frames, width = task.shape
-    clip = cells // (frames * width)
-    prefix = clip * width + cells % width
-    return Located(clip, cells // width, prefix, task.targets.flatten()[prefix])
-
-
-def of_cells(task: Task, per_clip: Tensor, dimensions: int = 1) -> Tensor:
-    """Repeat (B,) numbers for the valid cells of each clip: (C,), or (C, 1)."""
-    values = per_clip[task.cells // (task.shape[1] * task.shape[2])]
-    return values.view(-1, *[1] * (dimensions - 1))
-
-
-@dataclass(frozen=True)
-class Flow:
-    """How much of a clip's probability goes through each cell: expected numbers of arcs, float32 (C, ...).
+class NodePositions:
+    """Where to find the inputs of C nodes.
 
     Args:
-        blank: (C,) arcs that emit the blank.
-        label: (C,) arcs that emit the label, weighted as FastEmit asks.
-        spans: (C, D) arcs of each duration.
+        frame_rows: (C,) rows of the encoder states, flattened to (B * T, J).
+        prefix_rows: (C,) rows of the predictor states, flattened to (B * (U+1), J).
+        next_labels: (C,) label that each node can emit; 0 where no label is left.
+    """
+
+    frame_rows: Tensor
+    prefix_rows: Tensor
+    next_labels: Tensor
+
+
+@dataclass(frozen=True)
+class NodeLogProbs:
+    """Log-probabilities of what the C valid nodes can emit.
+
+    Args:
+        blank: (C,) of the blank.
+        label: (C,) of the next label; any value where no label is left.
+        durations: (C, D) of the durations; None for RNN-T.
     """
 
     blank: Tensor
     label: Tensor
-    spans: Tensor
+    durations: Tensor | None
 
 
-def solve(task: Task, blank: Tensor, label: Tensor, spans: Tensor | None) -> tuple[Tensor, Flow]:
-    """Sum over all paths of the lattice, in double precision: it is small beside the scores.
-
-    Args:
-        task: what is to be emitted.
-        blank: (C,) log-probability of the blank at each valid cell.
-        label: (C,) log-probability of the next label, of any value where there is none.
-        spans: (C, D) log-probability of each duration.
-
-    Returns:
-        (B,) losses and the flow through the cells.
-    """
-    batch, frames, width = task.shape
-    arcs = _arcs(task, blank, label, spans)
-    positive = torch.tensor([d for d in task.durations if d > 0], device=blank.device)
-    scores = _sum_paths(task, arcs, positive)
-    rows = torch.arange(batch, device=blank.device)[:, None, None]
-    # read the second half back: from the end to the start
-    back = task.frames[:, None, None] - torch.arange(frames + 1, device=blank.device)[:, None]
-    left = task.labels[:, None, None] - torch.arange(width, device=blank.device)
-    rests = scores[back.clamp(min=0), batch + rows, left.clamp(min=0)].masked_fill((back < 0) | (left < 0), -math.inf)
-    totals = rests[:, 0, 0]
-    hopeless = (totals < BLOCKED / 2) | (task.frames == 0)
-    arrived = scores[:frames, :batch].transpose(0, 1) - totals.masked_fill(hopeless, math.inf)[:, None, None]
-    # (B, T + longest, U+2), so that every arc has an end to read
-    ends = F.pad(rests, (0, 1, 0, max(task.durations)), value=-math.inf)
-    taken: list[list[Tensor]] = [[], []]
-    for index, duration in enumerate(task.durations):
-        for kind in (0, 1):
-            there = ends[:, duration : duration + frames, kind : kind + width]
-            taken[kind].append((arrived + arcs[kind][:, :-1, :-1, index] + there).exp_().flatten()[task.cells])
-    blanks, labels = (torch.stack(of_kind, dim=-1) for of_kind in taken)
-    single = accurate(blank.dtype)
-    flow = Flow(
-        blanks.sum(-1).to(single), ((1 + task.fastemit) * labels.sum(-1)).to(single), (blanks + labels).to(single)
-    )
-    return (-totals).masked_fill(hopeless, math.inf).to(single), flow
-
-
-def _arcs(task: Task, blank: Tensor, label: Tensor, spans: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scores (B, T+1, U+2, D) of the blank and label arcs that leave each cell, minus infinity where there is none."""
-    batch, frames, width = task.shape
-    durations = torch.tensor(task.durations, device=blank.device)
-    never = blank.new_tensor(-math.inf, dtype=torch.double)
-    if spans is None:
-        spans = torch.zeros(len(blank), len(durations), dtype=torch.double, device=blank.device)
-        label_moves, blank_moves = durations == 0, durations == 1
-    else:
-        spans, label_moves, blank_moves = spans.double(), durations >= 0, durations > 0
-    clip = task.cells // (frames * width)
-    frame, column = task.cells // width % frames, task.cells % width
-    # a label never lands on the end: only a blank does
-    lands = frame[:, None] + durations < task.frames[clip][:, None]
-    emits = (column < task.labels[clip])[:, None] & lands & label_moves
-    grids = []
-    for score, allowed in ((blank, blank_moves), (label, emits)):
-        values = (score.double() - task.sigma)[:, None] + spans
-        grid = never.expand(batch, frames + 1, width + 1, len(durations)).clone()
-        grid[clip, frame, column] = torch.where(allowed, values, never)
-        grids.append(grid)
-    return grids[0], grids[1]
-
-
-def _sum_paths(task: Task, arcs: tuple[Tensor, Tensor], positive: Tensor) -> Tensor:
-    """Sum the paths from the start to every cell, and from every cell to the end, in one pass over the frames.
-
-    Backwards, a clip is the same lattice with frames and labels counted from its end, so it is one more row.
+@dataclass(frozen=True)
+class ArcPosteriors:
+    """Posterior probabilities of the arcs that leave the C valid nodes, in `accumulation_dtype`.
 
     Args:
-        task: what is to be emitted.
-        arcs: of `_arcs`.
-        positive: durations above 0.
+        blank: (C,) of the blanks, summed over durations.
+        label: (C,) of the labels, summed over durations and scaled by FastEmit's 1 + lambda.
+        durations: (C, D) of blanks and labels together, without FastEmit.
+    """
+
+    blank: Tensor
+    label: Tensor
+    durations: Tensor
+
+
+@dataclass(frozen=True)
+class OutgoingArcs:
+    """Log-probabilities of the arcs that leave the C valid nodes; minus infinity where there is no arc.
+
+    Args:
+        blank: (C, D) float64.
+        label: (C, D) float64.
+    """
+
+    blank: Tensor
+    label: Tensor
+
+
+@dataclass(frozen=True)
+class IncomingArcs:
+    """Log-probabilities of the arcs that enter each node (t, u) of R lattices; minus infinity where there is no arc.
+
+    Args:
+        steps: (P,) the durations above 0.
+        moving: (T+1, P, R, 2, U+1) arcs of these durations: labels at index 0, blanks at index 1.
+        staying: (T+1, R, U+1) labels of duration 0; None if there is no duration 0.
+    """
+
+    steps: Tensor
+    moving: Tensor
+    staying: Tensor | None
+
+
+def build_lattice(
+    shape: Sequence[int],
+    vocab_size: int,
+    labels: Tensor,
+    frame_lengths: Tensor,
+    label_lengths: Tensor,
+    options: TransducerOptions,
+) -> Lattice:
+    """Check labels and lengths, and list the valid nodes.
+
+    Args:
+        shape: B, T and U+1 of the grid of nodes.
+        vocab_size: V, number of tokens with the blank.
+        labels: (B, U) token ids; values beyond `label_lengths` are ignored.
+        frame_lengths: (B,) number of valid frames.
+        label_lengths: (B,) number of valid labels.
+        options: kinds of arcs and their weights.
 
     Returns:
-        (T+1, 2B, U+1) log-probabilities: of arriving, for rows up to B; after them, of the rest, counted from the end.
+        The lattices of the batch, on the device of the labels.
+
+    Raises:
+        ValueError: shapes, lengths or labels do not fit together.
     """
-    batch, frames, width = task.shape
-    device, reach = positive.device, max(task.durations)
-    arriving, staying = _arrivals(task, arcs)
-    running = F.pad(staying.clamp(min=BLOCKED)[..., 1:].cumsum(-1), (1, 0)) if 0 in task.durations else None
-    # one column before the first label, which nothing leaves
-    history = torch.full((frames + 1 + reach, 2 * batch, width + 1), -math.inf, dtype=torch.double, device=device)
-    # (time, rows, 2, U+1): what a label brings, then what a blank brings
-    windows = history.unfold(-1, width, 1)
-    start = torch.full((2 * batch, width), -math.inf, dtype=torch.double, device=device)
-    start[:, 0] = 0.0
-    for time in range(frames + 1):
-        arrived = (windows[reach + time - positive] + arriving[time]).logsumexp((0, 2)) if time else start
-        if running is not None:
-            # labels that stay: a recurrence along U, which is a scan in the log semiring
-            arrived = running[time] + (arrived - running[time]).logcumsumexp(-1)
-        history[reach + time, :, 1:] = arrived
-    return history[reach:, :, 1:]
+    batch, num_frames, num_columns = shape
+    if tuple(labels.shape) != (batch, num_columns - 1):
+        raise ValueError(
+            f"`labels` must have shape {(batch, num_columns - 1)}, one column fewer than the predictor states, got "
+            f"{tuple(labels.shape)}: prepend the blank to the predictor's input, not to the labels"
+        )
+    frame_lengths = _check_lengths("frame_lengths", frame_lengths, batch, num_frames, labels.device)
+    label_lengths = _check_lengths("label_lengths", label_lengths, batch, num_columns - 1, labels.device)
+    columns = torch.arange(num_columns, device=labels.device)
+    # (B, U+1)
+    has_next_label = columns < label_lengths[:, None]
+    next_labels = F.pad(labels.long(), (0, 1)).masked_fill(~has_next_label, 0)
+    _check_labels(next_labels[has_next_label], vocab_size, options.blank_id)
+    # (B, T, 1) and (B, 1, U+1)
+    is_frame = torch.arange(num_frames, device=labels.device)[:, None] < frame_lengths[:, None, None]
+    is_column = (columns <= label_lengths[:, None])[:, None]
+    nodes = (is_frame & is_column).flatten().nonzero()[:, 0]
+    return Lattice((batch, num_frames, num_columns), next_labels, frame_lengths, label_lengths, nodes, options)
 
 
-def _arrivals(task: Task, arcs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sort the arcs by where they arrive, forwards (rows up to B) and backwards (the rows after).
+def _check_lengths(name: str, lengths: Tensor, batch: int, limit: int, device: torch.device) -> Tensor:
+    """Return lengths as int64 on a device; raise ValueError unless they are `batch` numbers from 0 to `limit`."""
+    lengths = lengths.to(device, torch.long)
+    if lengths.shape != (batch,) or bool(((lengths < 0) | (lengths > limit)).any()):
+        raise ValueError(f"`{name}` must be {batch} numbers from 0 to {limit}, got {lengths.tolist()}")
+    return lengths
+
+
+def _check_labels(labels: Tensor, vocab_size: int, blank_id: int) -> None:
+    """Raise ValueError if one of the valid labels (of any shape) is the blank or is not a token id."""
+    is_invalid = (labels < 0) | (labels >= vocab_size) | (labels == blank_id)
+    if bool(is_invalid.any()):
+        raise ValueError(
+            f"labels must be ids from 0 to {vocab_size - 1} other than the blank ({blank_id}), got "
+            f"{labels[is_invalid].unique().tolist()}: `label_lengths` must count the labels without padding"
+        )
+
+
+def locate_nodes(lattice: Lattice, nodes: Tensor) -> NodePositions:
+    """Find the encoder state, predictor state and next label of nodes.
+
+    Args:
+        lattice: the lattices of the batch.
+        nodes: (C,) indices in the flattened (B, T, U+1) grid.
 
     Returns:
-        (T+1, P, 2B, 2, U+1) label and blank arcs of the P positive durations, and (T+1, 2B, U+1) of labels that stay.
+        Rows and labels, each (C,).
     """
-    batch, frames, width = task.shape
-    device = task.frames.device
-    moves = [index for index, duration in enumerate(task.durations) if duration > 0]
-    stays = [index for index, duration in enumerate(task.durations) if duration == 0]
-    which = torch.tensor(moves + stays, device=device)
-    spans = torch.tensor([task.durations[index] for index in moves + stays], device=device)
-    # (T+1, D, 2B, 1): the frame that an arc leaves; the row behind the last holds no arcs
-    times = torch.arange(frames + 1, device=device)[:, None, None, None]
-    ahead = (times - spans[:, None, None]).expand(-1, -1, batch, -1)
-    behind = (task.frames[:, None] - times).expand(-1, len(which), -1, -1)
-    source = torch.cat([ahead, behind], dim=2)
-    source = torch.where((source < 0), frames, source)
-    # (2B, U+1): the column that it leaves
-    columns = torch.arange(width, device=device)
-    left = task.labels[:, None] - columns
-    by_blank, by_label = (torch.cat([(columns - kind).expand(batch, -1), left]) for kind in (0, 1))
-    rows = torch.arange(2 * batch, device=device)[:, None] % batch
-    index = which[:, None, None]
-    blanks, labels = (
-        grid[rows, source, torch.where(column < 0, width, column), index]
-        for grid, column in zip(arcs, (by_blank, by_label), strict=True)
-    )
-    arriving = torch.stack([labels[:, : len(moves)], blanks[:, : len(moves)]], dim=3)
-    return arriving, labels[:, len(moves) :].logsumexp(1)
+    _, num_frames, num_columns = lattice.shape
+    clips = nodes // (num_frames * num_columns)
+    prefix_rows = clips * num_columns + nodes % num_columns
+    return NodePositions(nodes // num_columns, prefix_rows, lattice.next_labels.flatten()[prefix_rows])
 
 
-def accurate(dtype: torch.dtype) -> torch.dtype:
-    """The type of log-probabilities: float32, or float64 if the scores are."""
+def repeat_per_node(lattice: Lattice, clip_values: Tensor) -> Tensor:
+    """Copy one value per clip (B,) to the valid nodes of the clip (C,)."""
+    _, num_frames, num_columns = lattice.shape
+    return clip_values[lattice.nodes // (num_frames * num_columns)]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of log-probabilities and gradient sums: float64 for float64 inputs, otherwise float32."""
     return torch.double if dtype == torch.double else torch.float32
 
 
-def to_gradient(probabilities: Tensor, blank: int, next_label: Tensor, by_blank: Tensor, by_label: Tensor) -> None:
-    """Turn (C, V) token probabilities in place into gradients: probability times occupancy, minus the arcs taken."""
-    probabilities.mul_((by_blank + by_label)[:, None])
-    probabilities[:, blank] -= by_blank
-    probabilities.scatter_add_(1, next_label[:, None], -by_label[:, None])
+def sum_paths(lattice: Lattice, log_probs: NodeLogProbs) -> tuple[Tensor, ArcPosteriors]:
+    """Compute the negative log-likelihood of each clip and the posteriors of its arcs; see the formulas of this module.
+
+    The sums are in float64: without a vocabulary dimension they cost little next to the joint network.
+
+    Args:
+        lattice: the lattices of the batch.
+        log_probs: log-probabilities at the valid nodes.
+
+    Returns:
+        (B,) losses, infinite for a clip without any path, and the posteriors, which are 0 for such a clip.
+    """
+    arcs = _outgoing_arcs(lattice, log_probs)
+    # log_alpha of the B lattices, then of the B reversed lattices: one loop over 2B rows is faster than two loops
+    log_sums = forward_log_sums(_incoming_arcs(lattice, arcs))
+    # log_beta(0, 0); log_alpha(T, U) is less exact, as running sums at frame T, which no label enters, contain LOG_ZERO
+    reversed_clips = torch.arange(lattice.shape[0], 2 * lattice.shape[0], device=lattice.nodes.device)
+    log_likelihood = log_sums[lattice.frame_lengths, reversed_clips, lattice.label_lengths]
+    has_no_path = (log_likelihood < LOG_ZERO / 2) | (lattice.frame_lengths == 0)
+    losses = (-log_likelihood).masked_fill(has_no_path, math.inf)
+    dtype = accumulation_dtype(log_probs.blank.dtype)
+    return losses.to(dtype), _arc_posteriors(lattice, arcs, log_sums, losses, dtype)
+
+
+def _node_coordinates(lattice: Lattice) -> tuple[Tensor, Tensor, Tensor]:
+    """Return clip, frame t and number of emitted labels u of the valid nodes, each (C,)."""
+    _, num_frames, num_columns = lattice.shape
+    nodes = lattice.nodes
+    return nodes // (num_frames * num_columns), nodes // num_columns % num_frames, nodes % num_columns
+
+
+def _outgoing_arcs(lattice: Lattice, log_probs: NodeLogProbs) -> OutgoingArcs:
+    """Add token and duration log-probabilities, and mask the arcs that do not exist."""
+    clips, frames, columns = _node_coordinates(lattice)
+    durations = torch.tensor(lattice.options.arc_durations, device=lattice.nodes.device)
+    # (C, 1) + (D,)
+    targets = frames[:, None] + durations
+    frame_lengths, label_lengths = lattice.frame_lengths[clips][:, None], lattice.label_lengths[clips][:, None]
+    # only a blank may enter frame T
+    is_blank_arc = (targets <= frame_lengths) & (durations > 0)
+    is_label_arc = (targets < frame_lengths) & (columns[:, None] < label_lengths)
+    blank, label = log_probs.blank.double()[:, None], log_probs.label.double()[:, None]
+    if log_probs.durations is None:
+        is_label_arc &= durations == 0
+    else:
+        duration_log_probs = log_probs.durations.double() - lattice.options.sigma
+        blank, label = blank + duration_log_probs, label + duration_log_probs
+    no_arc = blank.new_tensor(-math.inf)
+    return OutgoingArcs(torch.where(is_blank_arc, blank, no_arc), torch.where(is_label_arc, label, no_arc))
+
+
+def _incoming_arcs(lattice: Lattice, arcs: OutgoingArcs) -> IncomingArcs:
+    """Store each arc at the node that it enters, in R = 2B lattices: those of the clips, then the reversed ones.
+
+    In the reversed lattice of a clip with T_b frames and U_b labels, an arc that leaves (t, u) enters (T_b - t, U_b - u).
+    """
+    batch, num_frames, num_columns = lattice.shape
+    clips, frames, columns = _node_coordinates(lattice)
+    reversed_frames = lattice.frame_lengths[clips] - frames
+    reversed_columns = lattice.label_lengths[clips] - columns
+    durations = torch.tensor(lattice.options.arc_durations, device=clips.device)
+    is_moving = durations > 0
+    steps = durations[is_moving]
+    step_indices = torch.arange(len(steps), device=clips.device)
+    # one more column and the longest duration more frames than needed: arcs that do not exist may be stored there
+    num_times = num_frames + 1 + max(lattice.options.arc_durations)
+    moving = arcs.blank.new_full((num_times, len(steps), 2 * batch, 2, num_columns + 1), -math.inf)
+    staying = arcs.blank.new_full((num_times, 2 * batch, num_columns + 1), -math.inf)
+    for kind, num_labels, log_probs in ((0, 1, arcs.label[:, is_moving]), (1, 0, arcs.blank[:, is_moving])):
+        targets = frames[:, None] + steps, (columns + num_labels)[:, None]
+        moving[targets[0], step_indices, clips[:, None], kind, targets[1]] = log_probs
+        reversed_targets = reversed_frames[:, None], reversed_columns[:, None]
+        moving[reversed_targets[0], step_indices, batch + clips[:, None], kind, reversed_targets[1]] = log_probs
+    if 0 not in lattice.options.arc_durations:
+        return IncomingArcs(steps, moving[: num_frames + 1, ..., :num_columns], None)
+    log_probs = arcs.label[:, ~is_moving].logsumexp(-1)
+    staying[frames, clips, columns + 1] = log_probs
+    staying[reversed_frames, batch + clips, reversed_columns] = log_probs
+    return IncomingArcs(steps, moving[: num_frames + 1, ..., :num_columns], staying[: num_frames + 1, :, :num_columns])
+
+
+def forward_log_sums(arcs: IncomingArcs) -> Tensor:
+    """Compute log_alpha of R lattices by the recursion in the docstring of this module, one frame at a time.
+
+    Labels of duration 0 make a recursion within a frame, log_alpha(u) = logaddexp(m(u), log_alpha(u - 1) + s(u)), where
+    m sums the arcs from earlier frames and s is the arc that stays. With the running sum S(u) = s(1) + ... + s(u) its
+    solution is log_alpha(u) = S(u) + logcumsumexp(m - S)(u).
+
+    Args:
+        arcs: the arcs that enter each node.
+
+    Returns:
+        (T+1, R, U+1) float64 log-probabilities of all paths from (0, 0) to each node.
+    """
+    num_times, _, num_rows, _, num_columns = arcs.moving.shape
+    # frames and a column before the first ones, which no path enters, so that every arc has a source to read
+    longest = int(arcs.steps.max())
+    log_alpha = arcs.moving.new_full((longest + num_times, num_rows, num_columns + 1), -math.inf)
+    # (longest + T+1, R, 2, U+1): a view of the sources in columns u - 1 (labels) and u (blanks)
+    source_log_alpha = log_alpha.unfold(-1, num_columns, 1)
+    running_sums = None
+    if arcs.staying is not None:
+        running_sums = F.pad(arcs.staying.clamp(min=LOG_ZERO)[..., 1:].cumsum(-1), (1, 0))
+    sums = arcs.moving.new_full((num_rows, num_columns), -math.inf)
+    sums[:, 0] = 0.0
+    for t in range(num_times):
+        if t > 0:
+            sums = (source_log_alpha[longest + t - arcs.steps] + arcs.moving[t]).logsumexp((0, 2))
+        if running_sums is not None:
+            sums = running_sums[t] + (sums - running_sums[t]).logcumsumexp(-1)
+        log_alpha[longest + t, :, 1:] = sums
+    return log_alpha[longest:, :, 1:]
+
+
+def _arc_posteriors(
+    lattice: Lattice, arcs: OutgoingArcs, log_sums: Tensor, losses: Tensor, dtype: torch.dtype
+) -> ArcPosteriors:
+    """Compute exp(log_alpha(source) + arc + log_beta(target) + loss) for the arcs that leave the valid nodes.
+
+    Args:
+        lattice: the lattices of the batch.
+        arcs: log-probabilities of the arcs.
+        log_sums: (T+1, 2B, U+1) log_alpha of the lattices, then of the reversed lattices.
+        losses: (B,) negative log-likelihoods.
+        dtype: of the result.
+
+    Returns:
+        Posteriors of blanks, labels and durations.
+    """
+    clips, frames, columns = _node_coordinates(lattice)
+    durations = torch.tensor(lattice.options.arc_durations, device=clips.device)
+    # an infinite loss means that no path exists
+    losses = losses.masked_fill(losses == math.inf, -math.inf)
+    log_alpha = log_sums[frames, clips, columns] + losses[clips]
+    # (C, D): log_beta(t, u) is the log_alpha(T_b - t, U_b - u) of the reversed lattice
+    frames_left = (lattice.frame_lengths[clips] - frames)[:, None] - durations
+    reversed_clips = (lattice.shape[0] + clips)[:, None]
+
+    def posteriors(log_probs: Tensor, num_labels: int) -> Tensor:
+        """Return (C, D) posteriors of the arcs that emit 0 labels (blanks) or 1 label."""
+        labels_left = (lattice.label_lengths[clips] - columns - num_labels)[:, None]
+        # an arc to a target outside of the lattice has the log-probability minus infinity: any log_beta will do
+        log_beta = log_sums[frames_left.clamp(min=0), reversed_clips, labels_left.clamp(min=0)]
+        return (log_alpha[:, None] + log_probs + log_beta).exp_()
+
+    blank, label = posteriors(arcs.blank, 0), posteriors(arcs.label, 1)
+    label_sums = (1 + lattice.options.fastemit_lambda) * label.sum(-1)
+    return ArcPosteriors(blank.sum(-1).to(dtype), label_sums.to(dtype), (blank + label).to(dtype))
+
+
+def scale_posteriors(lattice: Lattice, posteriors: ArcPosteriors, loss_gradient: Tensor) -> ArcPosteriors:
+    """Multiply the posteriors of each clip by the gradient of the final loss by the loss of the clip.
+
+    Args:
+        lattice: the lattices of the batch.
+        posteriors: of the arcs of the C valid nodes.
+        loss_gradient: (B,) gradient by the loss of each clip.
+
+    Returns:
+        The scaled posteriors.
+    """
+    node_gradient = repeat_per_node(lattice, loss_gradient)
+    return ArcPosteriors(
+        posteriors.blank * node_gradient,
+        posteriors.label * node_gradient,
+        posteriors.durations * node_gradient[:, None],
+    )
+
+
+def token_logit_gradient_(
+    token_probs: Tensor, blank_id: int, next_labels: Tensor, blank: Tensor, label: Tensor
+) -> None:
+    """Turn token probabilities into the gradient of the loss by the token logits, in place.
+
+    With w the sum of the posteriors of the arcs that leave a node, the gradient of the loss by the logit of token v is
+    w * P(v) - (posterior of the arcs that emit v).
+
+    Args:
+        token_probs: (C, V) softmax of the token logits, overwritten by the gradient.
+        blank_id: id of the blank.
+        next_labels: (C,) next label of each node.
+        blank: (C,) posteriors of the blanks, times the gradient of the clip's loss.
+        label: (C,) posteriors of the labels, times the gradient of the clip's loss.
+    """
+    token_probs.mul_((blank + label)[:, None])
+    token_probs[:, blank_id] -= blank
+    token_probs.scatter_add_(1, next_labels[:, None], -label[:, None])
+
+
+def duration_logit_gradient(duration_logits: Tensor, posteriors: Tensor) -> Tensor:
+    """Compute the gradient of the loss by the duration logits: w * P(d) - posterior(d), w the sum of the posteriors.
+
+    Args:
+        duration_logits: (..., D).
+        posteriors: (..., D) posteriors of the durations, times the gradient of the clip's loss.
+
+    Returns:
+        (..., D) gradient.
+    """
+    return duration_logits.softmax(-1) * posteriors.sum(-1, keepdim=True) - posteriors
 
 
 def refuse_second_derivative() -> None:
-    """Raise where the gradient itself is to be differentiated: its graph would lack the scores."""
+    """Raise RuntimeError if the gradient itself is to be differentiated: the analytic gradient has no graph."""
     if torch.is_grad_enabled():
         raise RuntimeError("the transducer loss has no second derivative: call backward without `create_graph=True`")

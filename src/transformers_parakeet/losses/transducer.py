@@ -1,152 +1,42 @@
-"""Training losses of the heads, in plain PyTorch on any device.
+"""Transducer losses: RNN-T and TDT, of logits or together with the joint network.
 
-What a label is and where the scores come from is for `modeling_parakeet.py`.
+The sums over paths are in `lattice.py`, the joint network in chunks is in `fused.py`. Letters: B clips, T frames, U labels, J
+joint width, V tokens with the blank, D durations, C nodes.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .fused import Joint, fused_losses
-from .lattice import Task, accurate, locate, make_task, of_cells, refuse_second_derivative, solve, to_gradient
+from .fused import JointSettings, fused_losses, product_dtype
+from .lattice import (
+    ArcPosteriors,
+    Lattice,
+    NodeLogProbs,
+    TransducerOptions,
+    accumulation_dtype,
+    build_lattice,
+    duration_logit_gradient,
+    locate_nodes,
+    refuse_second_derivative,
+    scale_posteriors,
+    sum_paths,
+    token_logit_gradient_,
+)
+from .reduction import reduce_loss
 
-# scores that the losses of given logits treat at once: 16 MiB in float32, within a cache
-BLOCK = 2**22
+# number of logits that the losses of given logits read at a time: 16 MiB in float32, which fits into a CPU's caches
+BLOCK_LOGITS = 2**22
 
-# memory for scores of the fused loss, in bytes
+# default memory for hidden values and logits of `transducer_loss`: 256 MiB
 WORKSPACE_BYTES = 256 * 2**20
-
-REDUCTIONS = ("none", "sum", "mean", "mean_batch", "mean_volume")
-
-
-def reduce_loss(losses: Tensor, label_lengths: Tensor, reduction: str) -> Tensor:
-    """Reduce one loss per clip as NeMo does.
-
-    Args:
-        losses: (B,) negative log-likelihoods.
-        label_lengths: (B,) labels of each clip.
-        reduction: `none`, `sum`, `mean` (per label, then over clips), `mean_batch` (over clips), or `mean_volume` (sum
-            over clips divided by all labels).
-
-    Returns:
-        (B,) for `none`, else a scalar.
-
-    Raises:
-        ValueError: unknown reduction.
-    """
-    # a clip without labels counts as one with one label: finite, as in torch.nn.functional.ctc_loss
-    counts = label_lengths.to(losses.dtype).clamp(min=1)
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    if reduction == "mean":
-        return (losses / counts).mean()
-    if reduction == "mean_batch":
-        return losses.mean()
-    if reduction == "mean_volume":
-        return losses.sum() / label_lengths.sum().clamp(min=1).to(losses.dtype)
-    raise ValueError(f"`reduction` must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-
-
-def compact_labels(labels: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the labels to keep to the front of each row.
-
-    Args:
-        labels: (B, U) integer labels.
-        keep: (B, U) boolean mask.
-
-    Returns:
-        (B, U) labels, zeros behind the kept ones, and their (B,) counts.
-    """
-    lengths = keep.sum(-1)
-    order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)
-    rows = labels.gather(-1, order)
-    inside = torch.arange(labels.shape[-1], device=labels.device) < lengths[:, None]
-    return rows.masked_fill(~inside, 0), lengths
-
-
-def ctc_loss(
-    logits: Tensor,
-    labels: Tensor,
-    logit_lengths: Tensor,
-    blank_token_id: int,
-    reduction: str = "mean",
-    zero_infinity: bool = True,
-) -> Tensor:
-    """Compute the CTC loss (Graves et al., 2006).
-
-    Args:
-        logits: (B, N, V) raw scores.
-        labels: (B, U) labels; -100 and the blank pad and are ignored wherever they stand.
-        logit_lengths: (B,) valid frames.
-        blank_token_id: id of the blank.
-        reduction: see `reduce_loss`.
-        zero_infinity: count a transcript that does not fit into its frames as zero, with zero gradient.
-
-    Returns:
-        Scalar, or (B,) with `reduction="none"`; float32.
-
-    Raises:
-        ValueError: a label that is no token.
-    """
-    # torch calls cuDNN, whose CTC is not deterministic, for int32 labels only
-    labels = labels.to(logits.device, torch.long)
-    beyond = labels >= logits.shape[-1]
-    # torch would read past the end of the scores
-    if bool(beyond.any()):
-        raise ValueError(
-            f"labels must be ids below {logits.shape[-1]}, got {labels[beyond].unique().tolist()}: make them with the "
-            "tokenizer of this model"
-        )
-    targets, lengths = compact_labels(labels, (labels >= 0) & (labels != blank_token_id))
-    log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32).transpose(0, 1)
-    losses = F.ctc_loss(
-        log_probs,
-        targets,
-        logit_lengths.to(logits.device, torch.long),
-        lengths,
-        blank=blank_token_id,
-        reduction="none",
-        zero_infinity=zero_infinity,
-    )
-    return reduce_loss(losses, lengths, reduction)
-
-
-class TransducerLoss(nn.Module):
-    """Stateless layer around `transducer_loss`: the place where a kernel with the same `forward` can stand."""
-
-    def forward(
-        self,
-        encoder_states: Tensor,
-        predictor_states: Tensor,
-        head_weight: Tensor,
-        head_bias: Tensor | None,
-        labels: Tensor,
-        frame_lengths: Tensor,
-        label_lengths: Tensor,
-        blank_id: int,
-        durations: Sequence[int] | None = None,
-        sigma: float = 0.0,
-        omega: float = 0.0,
-        fastemit_lambda: float = 0.0,
-        activation: str = "relu",
-        reduction: str = "mean_volume",
-        zero_infinity: bool = False,
-        workspace_bytes: int = WORKSPACE_BYTES,
-        dropout: float = 0.0,
-    ) -> Tensor:
-        """Compute the loss; arguments and result are those of `transducer_loss`."""
-        return transducer_loss(
-            encoder_states, predictor_states, head_weight, head_bias, labels, frame_lengths, label_lengths, blank_id,
-            durations, sigma, omega, fastemit_lambda, activation, reduction, zero_infinity, workspace_bytes, dropout,
-        )  # fmt: skip
 
 
 def transducer_loss(
@@ -168,46 +58,46 @@ def transducer_loss(
     workspace_bytes: int = WORKSPACE_BYTES,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Compute the RNN-T (arXiv 1211.3711) or TDT (arXiv 2304.06795) loss together with the joint network.
-
-    The (B, T, U+1, V) scores are never held: they are computed a few cells at a time, and again in backward.
+    """Compute the RNN-T or TDT loss together with the joint network, without ever storing the (B, T, U+1, V) logits.
 
     Args:
-        encoder_states: (B, T, J) projected frames.
-        predictor_states: (B, U+1, J) predictor states, the first one that of the blank.
-        head_weight: (V, J), or (V + D, J) with durations: the joint's output layer.
-        head_bias: (V,) or (V + D,).
-        labels: (B, U) labels; what lies behind `label_lengths` is never read.
-        frame_lengths: (B,) valid frames.
-        label_lengths: (B,) valid labels.
-        blank_id: id of the blank.
-        durations: frames of each duration output; `None` for RNN-T.
-        sigma: subtracted from every token log-probability, with durations.
-        omega: probability that the minibatch gets the RNN-T loss of its tokens instead, drawn from torch's generator.
-        fastemit_lambda: FastEmit weight (arXiv 2010.11148): scales the token gradients of labels by 1 + lambda, as in
-            NeMo's numba kernels; the value stays the negative log-likelihood.
-        activation: of the joint network, a name that transformers knows.
+        encoder_states: (B, T, J) projected encoder states.
+        predictor_states: (B, U+1, J) projected predictor states, the first one after the blank.
+        head_weight: (V, J), or (V + D, J) with durations: weight of the joint network's output layer.
+        head_bias: (V,) or (V + D,) bias of the output layer, or None.
+        labels: (B, U) token ids; values beyond `label_lengths` are ignored.
+        frame_lengths, label_lengths: (B,) number of valid frames and labels.
+        blank_id, sigma, fastemit_lambda: see `TransducerOptions`.
+        durations: number of frames of each duration output of TDT; None for RNN-T.
+        omega: probability that the batch gets the RNN-T loss of its tokens instead, drawn from torch's generator.
+        activation, dropout, workspace_bytes: see `JointSettings`.
         reduction: see `reduce_loss`.
-        zero_infinity: count a transcript that no path can emit as zero. Its gradient is zero either way.
-        workspace_bytes: memory for scores; what fits is kept for backward.
-        dropout: probability of zeroing an input of the output layer.
+        zero_infinity: replace the infinite loss of a clip without any path by 0. Its gradient is 0 in both cases.
 
     Returns:
-        Scalar, or (B,) with `reduction="none"`; float32, float64 for float64 input.
+        Scalar, or (B,) with `reduction="none"`; float64 for float64 inputs, otherwise float32.
 
     Raises:
-        ValueError: shapes, lengths or labels that do not fit together.
+        ValueError: shapes, lengths or labels do not fit together.
     """
-    tokens = head_weight.shape[0] - len(durations or ())
-    if durations is not None and omega > 0 and float(torch.rand(())) < omega:
-        durations = None
-    shape = (*encoder_states.shape[:2], predictor_states.shape[1])
-    task = make_task(shape, encoder_states.device, tokens, labels, frame_lengths, label_lengths, blank_id, durations,
-                     sigma, fastemit_lambda)  # fmt: skip
-    seed = int(torch.randint(2**62, ())) if dropout > 0 else 0
-    joint = Joint(tokens, activation, dropout, seed, workspace_bytes)
-    losses = fused_losses(encoder_states, predictor_states, head_weight, head_bias, task, joint)
-    return _finish(losses, task, reduction, zero_infinity)
+    vocab_size = head_weight.shape[0] - len(durations or ())
+    options = TransducerOptions(blank_id, _draw_durations(durations, omega), sigma, fastemit_lambda)
+    grid_shape = *encoder_states.shape[:2], predictor_states.shape[1]
+    labels = labels.to(encoder_states.device)
+    lattice = build_lattice(grid_shape, vocab_size, labels, frame_lengths, label_lengths, options)
+    dtype = product_dtype(encoder_states, head_weight)
+    settings = JointSettings(vocab_size, activation, dropout, _draw_seed(dropout), workspace_bytes, dtype)
+    losses = fused_losses(encoder_states, predictor_states, head_weight, head_bias, lattice, settings)
+    return _reduce(losses, lattice, reduction, zero_infinity)
+
+
+class TransducerLoss(nn.Module):
+    """Stateless layer that computes `transducer_loss`.
+
+    A kernel may replace it: `select_loss` returns this layer, or the layer of a kernel with the same parameters of `forward`.
+    """
+
+    forward = staticmethod(transducer_loss)
 
 
 def tdt_loss(
@@ -223,34 +113,30 @@ def tdt_loss(
     fastemit_lambda: float = 0.0,
     zero_infinity: bool = False,
 ) -> Tensor:
-    """Compute the token-and-duration transducer loss (arXiv 2304.06795) from scores that exist already.
+    """Compute the token-and-duration transducer loss (arXiv 2304.06795) of logits.
 
-    A blank needs a duration above 0, a label may stay; the last blank lands exactly on the end.
+    A blank needs a duration above 0, a label may have duration 0; the last blank must end exactly at the last frame.
 
     Args:
-        token_logits: (B, N, U+1, V) raw token scores.
-        duration_logits: (B, N, U+1, D) raw duration scores.
-        targets: (B, U) labels.
-        logit_lengths: (B,) valid frames.
-        target_lengths: (B,) valid labels.
-        blank_token_id: id of the blank.
-        durations: frames of each duration output.
-        sigma: subtracted from every token log-probability.
+        token_logits: (B, T, U+1, V) unnormalised token scores.
+        duration_logits: (B, T, U+1, D) unnormalised duration scores.
+        targets: (B, U) token ids; values beyond `target_lengths` are ignored.
+        logit_lengths, target_lengths: (B,) number of valid frames and labels.
+        blank_token_id, sigma, fastemit_lambda: see `TransducerOptions`.
+        durations: number of frames of each duration output.
         reduction: see `reduce_loss`.
-        fastemit_lambda: as in `transducer_loss`.
-        zero_infinity: as in `transducer_loss`.
+        zero_infinity: see `transducer_loss`.
 
     Returns:
-        Scalar, or (B,) with `reduction="none"`; float32, float64 for float64 input. Infinite where no path fits.
+        Scalar, or (B,) with `reduction="none"`; float64 for float64 inputs, otherwise float32. Infinite without any path.
 
     Raises:
-        ValueError: shapes, lengths or labels that do not fit together.
+        ValueError: shapes, lengths or labels do not fit together.
     """
-    task = make_task(
-        token_logits.shape[:3], token_logits.device, token_logits.shape[3], targets, logit_lengths, target_lengths,
-        blank_token_id, durations, sigma, fastemit_lambda,
-    )  # fmt: skip
-    return _finish(_LogitsLoss.apply(token_logits, duration_logits, task), task, reduction, zero_infinity)
+    options = TransducerOptions(blank_token_id, tuple(durations), sigma, fastemit_lambda)
+    lattice = _logits_lattice(token_logits, targets, logit_lengths, target_lengths, options)
+    losses = _LogitsLoss.apply(token_logits, duration_logits, lattice)
+    return _reduce(losses, lattice, reduction, zero_infinity)
 
 
 def rnnt_loss(
@@ -263,87 +149,209 @@ def rnnt_loss(
     fastemit_lambda: float = 0.0,
     zero_infinity: bool = False,
 ) -> Tensor:
-    """Compute the RNN-T loss (arXiv 1211.3711) from scores that exist already.
+    """Compute the RNN-T loss (Graves, arXiv 1211.3711) of logits.
 
     Args:
-        logits: (B, N, U+1, V) raw scores.
-        targets: (B, U) labels.
-        logit_lengths: (B,) valid frames.
-        target_lengths: (B,) valid labels.
-        blank_token_id: id of the blank.
+        logits: (B, T, U+1, V) unnormalised scores.
+        targets: (B, U) token ids; values beyond `target_lengths` are ignored.
+        logit_lengths, target_lengths: (B,) number of valid frames and labels.
+        blank_token_id, fastemit_lambda: see `TransducerOptions`.
         reduction: see `reduce_loss`.
-        fastemit_lambda: as in `transducer_loss`.
-        zero_infinity: as in `transducer_loss`.
+        zero_infinity: see `transducer_loss`.
 
     Returns:
-        Scalar, or (B,) with `reduction="none"`; float32, float64 for float64 input.
+        Scalar, or (B,) with `reduction="none"`; float64 for float64 inputs, otherwise float32.
 
     Raises:
-        ValueError: shapes, lengths or labels that do not fit together.
+        ValueError: shapes, lengths or labels do not fit together.
     """
-    task = make_task(
-        logits.shape[:3], logits.device, logits.shape[3], targets, logit_lengths, target_lengths, blank_token_id, None,
-        0.0, fastemit_lambda,
-    )  # fmt: skip
-    return _finish(_LogitsLoss.apply(logits, None, task), task, reduction, zero_infinity)
+    options = TransducerOptions(blank_token_id, None, 0.0, fastemit_lambda)
+    lattice = _logits_lattice(logits, targets, logit_lengths, target_lengths, options)
+    losses = _LogitsLoss.apply(logits, None, lattice)
+    return _reduce(losses, lattice, reduction, zero_infinity)
 
 
-def _finish(losses: Tensor, task: Task, reduction: str, zero_infinity: bool) -> Tensor:
-    """Reduce the losses of the clips."""
+def transducer_loss_reference(
+    logits: Tensor,
+    labels: Sequence[int],
+    blank_id: int,
+    durations: Sequence[int] | None = None,
+    sigma: float = 0.0,
+    fastemit_lambda: float = 0.0,
+) -> Tensor:
+    """Compute the loss of one clip node by node, with the recursion of log_alpha in `lattice.py`: plain, slow, for tests.
+
+    Args:
+        logits: (T, U+1, V), or (T, U+1, V + D) with durations: unnormalised scores of a clip with T > 0 frames.
+        labels: the U token ids.
+        blank_id, durations, sigma, fastemit_lambda: see `TransducerOptions`.
+
+    Returns:
+        Differentiable scalar, infinite without any path.
+    """
+    num_frames, num_labels = len(logits), len(labels)
+    vocab_size = logits.shape[-1] - len(durations or ())
+    token_log_probs = logits[..., :vocab_size].log_softmax(-1)
+    duration_log_probs = logits[..., vocab_size:].log_softmax(-1) - sigma
+    if durations is None:
+        duration_log_probs = logits.new_zeros(num_frames, num_labels + 1, 2)
+    # nodes that no path enters are missing
+    log_alpha = {(0, 0): logits.new_zeros(())}
+    for t, u in itertools.product(range(num_frames + 1), range(num_labels + 1)):
+        terms = []
+        for index, duration in enumerate((0, 1) if durations is None else durations):
+            source = t - duration, u
+            if duration > 0 and source in log_alpha:
+                token = token_log_probs[source][blank_id]
+                terms.append(log_alpha[source] + token + duration_log_probs[source][index])
+            source = t - duration, u - 1
+            if t < num_frames and (durations is not None or duration == 0) and source in log_alpha:
+                token = token_log_probs[source][labels[u - 1]]
+                # FastEmit scales the gradient and leaves the value unchanged
+                token = token + fastemit_lambda * (token - token.detach())
+                terms.append(log_alpha[source] + token + duration_log_probs[source][index])
+        if terms:
+            log_alpha[t, u] = torch.stack(terms).logsumexp(0)
+    return -log_alpha.get((num_frames, num_labels), logits.new_tensor(-math.inf))
+
+
+def _draw_durations(durations: Sequence[int] | None, omega: float) -> tuple[int, ...] | None:
+    """Return the durations of TDT, or None (RNN-T) with probability omega."""
+    if durations is None or (omega > 0 and float(torch.rand(())) < omega):
+        return None
+    return tuple(durations)
+
+
+def _draw_seed(dropout: float) -> int:
+    """Draw a seed of dropout masks from torch's generator; without dropout the generator is left alone."""
+    return int(torch.randint(2**62, ())) if dropout > 0 else 0
+
+
+def _reduce(losses: Tensor, lattice: Lattice, reduction: str, zero_infinity: bool) -> Tensor:
+    """Replace infinite losses by 0 if asked to, and reduce the (B,) losses of the clips."""
     if zero_infinity:
         losses = losses.masked_fill(losses == math.inf, 0.0)
-    return reduce_loss(losses, task.labels, reduction)
+    return reduce_loss(losses, lattice.label_lengths, reduction)
+
+
+def _logits_lattice(
+    token_logits: Tensor,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    options: TransducerOptions,
+) -> Lattice:
+    """Build the lattices for (B, T, U+1, V) logits; the arguments are those of `tdt_loss`."""
+    *grid_shape, vocab_size = token_logits.shape
+    targets = targets.to(token_logits.device)
+    return build_lattice(grid_shape, vocab_size, targets, logit_lengths, target_lengths, options)
 
 
 class _LogitsLoss(torch.autograd.Function):
-    """Losses (B,) from (B, T, W, V) token scores and (B, T, W, D) duration scores, with an analytic gradient."""
+    """Losses (B,) of (B, T, U+1, V) token logits and (B, T, U+1, D) duration logits, with an analytic gradient."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, spans: Tensor | None, task: Task) -> Tensor:
-        """Look the arcs up, a few frames at a time, and sum the paths."""
-        dtype = accurate(tokens.dtype)
-        blank, label = (torch.empty(len(task.cells), dtype=dtype, device=tokens.device) for _ in range(2))
-        timed = torch.empty(len(task.cells), len(task.durations), dtype=dtype, device=tokens.device)
-        for place, some in _places(task, tokens.shape[3]):
-            scores = tokens[place].log_softmax(-1, dtype=dtype).flatten(0, 1)
-            blank[some] = scores[:, task.blank]
-            label[some] = scores.gather(1, locate(task, task.cells[some]).next_label[:, None])[:, 0]
-            if spans is not None:
-                timed[some] = spans[place].log_softmax(-1, dtype=dtype).flatten(0, 1)
-        losses, flow = solve(task, blank, label, None if spans is None else timed)
-        ctx.task = task
-        ctx.save_for_backward(tokens, spans, flow.blank, flow.label, flow.spans)
+    def forward(ctx: Any, token_logits: Tensor, duration_logits: Tensor | None, lattice: Lattice) -> Tensor:
+        """Compute the log-probabilities of the lattice block by block, and sum over its paths."""
+        losses, posteriors = sum_paths(lattice, _node_log_probs(token_logits, duration_logits, lattice))
+        ctx.lattice = lattice
+        ctx.save_for_backward(token_logits, duration_logits, posteriors.blank, posteriors.label, posteriors.durations)
         return losses
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Write the gradient of a few frames at a time."""
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of token logits and duration logits; the gradient of the losses is (B,)."""
         refuse_second_derivative()
-        tokens, spans, *flow = ctx.saved_tensors
-        task: Task = ctx.task
-        blank, label, timed = (part * of_cells(task, gradient, part.ndim) for part in flow)
-        out = [torch.zeros_like(scores, memory_format=torch.contiguous_format) if need else None
-               for scores, need in zip((tokens, spans), ctx.needs_input_grad, strict=False)]  # fmt: skip
-        for place, some in _places(task, tokens.shape[3]):
-            if out[0] is not None:
-                scores = tokens[place].softmax(-1, dtype=blank.dtype)
-                next_label = locate(task, task.cells[some]).next_label
-                to_gradient(scores.view(-1, scores.shape[-1]), task.blank, next_label, blank[some], label[some])
-                out[0][place] = scores
-            if out[1] is not None:
-                scores = spans[place].softmax(-1, dtype=blank.dtype)
-                part = timed[some].view_as(scores)
-                out[1][place] = scores * part.sum(-1, keepdim=True) - part
-        return (*out, None)
+        token_logits, duration_logits, blank, label, durations = ctx.saved_tensors
+        lattice: Lattice = ctx.lattice
+        posteriors = scale_posteriors(lattice, ArcPosteriors(blank, label, durations), loss_gradient)
+        token_gradient = duration_gradient = None
+        if ctx.needs_input_grad[0]:
+            token_gradient = _token_gradient(token_logits, lattice, posteriors)
+        if ctx.needs_input_grad[1]:
+            duration_gradient = _duration_gradient(duration_logits, lattice, posteriors.durations)
+        return token_gradient, duration_gradient, None
 
 
-def _places(task: Task, outputs: int) -> Iterator[tuple[tuple[int, slice, slice], slice]]:
-    """Cut the valid cells into blocks of frames of one clip: index into the grid, and range of the valid cells."""
+@dataclass(frozen=True)
+class _FrameBlock:
+    """Nodes of consecutive frames of one clip.
+
+    Args:
+        grid: index of (frames, columns) in (B, T, U+1).
+        nodes: range of the same nodes in `lattice.nodes`.
+    """
+
+    grid: tuple[int, slice, slice]
+    nodes: slice
+
+
+def _frame_blocks(lattice: Lattice, num_logits: int) -> Iterator[_FrameBlock]:
+    """Divide the valid nodes into blocks of at most `BLOCK_LOGITS` logits, or of one frame.
+
+    Args:
+        lattice: the lattices of the batch.
+        num_logits: number of logits of a node.
+
+    Yields:
+        Blocks, in the order of `lattice.nodes`.
+    """
     start = 0
-    for clip, (frames, labels) in enumerate(zip(task.frames.tolist(), task.labels.tolist(), strict=True)):
-        step = max(1, BLOCK // ((labels + 1) * outputs))
-        for first in range(0, frames, step):
-            last = min(first + step, frames)
-            count = (last - first) * (labels + 1)
-            yield (clip, slice(first, last), slice(labels + 1)), slice(start, start + count)
-            start += count
+    lengths = zip(lattice.frame_lengths.tolist(), lattice.label_lengths.tolist(), strict=True)
+    for clip, (num_frames, num_labels) in enumerate(lengths):
+        num_columns = num_labels + 1
+        block_frames = max(1, BLOCK_LOGITS // (num_columns * num_logits))
+        for first_frame in range(0, num_frames, block_frames):
+            last_frame = min(first_frame + block_frames, num_frames)
+            end = start + (last_frame - first_frame) * num_columns
+            yield _FrameBlock((clip, slice(first_frame, last_frame), slice(num_columns)), slice(start, end))
+            start = end
+
+
+def _node_log_probs(token_logits: Tensor, duration_logits: Tensor | None, lattice: Lattice) -> NodeLogProbs:
+    """Compute the log-probabilities of blank, next label and durations at the valid nodes.
+
+    Args:
+        token_logits: (B, T, U+1, V).
+        duration_logits: (B, T, U+1, D), or None for RNN-T.
+        lattice: the lattices of the batch.
+
+    Returns:
+        Log-probabilities of C nodes.
+    """
+    dtype, device, num_nodes = accumulation_dtype(token_logits.dtype), token_logits.device, len(lattice.nodes)
+    blank, label = (torch.empty(num_nodes, dtype=dtype, device=device) for _ in range(2))
+    durations = None
+    if duration_logits is not None:
+        durations = torch.empty(num_nodes, duration_logits.shape[3], dtype=dtype, device=device)
+    for block in _frame_blocks(lattice, token_logits.shape[3]):
+        # (nodes of the block, V)
+        token_log_probs = token_logits[block.grid].log_softmax(-1, dtype=dtype).flatten(0, 1)
+        next_labels = locate_nodes(lattice, lattice.nodes[block.nodes]).next_labels
+        blank[block.nodes] = token_log_probs[:, lattice.options.blank_id]
+        label[block.nodes] = token_log_probs.gather(1, next_labels[:, None])[:, 0]
+        if durations is not None and duration_logits is not None:
+            durations[block.nodes] = duration_logits[block.grid].log_softmax(-1, dtype=dtype).flatten(0, 1)
+    return NodeLogProbs(blank, label, durations)
+
+
+def _token_gradient(token_logits: Tensor, lattice: Lattice, posteriors: ArcPosteriors) -> Tensor:
+    """Compute the (B, T, U+1, V) gradient by the token logits from posteriors that are scaled by the loss gradient."""
+    # contiguous, whatever the layout of the logits is
+    gradient = torch.zeros_like(token_logits, memory_format=torch.contiguous_format)
+    for block in _frame_blocks(lattice, token_logits.shape[3]):
+        probs = token_logits[block.grid].softmax(-1, dtype=posteriors.blank.dtype)
+        next_labels = locate_nodes(lattice, lattice.nodes[block.nodes]).next_labels
+        blank, label = posteriors.blank[block.nodes], posteriors.label[block.nodes]
+        token_logit_gradient_(probs.view(-1, probs.shape[-1]), lattice.options.blank_id, next_labels, blank, label)
+        gradient[block.grid] = probs
+    return gradient
+
+
+def _duration_gradient(duration_logits: Tensor, lattice: Lattice, posteriors: Tensor) -> Tensor:
+    """Compute the (B, T, U+1, D) gradient by the duration logits from (C, D) posteriors scaled by the loss gradient."""
+    gradient = torch.zeros_like(duration_logits, memory_format=torch.contiguous_format)
+    for block in _frame_blocks(lattice, duration_logits.shape[3]):
+        logits = duration_logits[block.grid].to(posteriors.dtype)
+        gradient[block.grid] = duration_logit_gradient(logits, posteriors[block.nodes].view_as(logits))
+    return gradient
