@@ -1,12 +1,11 @@
 """The transducer loss fused with the joint network: logits exist for a chunk of lattice nodes at a time.
 
-The sums over paths are in `lattice.py`, the public function is in `transducer.py`. Letters: B clips, T frames, U labels, J
-joint width, V tokens with the blank, D durations, C nodes.
+The sums over paths are in `lattice.py`, the public function is in `transducer.py`. Letters: B clips, T frames, U
+labels, J joint width, V tokens with the blank, D durations, C nodes.
 """
 
 from __future__ import annotations
 
-import math
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from .lattice import (
     sum_paths,
     token_logit_gradient_,
 )
-
 
 # rows of token logits are padded to whole cache lines of 64 bytes: with V = 1025, the product of the output layer takes
 # 0.63 times as long as with rows of 1025 values (AMD EPYC, torch 2.13)
@@ -275,20 +273,20 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of the four tensors chunk by chunk; the gradient of the losses is (B,)."""
         refuse_second_derivative()
-        *tensors, blank, label, durations = ctx.saved_tensors
+        encoder_states, predictor_states, head_weight, head_bias, blank, label, durations = ctx.saved_tensors
         # the chunks are overwritten: with `retain_graph`, a second backward computes them again
         cached_log_probs, ctx.cached_log_probs = ctx.cached_log_probs, []
         posteriors = ArcPosteriors(blank, label, durations)
         with torch.autocast(loss_gradient.device.type, enabled=False):
-            joint = ChunkedJoint(*tensors, ctx.lattice, ctx.settings)
+            joint = ChunkedJoint(encoder_states, predictor_states, head_weight, head_bias, ctx.lattice, ctx.settings)
             gradients = _accumulate_gradients(joint, posteriors, loss_gradient, cached_log_probs, ctx.needs_input_grad)
         return (*gradients, None, None)
 
 
 def _softmax_in_place(function: Callable[..., Tensor], logits: Tensor) -> None:
-    """Overwrite (C, padded V) logits by `torch.softmax` or `torch.log_softmax` over V, without a second buffer on a CPU."""
+    """Overwrite (C, padded V) logits by their `torch.softmax` or `torch.log_softmax` over V."""
     if logits.device.type == "cpu":
-        # torch's CPU kernel reads a whole row before it writes the row
+        # torch's CPU kernel reads a row before it writes the row, so that the output needs no second buffer
         function(logits, -1, out=logits)
     else:
         logits.copy_(function(logits, -1))
@@ -302,7 +300,8 @@ def _node_log_probs(joint: ChunkedJoint, num_cached: int) -> tuple[NodeLogProbs,
         num_cached: number of chunks whose token log-probabilities are kept for the backward pass.
 
     Returns:
-        The log-probabilities of C nodes, and the first `num_cached` chunks of those of all tokens, as (chunk size, padded V).
+        Log-probabilities of the C valid nodes, and the (chunk size, padded V) token log-probabilities of the first
+        `num_cached` chunks.
     """
     lattice, chunk_size = joint.lattice, joint.plan.chunk_size
     num_nodes, num_durations = len(lattice.nodes), len(lattice.options.arc_durations)
@@ -371,8 +370,8 @@ def _accumulate_gradients(
 def active_nodes(lattice: Lattice, posteriors: ArcPosteriors, loss_gradient: Tensor) -> Tensor:
     """Choose the nodes whose posteriors are large enough to change the gradients.
 
-    Paths of a trained model go through few nodes. A clip with n nodes skips those with a posterior below e / (2 n), where e is
-    the rounding error of 1: all the skipped nodes together weigh less than the rounding error of one node.
+    Most nodes of a trained model have posteriors near 0. A clip with n nodes skips those below eps / (2 n): all skipped
+    nodes together weigh less than the rounding error of a node with posterior 1.
 
     Args:
         lattice: the lattices of the batch.
@@ -466,7 +465,7 @@ class GradientAccumulator:
             hidden_gradient.addmm_(logit_gradient, self.joint.weight[outputs])
 
     def _add_states(self, positions: NodePositions, inputs: Tensor, hidden: Tensor, hidden_gradient: Tensor) -> None:
-        """Differentiate activation and dropout, and add the result to the gradients of the encoder and predictor states.
+        """Differentiate activation and dropout, and add the result to the gradients of encoder and predictor states.
 
         Args:
             positions: rows of encoder and predictor states that the C nodes read.

@@ -5,9 +5,10 @@ Node (t, u) of a clip means that u labels have been emitted and frame t is read 
     blank with duration d > 0:   (t, u) -> (t + d, u),      log-probability blank(t, u, d)
     label with duration d >= 0:  (t, u) -> (t + d, u + 1),  log-probability label(t, u, d)
 
-RNN-T (Graves, arXiv 1211.3711) has blanks of duration 1 and labels of duration 0. TDT (arXiv 2304.06795) also scores the
-duration: blank(t, u, d) = log P(blank | t, u) - sigma + log P(d | t, u), and the same for labels. A path starts at (0, 0)
-and ends at (T, U), which only a blank may enter. log_alpha sums over the paths to a node, log_beta over the paths from it:
+RNN-T (Graves, arXiv 1211.3711) has blanks of duration 1 and labels of duration 0. TDT (arXiv 2304.06795) also scores
+the duration: blank(t, u, d) = log P(blank | t, u) - sigma + log P(d | t, u), and the same for labels. A path starts at
+(0, 0) and ends at (T, U); only a blank may enter frame T. log_alpha sums over the paths to a node, log_beta over the
+paths from the node to the end:
 
     log_alpha(t, u) = log sum over d of [ exp(log_alpha(t - d, u)     + blank(t - d, u, d))
                                         + exp(log_alpha(t - d, u - 1) + label(t - d, u - 1, d)) ],  log_alpha(0, 0) = 0
@@ -18,8 +19,8 @@ and ends at (T, U), which only a blank may enter. log_alpha sums over the paths 
     log-likelihood    = log_alpha(T, U) = log_beta(0, 0)
     posterior(an arc) = exp(log_alpha(its source) + its log-probability + log_beta(its target) - log-likelihood)
 
-The posterior is the derivative of the log-likelihood by the log-probability of the arc. log_beta is computed as the log_alpha
-of the reversed lattice, in which frames and labels are counted from the end of the clip.
+The posterior is the derivative of the log-likelihood with respect to the log-probability of the arc. log_beta is computed
+as the log_alpha of the reversed lattice, in which frames and labels are counted from the end of the clip.
 
 Where the log-probabilities come from is in `transducer.py` (logits) and `fused.py` (joint network). Letters: B clips, T
 frames, U labels, V tokens with the blank, D durations, C valid nodes, R lattices in one recursion.
@@ -305,7 +306,7 @@ def _outgoing_arcs(lattice: Lattice, log_probs: NodeLogProbs) -> OutgoingArcs:
 def _incoming_arcs(lattice: Lattice, arcs: OutgoingArcs) -> IncomingArcs:
     """Store each arc at the node that it enters, in R = 2B lattices: those of the clips, then the reversed ones.
 
-    In the reversed lattice of a clip with T_b frames and U_b labels, an arc that leaves (t, u) enters (T_b - t, U_b - u).
+    In the reversed lattice of a clip b with T_b frames and U_b labels, an arc that left (t, u) enters (T_b - t, U_b - u).
     """
     batch, num_frames, num_columns = lattice.shape
     clips, frames, columns = _node_coordinates(lattice)
@@ -402,12 +403,12 @@ def _arc_posteriors(
 
 
 def scale_posteriors(lattice: Lattice, posteriors: ArcPosteriors, loss_gradient: Tensor) -> ArcPosteriors:
-    """Multiply the posteriors of each clip by the gradient of the final loss by the loss of the clip.
+    """Multiply the posteriors of each clip by the gradient of the reduced loss with respect to the loss of the clip.
 
     Args:
         lattice: the lattices of the batch.
         posteriors: of the arcs of the C valid nodes.
-        loss_gradient: (B,) gradient by the loss of each clip.
+        loss_gradient: (B,) gradient of the loss of each clip.
 
     Returns:
         The scaled posteriors.
@@ -423,9 +424,9 @@ def scale_posteriors(lattice: Lattice, posteriors: ArcPosteriors, loss_gradient:
 def token_logit_gradient_(
     token_probs: Tensor, blank_id: int, next_labels: Tensor, blank: Tensor, label: Tensor
 ) -> None:
-    """Turn token probabilities into the gradient of the loss by the token logits, in place.
+    """Turn token probabilities into the gradient of the loss with respect to the token logits, in place.
 
-    With w the sum of the posteriors of the arcs that leave a node, the gradient of the loss by the logit of token v is
+    With w the sum of the posteriors of the arcs that leave a node, the gradient of the logit of token v is
     w * P(v) - (posterior of the arcs that emit v).
 
     Args:
@@ -441,7 +442,9 @@ def token_logit_gradient_(
 
 
 def duration_logit_gradient(duration_logits: Tensor, posteriors: Tensor) -> Tensor:
-    """Compute the gradient of the loss by the duration logits: w * P(d) - posterior(d), w the sum of the posteriors.
+    """Compute the gradient of the loss with respect to the duration logits, w * P(d) - posterior(d).
+
+    w is the sum of the posteriors over the durations.
 
     Args:
         duration_logits: (..., D).

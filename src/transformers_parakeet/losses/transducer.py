@@ -1,7 +1,7 @@
 """Transducer losses: RNN-T and TDT, of logits or together with the joint network.
 
-The sums over paths are in `lattice.py`, the joint network in chunks is in `fused.py`. Letters: B clips, T frames, U labels, J
-joint width, V tokens with the blank, D durations, C nodes.
+The sums over paths are in `lattice.py`, the joint network in chunks is in `fused.py`. Letters: B clips, T frames, U
+labels, J joint width, V tokens with the blank, D durations, C nodes.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def transducer_loss(
 class TransducerLoss(nn.Module):
     """Stateless layer that computes `transducer_loss`.
 
-    A kernel may replace it: `select_loss` returns this layer, or the layer of a kernel with the same parameters of `forward`.
+    `select_loss` returns this layer, or the layer of a kernel whose `forward` has the same parameters.
     """
 
     forward = staticmethod(transducer_loss)
@@ -128,7 +128,7 @@ def tdt_loss(
         zero_infinity: see `transducer_loss`.
 
     Returns:
-        Scalar, or (B,) with `reduction="none"`; float64 for float64 inputs, otherwise float32. Infinite without any path.
+        Scalar, or (B,) with `reduction="none"`; float64 for float64 inputs, otherwise float32.
 
     Raises:
         ValueError: shapes, lengths or labels do not fit together.
@@ -179,7 +179,7 @@ def transducer_loss_reference(
     sigma: float = 0.0,
     fastemit_lambda: float = 0.0,
 ) -> Tensor:
-    """Compute the loss of one clip node by node, with the recursion of log_alpha in `lattice.py`: plain, slow, for tests.
+    """Compute the loss of one clip node by node with the recursion of log_alpha in `lattice.py`: slow, for tests.
 
     Args:
         logits: (T, U+1, V), or (T, U+1, V + D) with durations: unnormalised scores of a clip with T > 0 frames.
