@@ -21,15 +21,15 @@ from transformers_parakeet.losses.fused import (
     ChunkedJoint,
     GradientAccumulator,
     JointSettings,
-    active_nodes,
-    dropout_mask,
+    draw_dropout_mask,
+    find_active_nodes,
+    locate_nodes,
     plan_chunks,
 )
 from transformers_parakeet.losses.lattice import (
     NodeLogProbs,
     TransducerOptions,
     build_lattice,
-    locate_nodes,
     sum_paths,
 )
 
@@ -163,7 +163,7 @@ def test_skipped_nodes_do_not_change_the_gradients():
     next_labels = locate_nodes(lattice, lattice.nodes).next_labels
     label = log_probs.gather(1, next_labels[:, None])[:, 0]
     _, posteriors = sum_paths(lattice, NodeLogProbs(log_probs[:, BLANK_ID], label, None))
-    num_active = len(active_nodes(lattice, posteriors, torch.ones(2)))
+    num_active = len(find_active_nodes(lattice, posteriors, torch.ones(2)))
     assert 60 <= num_active < 0.8 * len(lattice.nodes)
     fused_gradients = gradients(batch.fused_losses(float_inputs), float_inputs)
     autograd_gradients = gradients(batch.reference_losses(float_inputs), float_inputs)
@@ -258,12 +258,12 @@ def test_half_precision(dtype, autocast):
 
 def test_dropout_masks_depend_on_the_node_and_the_seed_only():
     nodes = torch.arange(400)
-    mask = dropout_mask(nodes, 500, 0.3, seed=12345)
+    mask = draw_dropout_mask(nodes, 500, 0.3, seed=12345)
     # 200000 draws: five standard deviations are 0.005
     assert abs(mask.double().mean().item() - 0.7) < 0.005
     assert mask.double().mean(0).std().item() < 2 * math.sqrt(0.21 / 400)
-    assert torch.equal(dropout_mask(nodes[7:9], 500, 0.3, seed=12345), mask[7:9])
-    mask_of_next_seed = dropout_mask(nodes, 500, 0.3, seed=12346)
+    assert torch.equal(draw_dropout_mask(nodes[7:9], 500, 0.3, seed=12345), mask[7:9])
+    mask_of_next_seed = draw_dropout_mask(nodes, 500, 0.3, seed=12346)
     # independent masks agree on 0.7^2 + 0.3^2 of the entries
     assert abs((mask_of_next_seed == mask).double().mean().item() - 0.58) < 0.006
 
@@ -276,7 +276,7 @@ def test_dropout_equals_a_joint_network_with_the_same_mask(workspace_bytes):
     losses = batch.fused_losses(inputs, dropout=0.4, workspace_bytes=workspace_bytes)
     torch.manual_seed(3)
     seed = int(torch.randint(2**62, ()))
-    mask = dropout_mask(torch.arange(2 * 6 * 4), JOINT_WIDTH, 0.4, seed).view(2, 6, 4, JOINT_WIDTH)
+    mask = draw_dropout_mask(torch.arange(2 * 6 * 4), JOINT_WIDTH, 0.4, seed).view(2, 6, 4, JOINT_WIDTH)
     encoder_states, predictor_states, weight, bias = expected_inputs
     hidden = torch.relu(encoder_states[:, :, None] + predictor_states[:, None]) * mask / 0.6
     token_logits, duration_logits = F.linear(hidden, weight, bias).split([VOCAB_SIZE, 3], -1)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from loss_helpers import BLANK_ID, VOCAB_SIZE, RandomBatch, gradients, joint_logits, relative_error
 
+from transformers_parakeet.losses.fused import locate_nodes
 from transformers_parakeet.losses.lattice import (
     IncomingArcs,
     NodeLogProbs,
     TransducerOptions,
     build_lattice,
-    forward_log_sums,
-    locate_nodes,
+    compute_log_alpha,
     sum_paths,
 )
 
@@ -111,7 +111,7 @@ def test_forward_recursion_of_a_lattice_computed_by_hand():
     moving[2, 0, 0, 1] = torch.tensor([0.5, 0.5], dtype=torch.double).log()
     staying = torch.full((3, 1, 2), -math.inf, dtype=torch.double)
     staying[:2, 0, 1] = torch.tensor([0.5, 0.25], dtype=torch.double).log()
-    log_alpha = forward_log_sums(IncomingArcs(torch.tensor([1]), moving, staying))
+    log_alpha = compute_log_alpha(IncomingArcs(torch.tensor([1]), moving, staying))
     # alpha(0, 1) = 1/2; alpha(1, 0) = 1/2, alpha(1, 1) = 1/2 * 1/4 + 1/2 * 1/4; alpha(2, 1) = 1/4 * 1/2
     expected = torch.tensor([[1, 1 / 2], [1 / 2, 1 / 4], [1 / 4, 1 / 8]], dtype=torch.double)
     # no label enters frame 2: a running sum of -1e7 leaves 9 decimals there
@@ -138,3 +138,9 @@ def test_labels_and_lengths_that_do_not_fit_are_refused(changes, message):
     vars(batch).update(changes)
     with pytest.raises(ValueError, match=message):
         batch.fused_losses(batch.joint_inputs())
+
+
+def test_without_a_duration_above_zero_no_path_exists():
+    batch = RandomBatch(33, (0,), (2, 4, 2))
+    losses = batch.fused_losses(batch.joint_inputs())
+    assert losses.tolist() == [math.inf, math.inf]

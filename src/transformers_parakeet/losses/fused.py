@@ -20,15 +20,13 @@ from .lattice import (
     ArcPosteriors,
     Lattice,
     NodeLogProbs,
-    NodePositions,
     accumulation_dtype,
-    duration_logit_gradient,
-    locate_nodes,
+    compute_duration_gradient,
+    compute_token_gradient_,
     refuse_second_derivative,
     repeat_per_node,
     scale_posteriors,
     sum_paths,
-    token_logit_gradient_,
 )
 
 # rows of token logits are padded to whole cache lines of 64 bytes: with V = 1025, the product of the output layer takes
@@ -63,6 +61,21 @@ class JointSettings:
 
 
 @dataclass(frozen=True)
+class NodePositions:
+    """Where to find the inputs of C nodes.
+
+    Args:
+        frame_rows: (C,) rows of the encoder states, flattened to (B * T, J).
+        prefix_rows: (C,) rows of the predictor states, flattened to (B * (U+1), J).
+        next_labels: (C,) label that each node can emit; 0 where no label is left.
+    """
+
+    frame_rows: Tensor
+    prefix_rows: Tensor
+    next_labels: Tensor
+
+
+@dataclass(frozen=True)
 class ChunkPlan:
     """How the valid nodes are divided into chunks.
 
@@ -73,6 +86,22 @@ class ChunkPlan:
 
     chunk_size: int
     num_cached: int
+
+
+def locate_nodes(lattice: Lattice, nodes: Tensor) -> NodePositions:
+    """Find the encoder state, predictor state and next label of nodes.
+
+    Args:
+        lattice: the lattices of the batch.
+        nodes: (C,) indices in the flattened (B, T, U+1) grid.
+
+    Returns:
+        Rows and labels, each (C,).
+    """
+    _, num_frames, num_columns = lattice.shape
+    clips = nodes // (num_frames * num_columns)
+    prefix_rows = clips * num_columns + nodes % num_columns
+    return NodePositions(nodes // num_columns, prefix_rows, lattice.next_labels.flatten()[prefix_rows])
 
 
 def plan_chunks(num_nodes: int, joint_width: int, settings: JointSettings, device_type: str) -> ChunkPlan:
@@ -94,11 +123,11 @@ def plan_chunks(num_nodes: int, joint_width: int, settings: JointSettings, devic
         logit_bytes += settings.vocab_size * settings.dtype.itemsize
     # the hidden values, their gradients and the copies between: about six rows of J values
     node_bytes = logit_bytes + 6 * joint_width * exact_dtype.itemsize
-    # on a CPU, smaller chunks stay in the caches
+    # a CPU's caches hold smaller chunks better
     chunk_bytes = settings.workspace_bytes // (8 if device_type == "cpu" else 2)
     chunk_size = min(max(1, chunk_bytes // node_bytes), max(1, num_nodes))
     if settings.dtype != exact_dtype:
-        # half precision is for tensor cores, where computing the logits again is cheaper than the memory
+        # matrix products in half precision are cheap: the backward pass computes all logits again
         return ChunkPlan(chunk_size, num_cached=0)
     free_bytes = settings.workspace_bytes - chunk_size * node_bytes
     return ChunkPlan(chunk_size, num_cached=max(0, free_bytes // (chunk_size * logit_bytes)))
@@ -134,16 +163,16 @@ class ChunkedJoint:
         self.bias = self.weight.new_zeros(len(head_weight)) if head_bias is None else head_bias.to(settings.dtype)
         self.plan = plan_chunks(len(lattice.nodes), head_weight.shape[1], settings, head_weight.device.type)
 
-    def new_buffer(self) -> Tensor:
+    def allocate_buffer(self) -> Tensor:
         """Allocate memory for the token logits of one chunk: (chunk size, padded V)."""
         dtype = accumulation_dtype(self.settings.dtype)
         return self.weight.new_empty(self.plan.chunk_size, self.settings.padded_vocab_size, dtype=dtype)
 
-    def hidden_inputs(self, positions: NodePositions) -> Tensor:
-        """Add encoder and predictor states: (C, J)."""
+    def add_states(self, positions: NodePositions) -> Tensor:
+        """Add the encoder state and the predictor state of each node: (C, J)."""
         return self.encoder_rows[positions.frame_rows] + self.predictor_rows[positions.prefix_rows]
 
-    def hidden(self, inputs: Tensor, nodes: Tensor) -> Tensor:
+    def activate(self, inputs: Tensor, nodes: Tensor) -> Tensor:
         """Apply activation and dropout.
 
         Args:
@@ -155,11 +184,11 @@ class ChunkedJoint:
         """
         hidden = ACT2FN[self.settings.activation](inputs)
         if self.settings.dropout > 0:
-            mask = dropout_mask(nodes, inputs.shape[1], self.settings.dropout, self.settings.dropout_seed)
+            mask = draw_dropout_mask(nodes, inputs.shape[1], self.settings.dropout, self.settings.dropout_seed)
             hidden = hidden * mask.to(hidden.dtype) / (1 - self.settings.dropout)
         return hidden.to(self.settings.dtype)
 
-    def token_logits(self, hidden: Tensor, buffer: Tensor) -> Tensor:
+    def compute_token_logits(self, hidden: Tensor, buffer: Tensor) -> Tensor:
         """Compute token logits in the first rows of a buffer; the columns of the padding have probability 0.
 
         Args:
@@ -178,14 +207,14 @@ class ChunkedJoint:
         rows[:, vocab_size:] = -math.inf
         return rows
 
-    def duration_logits(self, hidden: Tensor) -> Tensor:
+    def compute_duration_logits(self, hidden: Tensor) -> Tensor:
         """Compute (C, D) duration logits."""
         vocab_size = self.settings.vocab_size
         logits = F.linear(hidden, self.weight[vocab_size:], self.bias[vocab_size:])
         return logits.to(accumulation_dtype(self.settings.dtype))
 
 
-def dropout_mask(nodes: Tensor, joint_width: int, dropout: float, seed: int) -> Tensor:
+def draw_dropout_mask(nodes: Tensor, joint_width: int, dropout: float, seed: int) -> Tensor:
     """Draw the dropout mask of nodes as a hash of seed, node and channel, so that backward draws the same mask again.
 
     Args:
@@ -206,15 +235,16 @@ def dropout_mask(nodes: Tensor, joint_width: int, dropout: float, seed: int) -> 
     return (bits >> 40 & 0xFFFFFF) >= dropout * 2**24
 
 
-def fused_losses(
-    encoder_states: Tensor,
-    predictor_states: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    lattice: Lattice,
-    settings: JointSettings,
-) -> Tensor:
-    """Compute the loss of each clip from the inputs of the joint network.
+def choose_dtype(encoder_states: Tensor, head_weight: Tensor) -> torch.dtype:
+    """Choose the type of the matrix products: autocast's type where autocast is on, otherwise that of the inputs."""
+    device_type = encoder_states.device.type
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return torch.promote_types(encoder_states.dtype, head_weight.dtype)
+
+
+class FusedLoss(torch.autograd.Function):
+    """Losses (B,) of the inputs of the joint network, with an analytic gradient.
 
     Args:
         encoder_states: (B, T, J).
@@ -223,23 +253,7 @@ def fused_losses(
         head_bias: (V [+ D],), or None.
         lattice: the lattices of the batch.
         settings: of the joint network.
-
-    Returns:
-        (B,) losses, float64 for float64 inputs and otherwise float32.
     """
-    return _FusedLoss.apply(encoder_states, predictor_states, head_weight, head_bias, lattice, settings)
-
-
-def product_dtype(encoder_states: Tensor, head_weight: Tensor) -> torch.dtype:
-    """Choose the type of the matrix products: autocast's type where autocast is on, otherwise that of the inputs."""
-    device_type = encoder_states.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return torch.promote_types(encoder_states.dtype, head_weight.dtype)
-
-
-class _FusedLoss(torch.autograd.Function):
-    """Losses (B,) of the inputs of the joint network, with an analytic gradient."""
 
     @staticmethod
     def forward(
@@ -251,27 +265,24 @@ class _FusedLoss(torch.autograd.Function):
         lattice: Lattice,
         settings: JointSettings,
     ) -> Tensor:
-        """Compute the log-probabilities of the lattice chunk by chunk, and sum over its paths."""
+        """Compute the log-probabilities of the nodes chunk by chunk, and sum over the paths of each lattice.
+
+        Returns:
+            (B,) losses, float64 for float64 inputs and otherwise float32.
+        """
         with torch.autocast(head_weight.device.type, enabled=False):
             joint = ChunkedJoint(encoder_states, predictor_states, head_weight, head_bias, lattice, settings)
             num_cached = joint.plan.num_cached if any(ctx.needs_input_grad) else 0
-            log_probs, ctx.cached_log_probs = _node_log_probs(joint, num_cached)
+            log_probs, ctx.cached_log_probs = _compute_node_log_probs(joint, num_cached)
             losses, posteriors = sum_paths(lattice, log_probs)
         ctx.lattice, ctx.settings = lattice, settings
-        ctx.save_for_backward(
-            encoder_states,
-            predictor_states,
-            head_weight,
-            head_bias,
-            posteriors.blank,
-            posteriors.label,
-            posteriors.durations,
-        )
+        tensors = encoder_states, predictor_states, head_weight, head_bias
+        ctx.save_for_backward(*tensors, posteriors.blank, posteriors.label, posteriors.durations)
         return losses
 
     @staticmethod
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients of the four tensors chunk by chunk; the gradient of the losses is (B,)."""
+        """Compute the gradients of the four tensors chunk by chunk from the (B,) gradient of the losses."""
         refuse_second_derivative()
         encoder_states, predictor_states, head_weight, head_bias, blank, label, durations = ctx.saved_tensors
         # the chunks are overwritten: with `retain_graph`, a second backward computes them again
@@ -284,7 +295,7 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def _softmax_in_place(function: Callable[..., Tensor], logits: Tensor) -> None:
-    """Overwrite (C, padded V) logits by their `torch.softmax` or `torch.log_softmax` over V."""
+    """Overwrite (C, padded V) logits with the result of `torch.softmax` or `torch.log_softmax` over V."""
     if logits.device.type == "cpu":
         # torch's CPU kernel reads a row before it writes the row, so that the output needs no second buffer
         function(logits, -1, out=logits)
@@ -292,7 +303,7 @@ def _softmax_in_place(function: Callable[..., Tensor], logits: Tensor) -> None:
         logits.copy_(function(logits, -1))
 
 
-def _node_log_probs(joint: ChunkedJoint, num_cached: int) -> tuple[NodeLogProbs, list[Tensor]]:
+def _compute_node_log_probs(joint: ChunkedJoint, num_cached: int) -> tuple[NodeLogProbs, list[Tensor]]:
     """Compute the log-probabilities of blank, next label and durations at every valid node.
 
     Args:
@@ -314,17 +325,17 @@ def _node_log_probs(joint: ChunkedJoint, num_cached: int) -> tuple[NodeLogProbs,
         chunk = slice(start, start + chunk_size)
         nodes = lattice.nodes[chunk]
         positions = locate_nodes(lattice, nodes)
-        hidden = joint.hidden(joint.hidden_inputs(positions), nodes)
-        buffer = joint.new_buffer() if buffer is None else buffer
-        log_probs = joint.token_logits(hidden, buffer)
+        hidden = joint.activate(joint.add_states(positions), nodes)
+        buffer = joint.allocate_buffer() if buffer is None else buffer
+        log_probs = joint.compute_token_logits(hidden, buffer)
         _softmax_in_place(torch.log_softmax, log_probs)
         blank[chunk] = log_probs[:, lattice.options.blank_id]
         label[chunk] = log_probs.gather(1, positions.next_labels[:, None])[:, 0]
         if durations is not None:
-            durations[chunk] = joint.duration_logits(hidden).log_softmax(-1)
+            durations[chunk] = joint.compute_duration_logits(hidden).log_softmax(-1)
         if len(cached) < num_cached:
             cached.append(log_probs)
-            # the next chunk needs memory of its own
+            # the next chunk must not overwrite this buffer
             buffer = None
     return NodeLogProbs(blank, label, durations), cached
 
@@ -341,33 +352,33 @@ def _accumulate_gradients(
     Args:
         joint: the joint network.
         posteriors: of the arcs of the C valid nodes.
-        loss_gradient: (B,) gradient by the loss of each clip.
-        cached_log_probs: token log-probabilities of the first chunks, overwritten.
+        loss_gradient: (B,) gradient of the loss of each clip.
+        cached_log_probs: (chunk size, padded V) token log-probabilities of the first chunks, overwritten.
         needs_gradient: whether each of the four tensors needs a gradient.
 
     Returns:
         Four gradients, None where no gradient is needed.
     """
-    active = active_nodes(joint.lattice, posteriors, loss_gradient)
+    active = find_active_nodes(joint.lattice, posteriors, loss_gradient)
     scaled = scale_posteriors(joint.lattice, posteriors, loss_gradient)
     accumulator = GradientAccumulator(joint, scaled, needs_gradient)
     chunk_size = joint.plan.chunk_size
     for index, log_probs in enumerate(cached_log_probs):
         start = index * chunk_size
         chunk = active[(active >= start) & (active < start + len(log_probs))]
-        # a copy only where some nodes of the chunk are skipped
+        # indexing would copy the chunk, which is needed only if some of its nodes are skipped
         rows = log_probs if len(chunk) == len(log_probs) else log_probs[chunk - start]
         if len(chunk) > 0:
             accumulator.add(chunk, rows.exp_())
     uncached = active[active >= len(cached_log_probs) * chunk_size]
     if len(uncached) > 0:
-        buffer = joint.new_buffer()
+        buffer = joint.allocate_buffer()
         for chunk in uncached.split(chunk_size):
             accumulator.add(chunk, None, buffer)
-    return accumulator.gradients()
+    return accumulator.get_gradients()
 
 
-def active_nodes(lattice: Lattice, posteriors: ArcPosteriors, loss_gradient: Tensor) -> Tensor:
+def find_active_nodes(lattice: Lattice, posteriors: ArcPosteriors, loss_gradient: Tensor) -> Tensor:
     """Choose the nodes whose posteriors are large enough to change the gradients.
 
     Most nodes of a trained model have posteriors near 0. A clip with n nodes skips those below eps / (2 n): all skipped
@@ -376,7 +387,7 @@ def active_nodes(lattice: Lattice, posteriors: ArcPosteriors, loss_gradient: Ten
     Args:
         lattice: the lattices of the batch.
         posteriors: of the arcs of the C valid nodes.
-        loss_gradient: (B,) gradient by the loss of each clip; nodes of clips with gradient 0 are skipped.
+        loss_gradient: (B,) gradient of the loss of each clip; nodes of clips with gradient 0 are skipped.
 
     Returns:
         Positions in `lattice.nodes`, in ascending order. A node with a NaN is always among them.
@@ -407,7 +418,7 @@ class GradientAccumulator:
             for tensor, is_needed in zip(tensors, needs_gradient, strict=False)
         )
 
-    def gradients(self) -> tuple[Tensor | None, ...]:
+    def get_gradients(self) -> tuple[Tensor | None, ...]:
         """Return the gradients of encoder states, predictor states, weight and bias; None where none is needed."""
         batch, num_frames, num_columns = self.joint.lattice.shape
         encoder_states = None if self.encoder_rows is None else self.encoder_rows.unflatten(0, (batch, num_frames))
@@ -427,32 +438,33 @@ class GradientAccumulator:
         joint, lattice = self.joint, self.joint.lattice
         nodes = lattice.nodes[chunk]
         positions = locate_nodes(lattice, nodes)
-        # autograd differentiates activation and dropout
+        # autograd differentiates activation and dropout in `_add_states`
         with torch.enable_grad():
-            inputs = joint.hidden_inputs(positions).detach().requires_grad_()
-            hidden = joint.hidden(inputs, nodes)
+            inputs = joint.add_states(positions).detach().requires_grad_()
+            hidden = joint.activate(inputs, nodes)
         if token_probs is None:
             assert buffer is not None
-            token_probs = joint.token_logits(hidden.detach(), buffer)
+            token_probs = joint.compute_token_logits(hidden.detach(), buffer)
             _softmax_in_place(torch.softmax, token_probs)
         blank, label = self.posteriors.blank[chunk], self.posteriors.label[chunk]
-        token_logit_gradient_(token_probs, lattice.options.blank_id, positions.next_labels, blank, label)
+        compute_token_gradient_(token_probs, lattice.options.blank_id, positions.next_labels, blank, label)
         hidden_gradient = torch.zeros_like(hidden)
         vocab_size = joint.settings.vocab_size
-        self._add_outputs(slice(vocab_size), token_probs[:, :vocab_size], hidden.detach(), hidden_gradient)
+        self._add_outputs(slice(0, vocab_size), token_probs[:, :vocab_size], hidden.detach(), hidden_gradient)
         if lattice.options.is_tdt:
-            gradient = duration_logit_gradient(joint.duration_logits(hidden.detach()), self.posteriors.durations[chunk])
-            self._add_outputs(slice(vocab_size, None), gradient, hidden.detach(), hidden_gradient)
+            duration_logits = joint.compute_duration_logits(hidden.detach())
+            duration_gradient = compute_duration_gradient(duration_logits, self.posteriors.durations[chunk])
+            self._add_outputs(slice(vocab_size, None), duration_gradient, hidden.detach(), hidden_gradient)
         self._add_states(positions, inputs, hidden, hidden_gradient)
 
     def _add_outputs(self, outputs: slice, logit_gradient: Tensor, hidden: Tensor, hidden_gradient: Tensor) -> None:
-        """Add the gradients by some rows of weight and bias, and by the hidden values.
+        """Add the gradients that flow through the token logits or the duration logits of a chunk.
 
         Args:
-            outputs: rows of the output layer: tokens or durations.
-            logit_gradient: (C, number of rows) gradient by their logits.
+            outputs: rows of the output layer that compute these logits.
+            logit_gradient: (C, number of these rows) gradient of the logits.
             hidden: (C, J) inputs of the output layer.
-            hidden_gradient: (C, J), to which the gradient by the hidden values is added.
+            hidden_gradient: (C, J) gradient of `hidden`, to which the result is added.
         """
         logit_gradient = logit_gradient.to(self.joint.settings.dtype)
         if self.weight is not None and self.weight.dtype == logit_gradient.dtype:
@@ -470,8 +482,8 @@ class GradientAccumulator:
         Args:
             positions: rows of encoder and predictor states that the C nodes read.
             inputs: (C, J) sums of encoder and predictor states.
-            hidden: (C, J) activation and dropout of the inputs, with the graph of autograd.
-            hidden_gradient: (C, J) gradient by `hidden`.
+            hidden: (C, J) inputs of the output layer, computed from `inputs` with autograd enabled.
+            hidden_gradient: (C, J) gradient of `hidden`.
         """
         if self.encoder_rows is None and self.predictor_rows is None:
             return

@@ -19,8 +19,8 @@ paths from the node to the end:
     log-likelihood    = log_alpha(T, U) = log_beta(0, 0)
     posterior(an arc) = exp(log_alpha(its source) + its log-probability + log_beta(its target) - log-likelihood)
 
-The posterior is the derivative of the log-likelihood with respect to the log-probability of the arc. log_beta is computed
-as the log_alpha of the reversed lattice, in which frames and labels are counted from the end of the clip.
+The posterior is the derivative of the log-likelihood with respect to the log-probability of the arc. log_beta is
+computed as the log_alpha of the reversed lattice, in which frames and labels are counted from the end of the clip.
 
 Where the log-probabilities come from is in `transducer.py` (logits) and `fused.py` (joint network). Letters: B clips, T
 frames, U labels, V tokens with the blank, D durations, C valid nodes, R lattices in one recursion.
@@ -91,21 +91,6 @@ class Lattice:
 
 
 @dataclass(frozen=True)
-class NodePositions:
-    """Where to find the inputs of C nodes.
-
-    Args:
-        frame_rows: (C,) rows of the encoder states, flattened to (B * T, J).
-        prefix_rows: (C,) rows of the predictor states, flattened to (B * (U+1), J).
-        next_labels: (C,) label that each node can emit; 0 where no label is left.
-    """
-
-    frame_rows: Tensor
-    prefix_rows: Tensor
-    next_labels: Tensor
-
-
-@dataclass(frozen=True)
 class NodeLogProbs:
     """Log-probabilities of what the C valid nodes can emit.
 
@@ -149,16 +134,31 @@ class OutgoingArcs:
 
 
 @dataclass(frozen=True)
+class ArcTargets:
+    """Nodes that are entered by the arcs of the C valid nodes, in the B lattices and then in the B reversed lattices.
+
+    Args:
+        rows: (2C, 1) clip b for its lattice, B + b for its reversed lattice.
+        frames: (2C, D) frame that an arc of each duration enters.
+        columns: (2C, 1) number of labels that have been emitted after the arc.
+    """
+
+    rows: Tensor
+    frames: Tensor
+    columns: Tensor
+
+
+@dataclass(frozen=True)
 class IncomingArcs:
     """Log-probabilities of the arcs that enter each node (t, u) of R lattices; minus infinity where there is no arc.
 
     Args:
-        steps: (P,) the durations above 0.
+        moving_durations: (P,) the durations above 0.
         moving: (T+1, P, R, 2, U+1) arcs of these durations: labels at index 0, blanks at index 1.
         staying: (T+1, R, U+1) labels of duration 0; None if there is no duration 0.
     """
 
-    steps: Tensor
+    moving_durations: Tensor
     moving: Tensor
     staying: Tensor | None
 
@@ -225,22 +225,6 @@ def _check_labels(labels: Tensor, vocab_size: int, blank_id: int) -> None:
         )
 
 
-def locate_nodes(lattice: Lattice, nodes: Tensor) -> NodePositions:
-    """Find the encoder state, predictor state and next label of nodes.
-
-    Args:
-        lattice: the lattices of the batch.
-        nodes: (C,) indices in the flattened (B, T, U+1) grid.
-
-    Returns:
-        Rows and labels, each (C,).
-    """
-    _, num_frames, num_columns = lattice.shape
-    clips = nodes // (num_frames * num_columns)
-    prefix_rows = clips * num_columns + nodes % num_columns
-    return NodePositions(nodes // num_columns, prefix_rows, lattice.next_labels.flatten()[prefix_rows])
-
-
 def repeat_per_node(lattice: Lattice, clip_values: Tensor) -> Tensor:
     """Copy one value per clip (B,) to the valid nodes of the clip (C,)."""
     _, num_frames, num_columns = lattice.shape
@@ -253,9 +237,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def sum_paths(lattice: Lattice, log_probs: NodeLogProbs) -> tuple[Tensor, ArcPosteriors]:
-    """Compute the negative log-likelihood of each clip and the posteriors of its arcs; see the formulas of this module.
+    """Compute the negative log-likelihood of each clip and the posteriors of its arcs by the formulas of this module.
 
-    The sums are in float64: without a vocabulary dimension they cost little next to the joint network.
+    The sums are in float64. They have no vocabulary dimension, so they cost little compared with the joint network.
 
     Args:
         lattice: the lattices of the batch.
@@ -264,28 +248,29 @@ def sum_paths(lattice: Lattice, log_probs: NodeLogProbs) -> tuple[Tensor, ArcPos
     Returns:
         (B,) losses, infinite for a clip without any path, and the posteriors, which are 0 for such a clip.
     """
-    arcs = _outgoing_arcs(lattice, log_probs)
-    # log_alpha of the B lattices, then of the B reversed lattices: one loop over 2B rows is faster than two loops
-    log_sums = forward_log_sums(_incoming_arcs(lattice, arcs))
-    # log_beta(0, 0); log_alpha(T, U) is less exact, as running sums at frame T, which no label enters, contain LOG_ZERO
+    arcs = _score_arcs(lattice, log_probs)
+    # (T+1, 2B, U+1): log_alpha of the B lattices, then of the B reversed lattices. One loop over the frames for 2B rows
+    # is faster than two loops, because the operations of an iteration are small.
+    log_sums = compute_log_alpha(_place_arcs(lattice, arcs))
+    # log_beta(0, 0). log_alpha(T, U) is less exact: no label enters frame T, so running sums there contain LOG_ZERO
     reversed_clips = torch.arange(lattice.shape[0], 2 * lattice.shape[0], device=lattice.nodes.device)
     log_likelihood = log_sums[lattice.frame_lengths, reversed_clips, lattice.label_lengths]
     has_no_path = (log_likelihood < LOG_ZERO / 2) | (lattice.frame_lengths == 0)
     losses = (-log_likelihood).masked_fill(has_no_path, math.inf)
     dtype = accumulation_dtype(log_probs.blank.dtype)
-    return losses.to(dtype), _arc_posteriors(lattice, arcs, log_sums, losses, dtype)
+    return losses.to(dtype), _compute_posteriors(lattice, arcs, log_sums, losses, dtype)
 
 
-def _node_coordinates(lattice: Lattice) -> tuple[Tensor, Tensor, Tensor]:
+def _find_coordinates(lattice: Lattice) -> tuple[Tensor, Tensor, Tensor]:
     """Return clip, frame t and number of emitted labels u of the valid nodes, each (C,)."""
     _, num_frames, num_columns = lattice.shape
     nodes = lattice.nodes
     return nodes // (num_frames * num_columns), nodes // num_columns % num_frames, nodes % num_columns
 
 
-def _outgoing_arcs(lattice: Lattice, log_probs: NodeLogProbs) -> OutgoingArcs:
-    """Add token and duration log-probabilities, and mask the arcs that do not exist."""
-    clips, frames, columns = _node_coordinates(lattice)
+def _score_arcs(lattice: Lattice, log_probs: NodeLogProbs) -> OutgoingArcs:
+    """Add token and duration log-probabilities; an arc that does not exist gets minus infinity."""
+    clips, frames, columns = _find_coordinates(lattice)
     durations = torch.tensor(lattice.options.arc_durations, device=lattice.nodes.device)
     # (C, 1) + (D,)
     targets = frames[:, None] + durations
@@ -303,37 +288,73 @@ def _outgoing_arcs(lattice: Lattice, log_probs: NodeLogProbs) -> OutgoingArcs:
     return OutgoingArcs(torch.where(is_blank_arc, blank, no_arc), torch.where(is_label_arc, label, no_arc))
 
 
-def _incoming_arcs(lattice: Lattice, arcs: OutgoingArcs) -> IncomingArcs:
-    """Store each arc at the node that it enters, in R = 2B lattices: those of the clips, then the reversed ones.
+def _find_targets(lattice: Lattice, num_labels: int) -> ArcTargets:
+    """Find the nodes that are entered by the arcs of each duration from the C valid nodes.
 
-    In the reversed lattice of a clip b with T_b frames and U_b labels, an arc that left (t, u) enters (T_b - t, U_b - u).
+    An arc that leaves (t, u) enters (t + d, u + 1) if it emits a label, otherwise (t + d, u). In the reversed lattice
+    of clip b, with T_b frames and U_b labels, it enters (T_b - t, U_b - u).
+
+    Args:
+        lattice: the lattices of the batch.
+        num_labels: 1 for labels, 0 for blanks.
+
+    Returns:
+        Targets in the B lattices and in the B reversed lattices.
     """
-    batch, num_frames, num_columns = lattice.shape
-    clips, frames, columns = _node_coordinates(lattice)
-    reversed_frames = lattice.frame_lengths[clips] - frames
-    reversed_columns = lattice.label_lengths[clips] - columns
+    # (C, 1)
+    clips, frames, columns = (coordinate[:, None] for coordinate in _find_coordinates(lattice))
     durations = torch.tensor(lattice.options.arc_durations, device=clips.device)
+    reversed_frames = (lattice.frame_lengths[clips] - frames).expand(-1, len(durations))
+    return ArcTargets(
+        rows=torch.cat([clips, lattice.shape[0] + clips]),
+        frames=torch.cat([frames + durations, reversed_frames]),
+        columns=torch.cat([columns + num_labels, lattice.label_lengths[clips] - columns]),
+    )
+
+
+def _place_arcs(lattice: Lattice, arcs: OutgoingArcs) -> IncomingArcs:
+    """Store each arc at the node that it enters, in R = 2B lattices: the B lattices, then the B reversed lattices."""
+    batch, num_frames, num_columns = lattice.shape
+    durations = torch.tensor(lattice.options.arc_durations, device=lattice.nodes.device)
     is_moving = durations > 0
-    steps = durations[is_moving]
-    step_indices = torch.arange(len(steps), device=clips.device)
-    # one more column and the longest duration more frames than needed: arcs that do not exist may be stored there
+    moving_durations = durations[is_moving]
+    duration_indices = torch.arange(len(moving_durations), device=durations.device)
+    # targets of arcs that do not exist are up to the longest duration after frame T, or in column U+1
     num_times = num_frames + 1 + max(lattice.options.arc_durations)
-    moving = arcs.blank.new_full((num_times, len(steps), 2 * batch, 2, num_columns + 1), -math.inf)
-    staying = arcs.blank.new_full((num_times, 2 * batch, num_columns + 1), -math.inf)
-    for kind, num_labels, log_probs in ((0, 1, arcs.label[:, is_moving]), (1, 0, arcs.blank[:, is_moving])):
-        targets = frames[:, None] + steps, (columns + num_labels)[:, None]
-        moving[targets[0], step_indices, clips[:, None], kind, targets[1]] = log_probs
-        reversed_targets = reversed_frames[:, None], reversed_columns[:, None]
-        moving[reversed_targets[0], step_indices, batch + clips[:, None], kind, reversed_targets[1]] = log_probs
-    if 0 not in lattice.options.arc_durations:
-        return IncomingArcs(steps, moving[: num_frames + 1, ..., :num_columns], None)
-    log_probs = arcs.label[:, ~is_moving].logsumexp(-1)
-    staying[frames, clips, columns + 1] = log_probs
-    staying[reversed_frames, batch + clips, reversed_columns] = log_probs
-    return IncomingArcs(steps, moving[: num_frames + 1, ..., :num_columns], staying[: num_frames + 1, :, :num_columns])
+    moving = arcs.blank.new_full((num_times, len(moving_durations), 2 * batch, 2, num_columns + 1), -math.inf)
+    for kind, num_labels, outgoing in ((0, 1, arcs.label), (1, 0, arcs.blank)):
+        targets = _find_targets(lattice, num_labels)
+        frames = targets.frames[:, is_moving]
+        moving[frames, duration_indices, targets.rows, kind, targets.columns] = outgoing[:, is_moving].repeat(2, 1)
+    return IncomingArcs(
+        moving_durations, moving[: num_frames + 1, ..., :num_columns], _place_staying_arcs(lattice, arcs.label)
+    )
 
 
-def forward_log_sums(arcs: IncomingArcs) -> Tensor:
+def _place_staying_arcs(lattice: Lattice, labels: Tensor) -> Tensor | None:
+    """Store the labels of duration 0 at the node that they enter.
+
+    Args:
+        lattice: the lattices of the batch.
+        labels: (C, D) log-probabilities of the labels that leave the valid nodes.
+
+    Returns:
+        (T+1, 2B, U+1) log-probabilities; None if there is no duration 0.
+    """
+    durations = lattice.options.arc_durations
+    if 0 not in durations:
+        return None
+    batch, num_frames, num_columns = lattice.shape
+    targets = _find_targets(lattice, num_labels=1)
+    frames = targets.frames[:, durations.index(0)]
+    # arcs that do not exist may enter column U+1
+    staying = labels.new_full((num_frames + 1, 2 * batch, num_columns + 1), -math.inf)
+    is_staying = torch.tensor([duration == 0 for duration in durations], device=labels.device)
+    staying[frames, targets.rows[:, 0], targets.columns[:, 0]] = labels[:, is_staying].logsumexp(-1).repeat(2)
+    return staying[..., :num_columns]
+
+
+def compute_log_alpha(arcs: IncomingArcs) -> Tensor:
     """Compute log_alpha of R lattices by the recursion in the docstring of this module, one frame at a time.
 
     Labels of duration 0 make a recursion within a frame, log_alpha(u) = logaddexp(m(u), log_alpha(u - 1) + s(u)), where
@@ -348,7 +369,7 @@ def forward_log_sums(arcs: IncomingArcs) -> Tensor:
     """
     num_times, _, num_rows, _, num_columns = arcs.moving.shape
     # frames and a column before the first ones, which no path enters, so that every arc has a source to read
-    longest = int(arcs.steps.max())
+    longest = max(arcs.moving_durations.tolist(), default=0)
     log_alpha = arcs.moving.new_full((longest + num_times, num_rows, num_columns + 1), -math.inf)
     # (longest + T+1, R, 2, U+1): a view of the sources in columns u - 1 (labels) and u (blanks)
     source_log_alpha = log_alpha.unfold(-1, num_columns, 1)
@@ -359,14 +380,15 @@ def forward_log_sums(arcs: IncomingArcs) -> Tensor:
     sums[:, 0] = 0.0
     for t in range(num_times):
         if t > 0:
-            sums = (source_log_alpha[longest + t - arcs.steps] + arcs.moving[t]).logsumexp((0, 2))
+            sources = longest + t - arcs.moving_durations
+            sums = (source_log_alpha[sources] + arcs.moving[t]).logsumexp((0, 2))
         if running_sums is not None:
             sums = running_sums[t] + (sums - running_sums[t]).logcumsumexp(-1)
         log_alpha[longest + t, :, 1:] = sums
     return log_alpha[longest:, :, 1:]
 
 
-def _arc_posteriors(
+def _compute_posteriors(
     lattice: Lattice, arcs: OutgoingArcs, log_sums: Tensor, losses: Tensor, dtype: torch.dtype
 ) -> ArcPosteriors:
     """Compute exp(log_alpha(source) + arc + log_beta(target) + loss) for the arcs that leave the valid nodes.
@@ -381,9 +403,9 @@ def _arc_posteriors(
     Returns:
         Posteriors of blanks, labels and durations.
     """
-    clips, frames, columns = _node_coordinates(lattice)
+    clips, frames, columns = _find_coordinates(lattice)
     durations = torch.tensor(lattice.options.arc_durations, device=clips.device)
-    # an infinite loss means that no path exists
+    # a clip without any path has an infinite loss: its posteriors must be exp(-inf) = 0
     losses = losses.masked_fill(losses == math.inf, -math.inf)
     log_alpha = log_sums[frames, clips, columns] + losses[clips]
     # (C, D): log_beta(t, u) is the log_alpha(T_b - t, U_b - u) of the reversed lattice
@@ -393,7 +415,7 @@ def _arc_posteriors(
     def posteriors(log_probs: Tensor, num_labels: int) -> Tensor:
         """Return (C, D) posteriors of the arcs that emit 0 labels (blanks) or 1 label."""
         labels_left = (lattice.label_lengths[clips] - columns - num_labels)[:, None]
-        # an arc to a target outside of the lattice has the log-probability minus infinity: any log_beta will do
+        # arcs to targets outside of the lattice do not exist: the sum is minus infinity for any finite log_beta
         log_beta = log_sums[frames_left.clamp(min=0), reversed_clips, labels_left.clamp(min=0)]
         return (log_alpha[:, None] + log_probs + log_beta).exp_()
 
@@ -421,7 +443,7 @@ def scale_posteriors(lattice: Lattice, posteriors: ArcPosteriors, loss_gradient:
     )
 
 
-def token_logit_gradient_(
+def compute_token_gradient_(
     token_probs: Tensor, blank_id: int, next_labels: Tensor, blank: Tensor, label: Tensor
 ) -> None:
     """Turn token probabilities into the gradient of the loss with respect to the token logits, in place.
@@ -441,7 +463,7 @@ def token_logit_gradient_(
     token_probs.scatter_add_(1, next_labels[:, None], -label[:, None])
 
 
-def duration_logit_gradient(duration_logits: Tensor, posteriors: Tensor) -> Tensor:
+def compute_duration_gradient(duration_logits: Tensor, posteriors: Tensor) -> Tensor:
     """Compute the gradient of the loss with respect to the duration logits, w * P(d) - posterior(d).
 
     w is the sum of the posteriors over the durations.

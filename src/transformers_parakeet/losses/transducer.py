@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fused import JointSettings, fused_losses, product_dtype
+from .fused import FusedLoss, JointSettings, choose_dtype
 from .lattice import (
     ArcPosteriors,
     Lattice,
@@ -23,12 +23,11 @@ from .lattice import (
     TransducerOptions,
     accumulation_dtype,
     build_lattice,
-    duration_logit_gradient,
-    locate_nodes,
+    compute_duration_gradient,
+    compute_token_gradient_,
     refuse_second_derivative,
     scale_posteriors,
     sum_paths,
-    token_logit_gradient_,
 )
 from .reduction import reduce_loss
 
@@ -85,9 +84,9 @@ def transducer_loss(
     grid_shape = *encoder_states.shape[:2], predictor_states.shape[1]
     labels = labels.to(encoder_states.device)
     lattice = build_lattice(grid_shape, vocab_size, labels, frame_lengths, label_lengths, options)
-    dtype = product_dtype(encoder_states, head_weight)
+    dtype = choose_dtype(encoder_states, head_weight)
     settings = JointSettings(vocab_size, activation, dropout, _draw_seed(dropout), workspace_bytes, dtype)
-    losses = fused_losses(encoder_states, predictor_states, head_weight, head_bias, lattice, settings)
+    losses = FusedLoss.apply(encoder_states, predictor_states, head_weight, head_bias, lattice, settings)
     return _reduce(losses, lattice, reduction, zero_infinity)
 
 
@@ -134,7 +133,7 @@ def tdt_loss(
         ValueError: shapes, lengths or labels do not fit together.
     """
     options = TransducerOptions(blank_token_id, tuple(durations), sigma, fastemit_lambda)
-    lattice = _logits_lattice(token_logits, targets, logit_lengths, target_lengths, options)
+    lattice = _build_logits_lattice(token_logits, targets, logit_lengths, target_lengths, options)
     losses = _LogitsLoss.apply(token_logits, duration_logits, lattice)
     return _reduce(losses, lattice, reduction, zero_infinity)
 
@@ -166,7 +165,7 @@ def rnnt_loss(
         ValueError: shapes, lengths or labels do not fit together.
     """
     options = TransducerOptions(blank_token_id, None, 0.0, fastemit_lambda)
-    lattice = _logits_lattice(logits, targets, logit_lengths, target_lengths, options)
+    lattice = _build_logits_lattice(logits, targets, logit_lengths, target_lengths, options)
     losses = _LogitsLoss.apply(logits, None, lattice)
     return _reduce(losses, lattice, reduction, zero_infinity)
 
@@ -234,7 +233,7 @@ def _reduce(losses: Tensor, lattice: Lattice, reduction: str, zero_infinity: boo
     return reduce_loss(losses, lattice.label_lengths, reduction)
 
 
-def _logits_lattice(
+def _build_logits_lattice(
     token_logits: Tensor,
     targets: Tensor,
     logit_lengths: Tensor,
@@ -253,7 +252,7 @@ class _LogitsLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token_logits: Tensor, duration_logits: Tensor | None, lattice: Lattice) -> Tensor:
         """Compute the log-probabilities of the lattice block by block, and sum over its paths."""
-        losses, posteriors = sum_paths(lattice, _node_log_probs(token_logits, duration_logits, lattice))
+        losses, posteriors = sum_paths(lattice, _compute_node_log_probs(token_logits, duration_logits, lattice))
         ctx.lattice = lattice
         ctx.save_for_backward(token_logits, duration_logits, posteriors.blank, posteriors.label, posteriors.durations)
         return losses
@@ -267,9 +266,9 @@ class _LogitsLoss(torch.autograd.Function):
         posteriors = scale_posteriors(lattice, ArcPosteriors(blank, label, durations), loss_gradient)
         token_gradient = duration_gradient = None
         if ctx.needs_input_grad[0]:
-            token_gradient = _token_gradient(token_logits, lattice, posteriors)
+            token_gradient = _write_token_gradient(token_logits, lattice, posteriors)
         if ctx.needs_input_grad[1]:
-            duration_gradient = _duration_gradient(duration_logits, lattice, posteriors.durations)
+            duration_gradient = _write_duration_gradient(duration_logits, lattice, posteriors.durations)
         return token_gradient, duration_gradient, None
 
 
@@ -278,7 +277,7 @@ class _FrameBlock:
     """Nodes of consecutive frames of one clip.
 
     Args:
-        grid: index of (frames, columns) in (B, T, U+1).
+        grid: clip, frames and columns in the (B, T, U+1) grid of nodes.
         nodes: range of the same nodes in `lattice.nodes`.
     """
 
@@ -286,7 +285,7 @@ class _FrameBlock:
     nodes: slice
 
 
-def _frame_blocks(lattice: Lattice, num_logits: int) -> Iterator[_FrameBlock]:
+def _split_frames(lattice: Lattice, num_logits: int) -> Iterator[_FrameBlock]:
     """Divide the valid nodes into blocks of at most `BLOCK_LOGITS` logits, or of one frame.
 
     Args:
@@ -308,7 +307,13 @@ def _frame_blocks(lattice: Lattice, num_logits: int) -> Iterator[_FrameBlock]:
             start = end
 
 
-def _node_log_probs(token_logits: Tensor, duration_logits: Tensor | None, lattice: Lattice) -> NodeLogProbs:
+def _find_next_labels(lattice: Lattice, block: _FrameBlock) -> Tensor:
+    """Return the next label of each node of a block, (number of nodes,); the labels are the same in every frame."""
+    clip, frames, columns = block.grid
+    return lattice.next_labels[clip, columns].repeat(frames.stop - frames.start)
+
+
+def _compute_node_log_probs(token_logits: Tensor, duration_logits: Tensor | None, lattice: Lattice) -> NodeLogProbs:
     """Compute the log-probabilities of blank, next label and durations at the valid nodes.
 
     Args:
@@ -324,10 +329,10 @@ def _node_log_probs(token_logits: Tensor, duration_logits: Tensor | None, lattic
     durations = None
     if duration_logits is not None:
         durations = torch.empty(num_nodes, duration_logits.shape[3], dtype=dtype, device=device)
-    for block in _frame_blocks(lattice, token_logits.shape[3]):
+    for block in _split_frames(lattice, token_logits.shape[3]):
         # (nodes of the block, V)
         token_log_probs = token_logits[block.grid].log_softmax(-1, dtype=dtype).flatten(0, 1)
-        next_labels = locate_nodes(lattice, lattice.nodes[block.nodes]).next_labels
+        next_labels = _find_next_labels(lattice, block)
         blank[block.nodes] = token_log_probs[:, lattice.options.blank_id]
         label[block.nodes] = token_log_probs.gather(1, next_labels[:, None])[:, 0]
         if durations is not None and duration_logits is not None:
@@ -335,23 +340,23 @@ def _node_log_probs(token_logits: Tensor, duration_logits: Tensor | None, lattic
     return NodeLogProbs(blank, label, durations)
 
 
-def _token_gradient(token_logits: Tensor, lattice: Lattice, posteriors: ArcPosteriors) -> Tensor:
+def _write_token_gradient(token_logits: Tensor, lattice: Lattice, posteriors: ArcPosteriors) -> Tensor:
     """Compute the (B, T, U+1, V) gradient by the token logits from posteriors that are scaled by the loss gradient."""
     # contiguous, whatever the layout of the logits is
     gradient = torch.zeros_like(token_logits, memory_format=torch.contiguous_format)
-    for block in _frame_blocks(lattice, token_logits.shape[3]):
+    for block in _split_frames(lattice, token_logits.shape[3]):
         probs = token_logits[block.grid].softmax(-1, dtype=posteriors.blank.dtype)
-        next_labels = locate_nodes(lattice, lattice.nodes[block.nodes]).next_labels
+        next_labels = _find_next_labels(lattice, block)
         blank, label = posteriors.blank[block.nodes], posteriors.label[block.nodes]
-        token_logit_gradient_(probs.view(-1, probs.shape[-1]), lattice.options.blank_id, next_labels, blank, label)
+        compute_token_gradient_(probs.view(-1, probs.shape[-1]), lattice.options.blank_id, next_labels, blank, label)
         gradient[block.grid] = probs
     return gradient
 
 
-def _duration_gradient(duration_logits: Tensor, lattice: Lattice, posteriors: Tensor) -> Tensor:
+def _write_duration_gradient(duration_logits: Tensor, lattice: Lattice, posteriors: Tensor) -> Tensor:
     """Compute the (B, T, U+1, D) gradient by the duration logits from (C, D) posteriors scaled by the loss gradient."""
     gradient = torch.zeros_like(duration_logits, memory_format=torch.contiguous_format)
-    for block in _frame_blocks(lattice, duration_logits.shape[3]):
+    for block in _split_frames(lattice, duration_logits.shape[3]):
         logits = duration_logits[block.grid].to(posteriors.dtype)
-        gradient[block.grid] = duration_logit_gradient(logits, posteriors[block.nodes].view_as(logits))
+        gradient[block.grid] = compute_duration_gradient(logits, posteriors[block.nodes].view_as(logits))
     return gradient
