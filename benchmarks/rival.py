@@ -1,7 +1,7 @@
-"""Runs a benchmark's cases in two processes, stock transformers and this package, in turn.
+"""Runs the cases of a benchmark in two processes, stock transformers and this package, in turn.
 
-Importing this package replaces stock classes, so each side lives in a process of its own; what a case does is for the
-benchmark to say.
+Importing this package replaces classes of stock transformers, so each side needs a process of its own. What a case computes
+is in the script of the benchmark.
 """
 
 from __future__ import annotations
@@ -27,19 +27,24 @@ SIDES = ("stock", "ours")
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of a case on one side, and its peak memory above what was there before, in MiB."""
+    """Measurements of one case on one side.
+
+    Args:
+        seconds: median duration of a run.
+        peak_mib: peak memory of a run above the memory in use before it, in MiB.
+    """
 
     seconds: float
     peak_mib: float
 
 
 def gpu() -> Any:
-    """Return torch's module for the GPU; torch itself is for the side's process to import."""
+    """Import and return `torch.cuda`; the parent process does not need torch."""
     return importlib.import_module("torch").cuda
 
 
 def peak_memory(device: str = "cpu") -> int:
-    """Return the largest resident size since the last reset, or the largest memory in use on a GPU, in KiB."""
+    """Return the peak since the last reset in KiB: of resident memory for a CPU, of allocated memory for a GPU."""
     if device != "cpu":
         return gpu().max_memory_allocated() // 1024
     status = Path("/proc/self/status").read_text()
@@ -47,22 +52,23 @@ def peak_memory(device: str = "cpu") -> int:
 
 
 def reset_peak(device: str = "cpu") -> int:
-    """Start a new peak; return the memory in use now, in KiB."""
+    """Reset the peak, and return the memory in use in KiB."""
     gc.collect()
     if device != "cpu":
         gpu().reset_peak_memory_stats()
         return peak_memory(device)
-    # memory that the allocator keeps for later would hide what a run needs
+    # return free memory to the system: a run could use it without raising the resident memory
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return peak_memory()
 
 
 def serve(prepare: Callable[[Any, str, dict[str, Any]], tuple[Callable[[], Any], Callable[[Any, str], None]]]) -> None:
-    """Answer the parent's requests: prepare a case, run it once, save its result.
+    """Answer the requests of the parent process, one JSON object per line: prepare a case, run it, save its result.
 
     Args:
-        prepare: (module with the classes, side, case) -> (function to time, function that saves its result to a path).
+        prepare: takes the module with the classes, the side and the case; returns a function that runs the case, and a
+            function that saves a result to a path.
     """
     side = sys.argv[2]
     module = importlib.import_module("transformers_parakeet" if side == "ours" else "transformers")
@@ -82,59 +88,90 @@ def serve(prepare: Callable[[Any, str, dict[str, Any]], tuple[Callable[[], Any],
             run()
             answer = {"seconds": time.perf_counter() - start}
         else:
-            before = reset_peak(device)
+            memory_before = reset_peak(device)
             run()
-            answer = {"peak_mib": (peak_memory(device) - before) / 1024}
+            answer = {"peak_mib": (peak_memory(device) - memory_before) / 1024}
         print(json.dumps(answer), file=sys.__stdout__, flush=True)
 
 
 class Rivals:
-    """The two processes of a benchmark script."""
+    """The two processes of a benchmark.
+
+    Args:
+        script: path of the benchmark, which calls `serve` when it is started with `--side`.
+    """
 
     def __init__(self, script: str) -> None:
-        env = {**os.environ, "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
         self.processes = {
             side: subprocess.Popen(
                 [sys.executable, script, "--side", side],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env=environment,
             )
             for side in SIDES
-        }  # fmt: skip
+        }
 
     def ask(self, side: str, **request: Any) -> dict[str, Any]:
-        """Send one request and wait for its answer."""
+        """Send one request to a side, and wait for the answer.
+
+        Args:
+            side: `stock` or `ours`.
+            **request: `do` (`prepare`, `save`, `time` or `peak`) and its arguments.
+
+        Returns:
+            `seconds` for `time`, `peak_mib` for `peak`, otherwise nothing.
+
+        Raises:
+            RuntimeError: the process has ended.
+        """
         process = self.processes[side]
         assert process.stdin is not None
         assert process.stdout is not None
         print(json.dumps(request), file=process.stdin, flush=True)
         line = process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the {side} side stopped; run `{sys.argv[0]} --side {side}` by hand to see why")
+            raise RuntimeError(f"the {side} process ended: run `{sys.argv[0]} --side {side}` to see its error")
         return dict(json.loads(line))
 
     def results(self, case: dict[str, Any], read: Callable[[str], Any]) -> dict[str, Any]:
-        """Prepare a case on both sides and return what each computes."""
-        out = {}
+        """Prepare a case on both sides and run it once.
+
+        Args:
+            case: JSON-serialisable description of the case.
+            read: reads a saved result from its path.
+
+        Returns:
+            The result of each side.
+        """
+        results = {}
         with tempfile.TemporaryDirectory() as folder:
             for side in SIDES:
                 self.ask(side, do="prepare", case=case)
                 self.ask(side, do="save", path=f"{folder}/{side}")
-                out[side] = read(f"{folder}/{side}")
-        return out
+                results[side] = read(f"{folder}/{side}")
+        return results
 
     def compare(self, rounds: int) -> dict[str, Timing]:
-        """Time the prepared case on both sides in turn."""
-        times: dict[str, list[float]] = {side: [] for side in SIDES}
+        """Time the prepared case on both sides in turn, and return the timing of each side."""
+        seconds: dict[str, list[float]] = {side: [] for side in SIDES}
         for _ in range(rounds):
             for side in SIDES:
-                times[side].append(self.ask(side, do="time")["seconds"])
-        # on its own: giving memory back to the system first makes the run slower
+                seconds[side].append(self.ask(side, do="time")["seconds"])
+        # in runs of their own: returning free memory to the system makes the next run slower
         peaks = {side: max(self.ask(side, do="peak")["peak_mib"] for _ in range(2)) for side in SIDES}
-        return {side: Timing(statistics.median(times[side]), peaks[side]) for side in SIDES}
+        return {side: Timing(statistics.median(seconds[side]), peaks[side]) for side in SIDES}
 
 
 def report(rows: list[tuple[str, dict[str, Timing]]]) -> None:
-    """Print the machine, the versions and a table of ratios."""
+    """Print the machine, the versions and a table of timings and ratios.
+
+    Args:
+        rows: name of each case, and its timing on each side.
+    """
     import torch
     import transformers
 
@@ -145,6 +182,5 @@ def report(rows: list[tuple[str, dict[str, Timing]]]) -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     for name, timing in rows:
         stock, ours = timing["stock"], timing["ours"]
-        ratio = stock.seconds / ours.seconds
-        print(f"| {name} | {stock.seconds:.3f} | {ours.seconds:.3f} | {ratio:.2f} "
-              f"| {stock.peak_mib:.0f} | {ours.peak_mib:.0f} |")  # fmt: skip
+        speed = f"{stock.seconds:.3f} | {ours.seconds:.3f} | {stock.seconds / ours.seconds:.2f}"
+        print(f"| {name} | {speed} | {stock.peak_mib:.0f} | {ours.peak_mib:.0f} |")

@@ -194,7 +194,7 @@ def transducer_loss_reference(
     duration_log_probs = logits[..., vocab_size:].log_softmax(-1) - sigma
     if durations is None:
         duration_log_probs = logits.new_zeros(num_frames, num_labels + 1, 2)
-    # nodes that no path enters are missing
+    # nodes that no path reaches have no entry
     log_alpha = {(0, 0): logits.new_zeros(())}
     for t, u in itertools.product(range(num_frames + 1), range(num_labels + 1)):
         terms = []
@@ -222,7 +222,7 @@ def _draw_durations(durations: Sequence[int] | None, omega: float) -> tuple[int,
 
 
 def _draw_seed(dropout: float) -> int:
-    """Draw a seed of dropout masks from torch's generator; without dropout the generator is left alone."""
+    """Draw a seed for dropout masks from torch's generator; without dropout, return 0 and draw nothing."""
     return int(torch.randint(2**62, ())) if dropout > 0 else 0
 
 
@@ -251,7 +251,7 @@ class _LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, token_logits: Tensor, duration_logits: Tensor | None, lattice: Lattice) -> Tensor:
-        """Compute the log-probabilities of the lattice block by block, and sum over its paths."""
+        """Compute the log-probabilities of the valid nodes, and sum over the paths of each lattice."""
         losses, posteriors = sum_paths(lattice, _compute_node_log_probs(token_logits, duration_logits, lattice))
         ctx.lattice = lattice
         ctx.save_for_backward(token_logits, duration_logits, posteriors.blank, posteriors.label, posteriors.durations)
@@ -259,16 +259,16 @@ class _LogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients of token logits and duration logits; the gradient of the losses is (B,)."""
+        """Compute the gradients of token logits and duration logits from the (B,) gradient of the losses."""
         refuse_second_derivative()
         token_logits, duration_logits, blank, label, durations = ctx.saved_tensors
         lattice: Lattice = ctx.lattice
         posteriors = scale_posteriors(lattice, ArcPosteriors(blank, label, durations), loss_gradient)
         token_gradient = duration_gradient = None
         if ctx.needs_input_grad[0]:
-            token_gradient = _write_token_gradient(token_logits, lattice, posteriors)
+            token_gradient = _backward_token_logits(token_logits, lattice, posteriors)
         if ctx.needs_input_grad[1]:
-            duration_gradient = _write_duration_gradient(duration_logits, lattice, posteriors.durations)
+            duration_gradient = _backward_duration_logits(duration_logits, lattice, posteriors.durations)
         return token_gradient, duration_gradient, None
 
 
@@ -286,11 +286,11 @@ class _FrameBlock:
 
 
 def _split_frames(lattice: Lattice, num_logits: int) -> Iterator[_FrameBlock]:
-    """Divide the valid nodes into blocks of at most `BLOCK_LOGITS` logits, or of one frame.
+    """Divide the valid nodes of each clip into blocks of consecutive frames with about `BLOCK_LOGITS` logits.
 
     Args:
         lattice: the lattices of the batch.
-        num_logits: number of logits of a node.
+        num_logits: number of logits per node.
 
     Yields:
         Blocks, in the order of `lattice.nodes`.
@@ -308,7 +308,7 @@ def _split_frames(lattice: Lattice, num_logits: int) -> Iterator[_FrameBlock]:
 
 
 def _find_next_labels(lattice: Lattice, block: _FrameBlock) -> Tensor:
-    """Return the next label of each node of a block, (number of nodes,); the labels are the same in every frame."""
+    """Return the (number of nodes,) next labels of the nodes of a block; every frame has the same labels."""
     clip, frames, columns = block.grid
     return lattice.next_labels[clip, columns].repeat(frames.stop - frames.start)
 
@@ -340,9 +340,18 @@ def _compute_node_log_probs(token_logits: Tensor, duration_logits: Tensor | None
     return NodeLogProbs(blank, label, durations)
 
 
-def _write_token_gradient(token_logits: Tensor, lattice: Lattice, posteriors: ArcPosteriors) -> Tensor:
-    """Compute the (B, T, U+1, V) gradient by the token logits from posteriors that are scaled by the loss gradient."""
-    # contiguous, whatever the layout of the logits is
+def _backward_token_logits(token_logits: Tensor, lattice: Lattice, posteriors: ArcPosteriors) -> Tensor:
+    """Compute the gradient of the loss with respect to the token logits.
+
+    Args:
+        token_logits: (B, T, U+1, V).
+        lattice: the lattices of the batch.
+        posteriors: of the arcs of the C valid nodes, times the gradient of the clip's loss.
+
+    Returns:
+        (B, T, U+1, V) gradient, 0 in the padding.
+    """
+    # the logits may be a slice of a tensor with more outputs; the gradient is contiguous
     gradient = torch.zeros_like(token_logits, memory_format=torch.contiguous_format)
     for block in _split_frames(lattice, token_logits.shape[3]):
         probs = token_logits[block.grid].softmax(-1, dtype=posteriors.blank.dtype)
@@ -353,8 +362,17 @@ def _write_token_gradient(token_logits: Tensor, lattice: Lattice, posteriors: Ar
     return gradient
 
 
-def _write_duration_gradient(duration_logits: Tensor, lattice: Lattice, posteriors: Tensor) -> Tensor:
-    """Compute the (B, T, U+1, D) gradient by the duration logits from (C, D) posteriors scaled by the loss gradient."""
+def _backward_duration_logits(duration_logits: Tensor, lattice: Lattice, posteriors: Tensor) -> Tensor:
+    """Compute the gradient of the loss with respect to the duration logits.
+
+    Args:
+        duration_logits: (B, T, U+1, D).
+        lattice: the lattices of the batch.
+        posteriors: (C, D) of the durations at the valid nodes, times the gradient of the clip's loss.
+
+    Returns:
+        (B, T, U+1, D) gradient, 0 in the padding.
+    """
     gradient = torch.zeros_like(duration_logits, memory_format=torch.contiguous_format)
     for block in _split_frames(lattice, duration_logits.shape[3]):
         logits = duration_logits[block.grid].to(posteriors.dtype)
