@@ -2,8 +2,8 @@
 
     python benchmarks/loss.py [--rounds 5] [--threads 2] [--device cpu]
 
-Both sides must first give the same loss and gradients. On a GPU, the cases include the sizes for which stock transformers
-reports the speed of its CUDA kernel.
+Both sides must first give the same loss and gradients. On a GPU, the cases include the sizes for which stock
+transformers reports the speed of its CUDA kernel.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runs the cases of a benchmark in two processes, stock transformers and this package, in turn.
 
-Importing this package replaces classes of stock transformers, so each side needs a process of its own. What a case computes
-is in the script of the benchmark.
+Importing this package replaces classes of stock transformers, so each side needs a process of its own. What a case
+computes is in the script of the benchmark.
 """
 
 from __future__ import annotations

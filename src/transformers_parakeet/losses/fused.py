@@ -123,7 +123,7 @@ def plan_chunks(num_nodes: int, joint_width: int, settings: JointSettings, devic
         logit_bytes += settings.vocab_size * settings.dtype.itemsize
     # the hidden values, their gradients and the copies between: about six rows of J values
     node_bytes = logit_bytes + 6 * joint_width * exact_dtype.itemsize
-    # a CPU's caches hold smaller chunks better
+    # a CPU is as fast with small chunks, which leave more of the workspace for the cache
     chunk_bytes = settings.workspace_bytes // (8 if device_type == "cpu" else 2)
     chunk_size = min(max(1, chunk_bytes // node_bytes), max(1, num_nodes))
     if settings.dtype != exact_dtype:
