@@ -123,7 +123,7 @@ def plan_chunks(num_nodes: int, joint_width: int, settings: JointSettings, devic
         logit_bytes += settings.vocab_size * settings.dtype.itemsize
     # the hidden values, their gradients and the copies between: about six rows of J values
     node_bytes = logit_bytes + 6 * joint_width * exact_dtype.itemsize
-    # a CPU is as fast with small chunks, which leave more of the workspace for the cache
+    # a CPU is as fast with small chunks, which leave more of the workspace for cached chunks
     chunk_bytes = settings.workspace_bytes // (8 if device_type == "cpu" else 2)
     chunk_size = min(max(1, chunk_bytes // node_bytes), max(1, num_nodes))
     if settings.dtype != exact_dtype:
@@ -428,7 +428,7 @@ class GradientAccumulator:
         return encoder_states, predictor_states, self.weight, self.bias
 
     def add(self, chunk: Tensor, token_probs: Tensor | None, buffer: Tensor | None = None) -> None:
-        """Add the gradients of a chunk of nodes.
+        """Add the gradients of a chunk of nodes to the sums of this object.
 
         Args:
             chunk: (C,) positions in `lattice.nodes`.
@@ -457,24 +457,24 @@ class GradientAccumulator:
             self._add_outputs(slice(vocab_size, None), duration_gradient, hidden.detach(), hidden_gradient)
         self._add_states(positions, inputs, hidden, hidden_gradient)
 
-    def _add_outputs(self, outputs: slice, logit_gradient: Tensor, hidden: Tensor, hidden_gradient: Tensor) -> None:
+    def _add_outputs(self, output_rows: slice, logit_gradient: Tensor, hidden: Tensor, hidden_gradient: Tensor) -> None:
         """Add the gradients that flow through the token logits or the duration logits of a chunk.
 
         Args:
-            outputs: rows of the output layer that compute these logits.
+            output_rows: rows of the output layer that compute these logits.
             logit_gradient: (C, number of these rows) gradient of the logits.
             hidden: (C, J) inputs of the output layer.
             hidden_gradient: (C, J) gradient of `hidden`, to which the result is added.
         """
         logit_gradient = logit_gradient.to(self.joint.settings.dtype)
         if self.weight is not None and self.weight.dtype == logit_gradient.dtype:
-            self.weight[outputs].addmm_(logit_gradient.t(), hidden)
+            self.weight[output_rows].addmm_(logit_gradient.t(), hidden)
         elif self.weight is not None:
-            self.weight[outputs] += logit_gradient.t() @ hidden
+            self.weight[output_rows] += logit_gradient.t() @ hidden
         if self.bias is not None:
-            self.bias[outputs] += logit_gradient.sum(0, dtype=self.bias.dtype)
+            self.bias[output_rows] += logit_gradient.sum(0, dtype=self.bias.dtype)
         if self.encoder_rows is not None or self.predictor_rows is not None:
-            hidden_gradient.addmm_(logit_gradient, self.joint.weight[outputs])
+            hidden_gradient.addmm_(logit_gradient, self.joint.weight[output_rows])
 
     def _add_states(self, positions: NodePositions, inputs: Tensor, hidden: Tensor, hidden_gradient: Tensor) -> None:
         """Differentiate activation and dropout, and add the result to the gradients of encoder and predictor states.

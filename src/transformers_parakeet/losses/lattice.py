@@ -107,7 +107,7 @@ class NodeLogProbs:
 
 @dataclass(frozen=True)
 class ArcPosteriors:
-    """Posterior probabilities of the arcs that leave the C valid nodes, in `accumulation_dtype`.
+    """Posterior probabilities of the arcs that leave the C valid nodes.
 
     Args:
         blank: (C,) of the blanks, summed over durations.
@@ -118,6 +118,10 @@ class ArcPosteriors:
     blank: Tensor
     label: Tensor
     durations: Tensor
+
+    def to(self, dtype: torch.dtype) -> ArcPosteriors:
+        """Convert the posteriors to another type."""
+        return ArcPosteriors(self.blank.to(dtype), self.label.to(dtype), self.durations.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -237,7 +241,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def sum_paths(lattice: Lattice, log_probs: NodeLogProbs) -> tuple[Tensor, ArcPosteriors]:
-    """Compute the negative log-likelihood of each clip and the posteriors of its arcs by the formulas of this module.
+    """Compute the negative log-likelihood of each clip and the posteriors of its arcs from log_alpha and log_beta.
 
     The sums are in float64. They have no vocabulary dimension, so they cost little compared with the joint network.
 
@@ -249,16 +253,18 @@ def sum_paths(lattice: Lattice, log_probs: NodeLogProbs) -> tuple[Tensor, ArcPos
         (B,) losses, infinite for a clip without any path, and the posteriors, which are 0 for such a clip.
     """
     arcs = _score_arcs(lattice, log_probs)
-    # (T+1, 2B, U+1): log_alpha of the B lattices, then of the B reversed lattices. One loop over the frames for 2B rows
-    # is faster than two loops, because the operations of an iteration are small.
-    log_sums = compute_log_alpha(_place_arcs(lattice, arcs))
+    # both (T+1, B, U+1): one loop over the frames computes the lattices and the reversed lattices, which is faster than
+    # two loops because the operations of an iteration are small
+    batch = lattice.shape[0]
+    log_alpha, reversed_log_alpha = compute_log_alpha(_place_arcs(lattice, arcs)).split(batch, dim=1)
     # log_beta(0, 0). log_alpha(T, U) is less exact: no label enters frame T, so running sums there contain LOG_ZERO
-    reversed_clips = torch.arange(lattice.shape[0], 2 * lattice.shape[0], device=lattice.nodes.device)
-    log_likelihood = log_sums[lattice.frame_lengths, reversed_clips, lattice.label_lengths]
+    clips = torch.arange(batch, device=lattice.nodes.device)
+    log_likelihood = reversed_log_alpha[lattice.frame_lengths, clips, lattice.label_lengths]
     has_no_path = (log_likelihood < LOG_ZERO / 2) | (lattice.frame_lengths == 0)
     losses = (-log_likelihood).masked_fill(has_no_path, math.inf)
     dtype = accumulation_dtype(log_probs.blank.dtype)
-    return losses.to(dtype), _compute_posteriors(lattice, arcs, log_sums, losses, dtype)
+    posteriors = _compute_posteriors(lattice, arcs, log_alpha, reversed_log_alpha, losses)
+    return losses.to(dtype), posteriors.to(dtype)
 
 
 def _find_coordinates(lattice: Lattice) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,19 +319,28 @@ def _find_targets(lattice: Lattice, num_labels: int) -> ArcTargets:
 
 
 def _place_arcs(lattice: Lattice, arcs: OutgoingArcs) -> IncomingArcs:
-    """Store each arc at the node that it enters, in R = 2B lattices: the B lattices, then the B reversed lattices."""
+    """Store each arc at the node that it enters, in R = 2B lattices: the B lattices, then the B reversed lattices.
+
+    Args:
+        lattice: the lattices of the batch.
+        arcs: log-probabilities of the arcs, by the node that they leave.
+
+    Returns:
+        Log-probabilities of the arcs, by the node that they enter.
+    """
     batch, num_frames, num_columns = lattice.shape
     durations = torch.tensor(lattice.options.arc_durations, device=lattice.nodes.device)
     is_moving = durations > 0
     moving_durations = durations[is_moving]
     duration_indices = torch.arange(len(moving_durations), device=durations.device)
-    # targets of arcs that do not exist are up to the longest duration after frame T, or in column U+1
+    # arcs that do not exist may have targets after frame T or in column U+1: the grid has room for them
     num_times = num_frames + 1 + max(lattice.options.arc_durations)
     moving = arcs.blank.new_full((num_times, len(moving_durations), 2 * batch, 2, num_columns + 1), -math.inf)
-    for kind, num_labels, outgoing in ((0, 1, arcs.label), (1, 0, arcs.blank)):
+    # labels at index 0, blanks at index 1
+    for index, num_labels, log_probs in ((0, 1, arcs.label), (1, 0, arcs.blank)):
         targets = _find_targets(lattice, num_labels)
         frames = targets.frames[:, is_moving]
-        moving[frames, duration_indices, targets.rows, kind, targets.columns] = outgoing[:, is_moving].repeat(2, 1)
+        moving[frames, duration_indices, targets.rows, index, targets.columns] = log_probs[:, is_moving].repeat(2, 1)
     return IncomingArcs(
         moving_durations, moving[: num_frames + 1, ..., :num_columns], _place_staying_arcs(lattice, arcs.label)
     )
@@ -389,39 +404,38 @@ def compute_log_alpha(arcs: IncomingArcs) -> Tensor:
 
 
 def _compute_posteriors(
-    lattice: Lattice, arcs: OutgoingArcs, log_sums: Tensor, losses: Tensor, dtype: torch.dtype
+    lattice: Lattice, arcs: OutgoingArcs, log_alpha: Tensor, reversed_log_alpha: Tensor, losses: Tensor
 ) -> ArcPosteriors:
     """Compute exp(log_alpha(source) + arc + log_beta(target) + loss) for the arcs that leave the valid nodes.
 
     Args:
         lattice: the lattices of the batch.
         arcs: log-probabilities of the arcs.
-        log_sums: (T+1, 2B, U+1) log_alpha of the lattices, then of the reversed lattices.
-        losses: (B,) negative log-likelihoods.
-        dtype: of the result.
+        log_alpha: (T+1, B, U+1) of the lattices.
+        reversed_log_alpha: (T+1, B, U+1) of the reversed lattices: log_beta(t, u) is its value at (T_b - t, U_b - u).
+        losses: (B,) negative log-likelihoods; the posteriors of a clip with an infinite loss are 0.
 
     Returns:
-        Posteriors of blanks, labels and durations.
+        float64 posteriors of blanks, labels and durations.
     """
     clips, frames, columns = _find_coordinates(lattice)
     durations = torch.tensor(lattice.options.arc_durations, device=clips.device)
-    # a clip without any path has an infinite loss: its posteriors must be exp(-inf) = 0
-    losses = losses.masked_fill(losses == math.inf, -math.inf)
-    log_alpha = log_sums[frames, clips, columns] + losses[clips]
-    # (C, D): log_beta(t, u) is the log_alpha(T_b - t, U_b - u) of the reversed lattice
+    # (C, 1); without any path, exp(-inf) = 0
+    normalisers = losses.masked_fill(losses == math.inf, -math.inf)[clips]
+    source_log_probs = (log_alpha[frames, clips, columns] + normalisers)[:, None]
+    # (C, D): frames between the target and the end
     frames_left = (lattice.frame_lengths[clips] - frames)[:, None] - durations
-    reversed_clips = (lattice.shape[0] + clips)[:, None]
 
     def posteriors(log_probs: Tensor, num_labels: int) -> Tensor:
         """Return (C, D) posteriors of the arcs that emit 0 labels (blanks) or 1 label."""
         labels_left = (lattice.label_lengths[clips] - columns - num_labels)[:, None]
         # arcs to targets outside of the lattice do not exist: the sum is minus infinity for any finite log_beta
-        log_beta = log_sums[frames_left.clamp(min=0), reversed_clips, labels_left.clamp(min=0)]
-        return (log_alpha[:, None] + log_probs + log_beta).exp_()
+        log_beta = reversed_log_alpha[frames_left.clamp(min=0), clips[:, None], labels_left.clamp(min=0)]
+        return (source_log_probs + log_probs + log_beta).exp_()
 
     blank, label = posteriors(arcs.blank, 0), posteriors(arcs.label, 1)
     label_sums = (1 + lattice.options.fastemit_lambda) * label.sum(-1)
-    return ArcPosteriors(blank.sum(-1).to(dtype), label_sums.to(dtype), (blank + label).to(dtype))
+    return ArcPosteriors(blank.sum(-1), label_sums, blank + label)
 
 
 def scale_posteriors(lattice: Lattice, posteriors: ArcPosteriors, loss_gradient: Tensor) -> ArcPosteriors:
@@ -444,7 +458,7 @@ def scale_posteriors(lattice: Lattice, posteriors: ArcPosteriors, loss_gradient:
 
 
 def compute_token_gradient_(
-    token_probs: Tensor, blank_id: int, next_labels: Tensor, blank: Tensor, label: Tensor
+    token_probs: Tensor, blank_id: int, next_labels: Tensor, blank_posteriors: Tensor, label_posteriors: Tensor
 ) -> None:
     """Turn token probabilities into the gradient of the loss with respect to the token logits, in place.
 
@@ -455,12 +469,12 @@ def compute_token_gradient_(
         token_probs: (C, V) softmax of the token logits, overwritten by the gradient.
         blank_id: id of the blank.
         next_labels: (C,) next label of each node.
-        blank: (C,) posteriors of the blanks, times the gradient of the clip's loss.
-        label: (C,) posteriors of the labels, times the gradient of the clip's loss.
+        blank_posteriors: (C,) posteriors of the blanks, times the gradient of the clip's loss.
+        label_posteriors: (C,) posteriors of the labels, times the gradient of the clip's loss.
     """
-    token_probs.mul_((blank + label)[:, None])
-    token_probs[:, blank_id] -= blank
-    token_probs.scatter_add_(1, next_labels[:, None], -label[:, None])
+    token_probs.mul_((blank_posteriors + label_posteriors)[:, None])
+    token_probs[:, blank_id] -= blank_posteriors
+    token_probs.scatter_add_(1, next_labels[:, None], -label_posteriors[:, None])
 
 
 def compute_duration_gradient(duration_logits: Tensor, posteriors: Tensor) -> Tensor:

@@ -201,14 +201,14 @@ def transducer_loss_reference(
         for index, duration in enumerate((0, 1) if durations is None else durations):
             source = t - duration, u
             if duration > 0 and source in log_alpha:
-                token = token_log_probs[source][blank_id]
-                terms.append(log_alpha[source] + token + duration_log_probs[source][index])
+                token_log_prob = token_log_probs[source][blank_id]
+                terms.append(log_alpha[source] + token_log_prob + duration_log_probs[source][index])
             source = t - duration, u - 1
             if t < num_frames and (durations is not None or duration == 0) and source in log_alpha:
-                token = token_log_probs[source][labels[u - 1]]
+                token_log_prob = token_log_probs[source][labels[u - 1]]
                 # FastEmit scales the gradient and leaves the value unchanged
-                token = token + fastemit_lambda * (token - token.detach())
-                terms.append(log_alpha[source] + token + duration_log_probs[source][index])
+                token_log_prob = token_log_prob + fastemit_lambda * (token_log_prob - token_log_prob.detach())
+                terms.append(log_alpha[source] + token_log_prob + duration_log_probs[source][index])
         if terms:
             log_alpha[t, u] = torch.stack(terms).logsumexp(0)
     return -log_alpha.get((num_frames, num_labels), logits.new_tensor(-math.inf))
