@@ -3,7 +3,7 @@
 All of it is in `transformers_parakeet.training.finetune`; `python examples/finetune.py --help` lists the options.
 """
 
-from transformers_parakeet.training.finetune import main
+from transformers_parakeet.training import finetune_main
 
 if __name__ == "__main__":
-    main()
+    finetune_main()

@@ -30,7 +30,7 @@ from transformers_parakeet import (
     load_audio,
     load_nemo,
 )
-from transformers_parakeet.training.trainer import ParakeetTrainer, SpeechCollator
+from transformers_parakeet.training import ParakeetTrainer, SpeechCollator
 
 SPACE = "\u2581"
 

@@ -14,8 +14,7 @@ from torch.distributed.tensor import DTensor
 from training_helpers import SENTENCES, arguments, features_of, sentence_rows, small
 from transformers import TrainerCallback
 
-from transformers_parakeet.training.data import load_speech
-from transformers_parakeet.training.trainer import ParakeetTrainer, SpeechCollator
+from transformers_parakeet.training import ParakeetTrainer, SpeechCollator, load_speech
 
 FSDP = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"transformer_layer_cls_to_wrap": ["ParakeetEncoderBlock"]}}
 

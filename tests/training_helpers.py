@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 from transformers import TrainingArguments
 
 import transformers_parakeet as tp
-from transformers_parakeet.training.trainer import SpeechCollator
+from transformers_parakeet.training import SpeechCollator
 
 SENTENCES = Path(__file__).parent / "data" / "sentences" / "manifest.jsonl"
 HEADS = ("ctc", "rnnt", "tdt", "hybrid")

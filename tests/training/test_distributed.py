@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from training_helpers import arguments, sentence_rows, small
 from transformers import pipeline
 
-from transformers_parakeet.training.trainer import ParakeetTrainer
+from transformers_parakeet.training import ParakeetTrainer
 
 
 def launch(mode, folder):
