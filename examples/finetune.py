@@ -1,6 +1,6 @@
-"""Fine-tune a Parakeet model: what `parakeet finetune` does, for `torchrun` and `accelerate launch`.
+"""Fine-tune a Parakeet model: the same program as `parakeet finetune`, for `torchrun` and `accelerate launch`.
 
-All of it is in `transformers_parakeet.training.finetune`; `python examples/finetune.py --help` lists the options.
+`python examples/finetune.py --help` lists the options; the program is in `transformers_parakeet/training/finetune.py`.
 """
 
 from transformers_parakeet.training import finetune_main
