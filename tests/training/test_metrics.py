@@ -41,7 +41,7 @@ def test_the_unknown_token_of_a_ctc_model_counts_as_an_error():
     labels = np.array([[*the, tokenizer.unk_token_id, -100]])
     predictions = np.array([[*the, -100, -100]])
     rates = ErrorRates(processor, normalize=str)
-    assert "<unk>" in rates.texts(labels)[0]
+    assert "<unk>" in rates.decode(labels)[0]
     assert rates(EvalPrediction(predictions=predictions, label_ids=labels))["cer"] > 0
 
 

@@ -150,8 +150,8 @@ def test_metrics_get_the_tokens_of_the_pipeline(head, decoder, tmp_path):
     references = [row["text"] for row in ROWS[:7]]
     rates = ErrorRates(processor)
     (prediction,) = predictions
-    assert rates.texts(prediction.label_ids) == references
-    assert [text.strip() for text in rates.texts(prediction.predictions)] == [text.strip() for text in hypotheses]
+    assert rates.decode(prediction.label_ids) == references
+    assert [text.strip() for text in rates.decode(prediction.predictions)] == [text.strip() for text in hypotheses]
     assert any(hypotheses)
     assert scores["eval_wer"] == pytest.approx(error_rates(references, hypotheses)["wer"])
     assert np.asarray(prediction.predictions).ndim == 2

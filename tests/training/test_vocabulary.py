@@ -5,7 +5,7 @@ import torch
 from conftest import TESTS, noise
 from training_helpers import training_arguments
 
-from transformers_parakeet import export_nemo, extend_vocabulary, load_nemo, replace_tokenizer
+from transformers_parakeet import demo_model_path, export_nemo, extend_vocabulary, load_nemo, replace_tokenizer
 from transformers_parakeet.nemo import build_tokenizer, sentencepiece_models
 from transformers_parakeet.training import ParakeetTrainer
 
@@ -125,6 +125,18 @@ def test_a_replaced_tokenizer_keeps_the_rows_of_shared_pieces(kind, tmp_path):
     assert loaded_processor.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
     weights = model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in loaded_model.state_dict().items())
+
+
+def test_the_processor_gets_the_blank_of_the_replaced_tokenizer(tmp_path):
+    """The blank of the demo model is its pad token; that of a SentencePiece model is a token of its own."""
+    model, processor = load_nemo(demo_model_path())
+    assert processor.blank_token == processor.tokenizer.pad_token
+    replace_tokenizer(model, processor, german_sentencepiece_model())
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for saved_model, saved_processor in ((model, processor), load_nemo(tmp_path)):
+        assert saved_processor.blank_token_id == saved_model.config.blank_token_id == 64
+        assert saved_processor.tokenizer.convert_ids_to_tokens(64) == saved_processor.blank_token
 
 
 def test_an_added_punctuation_mark_is_attached_to_words():

@@ -104,19 +104,19 @@ def read_excerpt(
 
     if isinstance(audio, str) and Path(audio).suffix.lower() in SEEKABLE_SUFFIXES:
         with contextlib.suppress(soundfile.LibsndfileError), soundfile.SoundFile(audio) as file:
-            start, end = excerpt_bounds(offset_s, duration_s, file.samplerate, file.frames)
-            # `load_audio` reads whole files, and files whose header states no length
+            start, end = compute_excerpt_bounds(offset_s, duration_s, file.samplerate, file.frames)
+            # the whole clip, or a file whose header states no length, is left to `load_audio` below
             if file.frames and end - start < file.frames:
                 file.seek(start)
                 channels = file.read(end - start, dtype="float32", always_2d=True)
                 mono = channels.mean(axis=1, dtype=np.float32)
                 return load_audio(mono, file.samplerate, target_rate=sampling_rate)
     samples = load_audio(audio, source_rate, target_rate=sampling_rate)
-    start, end = excerpt_bounds(offset_s, duration_s, sampling_rate, len(samples))
+    start, end = compute_excerpt_bounds(offset_s, duration_s, sampling_rate, len(samples))
     return samples[start:end]
 
 
-def excerpt_bounds(offset_s: float, duration_s: float, sampling_rate: int, num_samples: int) -> tuple[int, int]:
+def compute_excerpt_bounds(offset_s: float, duration_s: float, sampling_rate: int, num_samples: int) -> tuple[int, int]:
     """Compute the sample range of an excerpt of a clip.
 
     Args:

@@ -29,7 +29,7 @@ from .vocabulary import extend_vocabulary, replace_tokenizer
 logger = logging.get_logger(__name__)
 
 
-def option(default: Any, help_text: str) -> Any:
+def create_option(default: Any, help_text: str) -> Any:
     """Return a dataclass field with a default and a help text, for `HfArgumentParser`."""
     return field(default=default, metadata={"help": help_text})
 
@@ -40,33 +40,39 @@ class FinetuneArguments:
 
     model: str = field(metadata={"help": "Hub id, folder or .nemo file of the model"})
     train_data: str = field(metadata={"help": "training data: NeMo manifest (.json, .jsonl), folder, or Hub dataset"})
-    eval_data: str | None = option(
+    eval_data: str | None = create_option(
         None, "evaluation data, in the same forms; default: none, or train_data if eval_split is set"
     )
-    data_name: str | None = option(None, "configuration of the Hub dataset")
-    train_split: str | None = option(None, "split of train_data; default: train")
-    eval_split: str | None = option(None, "split of the evaluation data; default: validation, if the data has splits")
-    audio_column: str | None = option(None, "column of the audio; default: detected by its name")
-    text_column: str | None = option(None, "column of the transcripts; default: detected by its name")
-    streaming: bool = option(False, "read the data during training instead of downloading it; needs max_steps")
-    shuffle_buffer: int = option(1000, "number of clips of a stream that are shuffled together; 0: do not shuffle")
-    skip_broken: bool = option(False, "skip and count clips that cannot be read, instead of stopping")
-    batch_duration_s: float | None = option(
+    data_name: str | None = create_option(None, "configuration of the Hub dataset")
+    train_split: str | None = create_option(None, "split of train_data; default: train")
+    eval_split: str | None = create_option(
+        None, "split of the evaluation data; default: validation, if the data has splits"
+    )
+    audio_column: str | None = create_option(None, "column of the audio; default: detected by its name")
+    text_column: str | None = create_option(None, "column of the transcripts; default: detected by its name")
+    streaming: bool = create_option(False, "read the data during training instead of downloading it; needs max_steps")
+    shuffle_buffer: int = create_option(
+        1000, "number of clips of a stream that are shuffled together; 0: do not shuffle"
+    )
+    skip_broken: bool = create_option(False, "skip and count clips that cannot be read, instead of stopping")
+    batch_duration_s: float | None = create_option(
         None, "seconds of audio per batch and process; replaces per_device_train_batch_size"
     )
-    tokenizer: str | None = option(None, "SentencePiece model that replaces the vocabulary of the model")
+    tokenizer: str | None = create_option(None, "SentencePiece model that replaces the vocabulary of the model")
     new_tokens: list[str] = field(
         default_factory=list, metadata={"help": "tokens to add to the vocabulary, separated by spaces: ä ö ü ß"}
     )
-    freeze: str | None = option(
+    freeze: str | None = create_option(
         None, "modules to exclude from training, separated by commas: encoder,decoder or encoder.layers.0"
     )
-    lora_rank: int = option(0, "train only LoRA adapters of this rank on the attention projections; 0: no adapters")
-    spec_augment: str | None = option(
+    lora_rank: int = create_option(
+        0, "train only LoRA adapters of this rank on the attention projections; 0: no adapters"
+    )
+    spec_augment: str | None = create_option(
         None, "SpecAugment as JSON with freq_masks, freq_width, time_masks, time_width; none: switch it off"
     )
-    decoder: str | None = option(None, "ctc: evaluate a hybrid model with its CTC head")
-    early_stopping_patience: int | None = option(
+    decoder: str | None = create_option(None, "ctc: evaluate a hybrid model with its CTC head")
+    early_stopping_patience: int | None = create_option(
         None, "stop after this number of evaluations without a lower word error rate"
     )
 
@@ -159,6 +165,9 @@ def create_trainer(options: FinetuneArguments, arguments: Any) -> ParakeetTraine
         options: model and data.
         arguments: the `TrainingArguments`; the criterion of the best model is set to the word error rate if a best
             model is chosen.
+
+    Returns:
+        The trainer.
 
     Raises:
         ValueError: an option does not fit the model or the data.

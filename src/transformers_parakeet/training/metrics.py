@@ -83,10 +83,10 @@ class ErrorRates:
         Returns:
             `wer` and `cer`, see `error_rates`.
         """
-        references, hypotheses = self.texts(prediction.label_ids), self.texts(prediction.predictions)
+        references, hypotheses = self.decode(prediction.label_ids), self.decode(prediction.predictions)
         return error_rates(references, hypotheses, self.normalize)
 
-    def texts(self, token_ids: Any) -> list[str]:
+    def decode(self, token_ids: Any) -> list[str]:
         """Decode token ids to texts.
 
         Args:

@@ -152,7 +152,7 @@ class ParakeetTrainer(Trainer):
             model: the model, wrapped for distributed training if there are several processes.
             inputs: the batch.
             prediction_loss_only: whether to skip decoding.
-            ignore_keys: not used.
+            ignore_keys: model outputs to leave out of the predictions; not used, because predictions are token ids.
 
         Returns:
             The loss (None without labels), the generated token ids (B, L) and the labels (B, U), both padded with -100;
@@ -174,10 +174,13 @@ class ParakeetTrainer(Trainer):
         return loss, extract_tokens(output, unwrapped_model.config), labels
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log values, with the counts of the collator and the number of skipped updates.
+        """Log values, and add the counts of data problems and of skipped updates that are not 0.
+
+        The collator counts clips that could not be read and unsuitable transcripts; the guard counts updates that it
+        skipped because their gradients were not finite.
 
         Args:
-            logs: values by name.
+            logs: values by name, such as the loss.
             *args: further arguments of `Trainer.log`.
             **kwargs: further arguments of `Trainer.log`.
         """

@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 MAX_CONSECUTIVE_SKIPS = 20
 
 
-def batch_norm_buffers(model: Any) -> Iterator[Tensor]:
+def iterate_batch_norm_buffers(model: Any) -> Iterator[Tensor]:
     """Yield the running statistics of all batch norms of a model, in a fixed order."""
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -68,7 +68,7 @@ class NonFiniteGuard(TrainerCallback):
             control: the `TrainerControl`.
             **kwargs: holds the `model`.
         """
-        self.saved_buffers = [buffer.clone() for buffer in batch_norm_buffers(kwargs["model"])]
+        self.saved_buffers = [buffer.clone() for buffer in iterate_batch_norm_buffers(kwargs["model"])]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the gradients before an update, and remove them if they are not finite.
@@ -85,7 +85,7 @@ class NonFiniteGuard(TrainerCallback):
         model = kwargs["model"]
         if args.fp16:
             # the gradient scaler skips updates itself, also with valid statistics, to find its scale
-            if not all(buffer.isfinite().all() for buffer in batch_norm_buffers(model)):
+            if not all(buffer.isfinite().all() for buffer in iterate_batch_norm_buffers(model)):
                 self.restore_buffers(model)
             return
         if have_finite_gradients(model, args.device):
@@ -106,7 +106,7 @@ class NonFiniteGuard(TrainerCallback):
     def restore_buffers(self, model: Any) -> None:
         """Restore the statistics of the batch norms from before the current update."""
         with torch.no_grad():
-            for buffer, saved in zip(batch_norm_buffers(model), self.saved_buffers, strict=True):
+            for buffer, saved in zip(iterate_batch_norm_buffers(model), self.saved_buffers, strict=True):
                 buffer.copy_(saved)
 
 

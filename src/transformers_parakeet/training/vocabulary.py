@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..configuration_parakeet import blank_of, kind_of
 from ..nemo import build_tokenizer, parse_sentencepiece, sentencepiece_models
-from ..processing_parakeet import ParakeetProcessor, blank_id
+from ..processing_parakeet import ParakeetProcessor
 from ..tokenization_parakeet import BLANK, WORD_START, ParakeetTokenizer
 
 # in a list of source tokens: the new token has no source
@@ -176,7 +176,8 @@ def renumber_suppressed_tokens(generation_config: Any, source_ids: Sequence[int]
 
     Args:
         generation_config: changed in place.
-        source_ids: see `resize_vocabulary`.
+        source_ids: for each new token, the id that it had in the old vocabulary, or `NO_SOURCE` if it was not in it;
+            without the blank.
         num_labels: number of old tokens without the blank.
     """
     new_ids = {old_id: new_id for new_id, old_id in enumerate(source_ids) if old_id != NO_SOURCE}
@@ -184,9 +185,14 @@ def renumber_suppressed_tokens(generation_config: Any, source_ids: Sequence[int]
     for name in ("suppress_tokens", "begin_suppress_tokens"):
         suppressed_ids = getattr(generation_config, name, None)
         if suppressed_ids:
-            # the blank and the durations move by the same distance
-            renumbered = [old_id + shift if old_id >= num_labels else new_ids.get(old_id) for old_id in suppressed_ids]
-            setattr(generation_config, name, [new_id for new_id in renumbered if new_id is not None] or None)
+            renumbered = []
+            for old_id in suppressed_ids:
+                if old_id >= num_labels:
+                    # the blank and the durations follow the last label
+                    renumbered.append(old_id + shift)
+                elif old_id in new_ids:
+                    renumbered.append(new_ids[old_id])
+            setattr(generation_config, name, renumbered or None)
 
 
 def rearrange_rows(rows: Tensor, source_ids: Sequence[int], num_labels: int) -> Tensor:
@@ -194,11 +200,11 @@ def rearrange_rows(rows: Tensor, source_ids: Sequence[int], num_labels: int) -> 
 
     Args:
         rows: (V + D, ...) rows of a layer: one per token with the blank, then one per duration.
-        source_ids: see `resize_vocabulary`.
+        source_ids: for each new token, the id of the old token whose row it gets, or `NO_SOURCE`; without the blank.
         num_labels: number of old tokens without the blank.
 
     Returns:
-        The new rows; the row of a token without a source is the mean of the old tokens' rows.
+        The new rows; a token without a source gets the mean of the rows of the old tokens.
     """
     sources = torch.tensor(source_ids, device=rows.device)
     new_rows = rows[sources.clamp(min=0)]
@@ -227,7 +233,10 @@ def set_tokenizer(model: Any, processor: ParakeetProcessor, tokenizer: ParakeetT
             if getattr(config, name, None) is not None:
                 setattr(config, name, value)
     processor.tokenizer = tokenizer
-    processor.blank_token_id = blank_id(tokenizer, processor.blank_token)
+    processor.blank_token_id = vocab_size - 1
+    if kind_of(model.config) != "ctc":
+        # a CTC processor has no blank token: its blank is the pad token
+        processor.blank_token = tokenizer.convert_ids_to_tokens(vocab_size - 1)
     clear_cached_properties(processor)
 
 
