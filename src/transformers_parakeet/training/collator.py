@@ -106,7 +106,7 @@ class SpeechCollator:
         """Build a batch.
 
         Args:
-            rows: the rows, see the class.
+            rows: rows with `audio` or `input_features`, and `text`, `labels` or neither, see the class.
 
         Returns:
             `input_features` (B, T, F), `attention_mask` (B, T), and `labels` (B, U) padded with -100 if every row has
@@ -129,31 +129,46 @@ class SpeechCollator:
         return pad_examples(examples)
 
     def _encode_row(self, row: Mapping[str, Any], position: int) -> Example | None:
-        """Convert a row to features and labels; return None for a broken clip that is skipped.
+        """Convert a row to features and labels.
 
         Args:
-            row: the row, see the class.
+            row: has `audio` or precomputed `input_features` (T, F), and `text`, precomputed `labels`, or neither.
             position: position of the row in the batch, for messages.
+
+        Returns:
+            The example; None for a clip that cannot be read and is skipped.
+
+        Raises:
+            AudioError: the clip cannot be read and must not be skipped.
         """
         # precomputed labels replace the transcript
         texts = [row["text"]] if "text" in row and "labels" not in row else None
         if "input_features" in row:
             features = torch.as_tensor(np.asarray(row["input_features"]), dtype=torch.float32)
-            labels = (
-                None if texts is None else self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"][0]
-            )
+            labels = self._tokenize(texts)
         else:
             samples = self._read_samples(row, position)
             if samples is None:
                 return None
             features, labels = self._process(dither(samples, self.dither, self.seed), texts)
+        if texts is not None and labels is not None:
+            self._warn_about_unknown_characters(labels, texts[0])
         if "labels" in row:
-            labels = [label for label in row["labels"] if label >= 0]
-        example = Example(features, None if labels is None else torch.as_tensor(labels, dtype=torch.long))
-        if texts is not None:
-            self._warn_about_unknown_characters(example, texts[0])
+            labels = torch.tensor([label for label in row["labels"] if label >= 0], dtype=torch.long)
+        example = Example(features, labels)
         self._warn_about_ctc_length(example, row, position)
         return example
+
+    def _tokenize(self, texts: list[str] | None) -> Tensor | None:
+        """Return the (U,) token ids of the transcript of a row with precomputed features.
+
+        Args:
+            texts: the transcript in a list of length 1; None without a transcript, which gives None.
+        """
+        if texts is None:
+            return None
+        token_ids = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return torch.tensor(token_ids[0], dtype=torch.long)
 
     def _process(self, samples: npt.NDArray[np.float32], texts: list[str] | None) -> tuple[Tensor, Tensor | None]:
         """Run the processor on one clip and its transcript.
@@ -211,15 +226,15 @@ class SpeechCollator:
             return None
         return samples
 
-    def _warn_about_unknown_characters(self, example: Example, text: str) -> None:
-        """Count a transcript with characters that the vocabulary lacks, and warn about the first one.
+    def _warn_about_unknown_characters(self, labels: Tensor, text: str) -> None:
+        """Count a transcript with characters that the vocabulary lacks, and warn about the first such transcript.
 
         Args:
-            example: the labels of the transcript.
+            labels: (U,) token ids of the transcript; they contain the unknown token if a character is missing.
             text: the transcript.
         """
         tokenizer = self.processor.tokenizer
-        if example.labels is None or tokenizer.unk_token_id not in example.labels.tolist():
+        if tokenizer.unk_token_id not in labels.tolist():
             return
         if increment(self.counts.transcripts_with_unknown_characters) == 1:
             logger.warning(
@@ -236,7 +251,9 @@ class SpeechCollator:
             row: the row, for the name of the clip.
             position: position of the row in the batch.
         """
-        has_ctc_loss = self.processor._decoder_type == "ctc" if self.ctc is None else self.ctc
+        has_ctc_loss = self.ctc
+        if has_ctc_loss is None:
+            has_ctc_loss = self.processor._decoder_type == "ctc"
         if not has_ctc_loss or example.labels is None:
             return
         required_frames = count_ctc_frames(example.labels)

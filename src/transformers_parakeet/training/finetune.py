@@ -163,8 +163,8 @@ def create_trainer(options: FinetuneArguments, arguments: Any) -> ParakeetTraine
 
     Args:
         options: model and data.
-        arguments: the `TrainingArguments`; the criterion of the best model is set to the word error rate if a best
-            model is chosen.
+        arguments: the `TrainingArguments`, changed in place: if the best model is kept or training stops early, the
+            criterion becomes the word error rate.
 
     Returns:
         The trainer.

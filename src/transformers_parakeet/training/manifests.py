@@ -125,7 +125,13 @@ def convert_metadata(entry: Mapping[str, Any], location: str, folder: Path) -> d
 
 
 def read_metadata(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield file-and-line location and fields of every line of a CSV or JSON-lines metadata file.
+    """Read the lines of a metadata file in CSV or JSON-lines format.
+
+    Args:
+        path: the file; its suffix `.csv` means CSV.
+
+    Yields:
+        The location (file and line number, for error messages) and the fields of each line.
 
     Raises:
         ValueError: a line is invalid.
@@ -144,7 +150,13 @@ def read_metadata(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield file-and-line location and JSON object of every line of a file that is not blank.
+    """Read the JSON objects of a file with one object per line; blank lines are skipped.
+
+    Args:
+        path: the file.
+
+    Yields:
+        The location (file and line number, for error messages) and the object of each line.
 
     Raises:
         ValueError: a line is not a JSON object.

@@ -33,7 +33,7 @@ class ParakeetTrainer(Trainer):
         args: the `TrainingArguments`. `remove_unused_columns` is set to False, because the collator reads columns that
             the model does not take.
         data_collator: function that builds batches from rows; None for a `SpeechCollator` of the processor.
-        *args_of_trainer: further positional arguments of `Trainer`.
+        *trainer_args: further positional arguments of `Trainer`.
         processing_class: the processor. It gives the default collator and the default metrics, `wer` and `cer`.
         batch_duration_s: most seconds of a training batch per process, padding included. None means that
             `per_device_train_batch_size` counts clips.
@@ -50,7 +50,7 @@ class ParakeetTrainer(Trainer):
         model: Any = None,
         args: Any = None,
         data_collator: Any = None,
-        *args_of_trainer: Any,
+        *trainer_args: Any,
         processing_class: Any = None,
         batch_duration_s: float | None = None,
         generate_kwargs: Mapping[str, Any] | None = None,
@@ -66,7 +66,7 @@ class ParakeetTrainer(Trainer):
             kwargs["compute_metrics"] = ErrorRates(processing_class)
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), self.guard]
         args = prepare_arguments(TrainingArguments("tmp_trainer") if args is None else args)
-        super().__init__(model, args, data_collator, *args_of_trainer, processing_class=processing_class, **kwargs)
+        super().__init__(model, args, data_collator, *trainer_args, processing_class=processing_class, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         """Return the loader of training batches, which are limited by duration if `batch_duration_s` is set.

@@ -39,6 +39,7 @@ def have_finite_gradients(model: Any, device: torch.device) -> bool:
             # a sharded gradient is checked shard by shard, each on its process
             is_sharded = hasattr(parameter.grad, "to_local")
             gradients.append(parameter.grad.to_local() if is_sharded else parameter.grad)
+    # number of processes with a gradient that is not finite
     num_failures = torch.zeros((), device=device)
     if gradients:
         num_failures += ~torch.nn.utils.get_total_norm(gradients).to(device).isfinite()

@@ -97,13 +97,14 @@ def check_vocabulary(model: Any, processor: ParakeetProcessor) -> int:
         ValueError: the blank is not the last token of both.
     """
     vocab_size, tokenizer_size = model.config.vocab_size, len(processor.tokenizer)
-    num_labels = blank_of(model.config)
-    if not num_labels == vocab_size - 1 == tokenizer_size - 1:
+    blank_id = blank_of(model.config)
+    if not blank_id == vocab_size - 1 == tokenizer_size - 1:
         raise ValueError(
             f"the blank must be the last of the {vocab_size} tokens of the model and of the {tokenizer_size} tokens of "
-            f"the tokenizer, got the id {num_labels}: give the processor that belongs to the model"
+            f"the tokenizer, got the id {blank_id}: give the processor that belongs to the model"
         )
-    return num_labels
+    # the ids below that of the blank are labels
+    return blank_id
 
 
 def check_new_tokens(new_tokens: Sequence[str], existing_tokens: Sequence[str]) -> None:
@@ -234,8 +235,8 @@ def set_tokenizer(model: Any, processor: ParakeetProcessor, tokenizer: ParakeetT
                 setattr(config, name, value)
     processor.tokenizer = tokenizer
     processor.blank_token_id = vocab_size - 1
+    # a CTC processor has no blank token: its blank is the pad token
     if kind_of(model.config) != "ctc":
-        # a CTC processor has no blank token: its blank is the pad token
         processor.blank_token = tokenizer.convert_ids_to_tokens(vocab_size - 1)
     clear_cached_properties(processor)
 
