@@ -399,29 +399,43 @@ def test_the_error_about_invalid_data_or_options_is_one_line(command, create_fau
     assert message in line
 
 
-# the command in an environment without the package datasets
-WITHOUT_DATASETS = """
-import sys
-sys.modules["datasets"] = None
-from transformers_parakeet.cli import app
-app(sys.argv[1:])
-"""
+def run_without(package, *arguments, status=0):
+    """Run the command `parakeet` in an environment without a package; return its output, see `run_program`."""
+    program = f"""
+    import sys
+    sys.modules["{package}"] = None
+    from transformers_parakeet.cli import app
+    app(sys.argv[1:])
+    """
+    return run_program(program, *arguments, status=status)
 
 
 def test_a_manifest_does_not_need_the_package_datasets(digits, tmp_path):
-    output = run_program(WITHOUT_DATASETS, "evaluate", tp.demo_model_path(), digits)
+    output = run_without("datasets", "evaluate", tp.demo_model_path(), digits)
     assert output.startswith("8 clips, word error rate")
     options = ["--model", tp.demo_model_path(), "--train_data", digits, "--output_dir", tmp_path / "out", *QUICK]
-    run_program(WITHOUT_DATASETS, "finetune", *options, "--max_steps", "1", "--batch_duration_s", "9")
+    run_without("datasets", "finetune", *options, "--max_steps", "1", "--batch_duration_s", "9")
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_the_extra_of_a_missing_package_is_named_in_one_line(tmp_path):
+@pytest.mark.parametrize("command", ["evaluate", "finetune"])
+def test_the_extra_of_a_missing_package_is_named_in_one_line(command, tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,text\na.wav,one\n")
-    _, errors = run_program(WITHOUT_DATASETS, "evaluate", tp.demo_model_path(), tmp_path, status=1)
+    arguments = {
+        "evaluate": [tp.demo_model_path(), tmp_path],
+        "finetune": ["--model", tp.demo_model_path(), "--train_data", tmp_path, "--output_dir", tmp_path, *QUICK],
+    }
+    _, errors = run_without("datasets", command, *arguments[command], status=1)
     # other packages may print warnings before
     assert errors.splitlines()[-1] == (
         "this data needs the package datasets, which is not installed: install the extra `train`: "
         "pip install -e '.[train]' in a checkout of transformers-parakeet"
     )
     assert "Traceback" not in errors
+
+
+def test_fine_tuning_without_accelerate_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    result = finetune(tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("training needs the package accelerate, which is not installed: install the extra")

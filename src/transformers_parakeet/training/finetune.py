@@ -23,6 +23,7 @@ from .clips import add_durations
 from .collator import SpeechCollator
 from .data import load_speech
 from .evaluate import check_decoder
+from .extras import import_optional
 from .trainer import ParakeetTrainer
 from .vocabulary import extend_vocabulary, replace_tokenizer
 
@@ -251,7 +252,12 @@ def finetune_main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: command-line options, or the name of one JSON or YAML file with options; None for those of the
             process.
+
+    Raises:
+        ImportError: the package `accelerate` is not installed.
     """
+    # `TrainingArguments` needs it, and would suggest to install another package
+    import_optional("accelerate", "training")
     parser = HfArgumentParser((FinetuneArguments, TrainingArguments), prog="parakeet finetune")
     command_line = None if arguments is None else list(arguments)
     if command_line and len(command_line) == 1 and command_line[0].endswith((".json", ".yaml", ".yml")):
