@@ -1,9 +1,9 @@
-"""Fine-tune a Parakeet model: what `parakeet finetune` does, for `torchrun` and `accelerate launch`.
+"""Fine-tune a Parakeet model: the same program as `parakeet finetune`, for `torchrun` and `accelerate launch`.
 
-All of it is in `transformers_parakeet.training.finetune`; `python examples/finetune.py --help` lists the options.
+`python examples/finetune.py --help` lists the options; the program is in `transformers_parakeet/training/finetune.py`.
 """
 
-from transformers_parakeet.training.finetune import main
+from transformers_parakeet.training import finetune_main
 
 if __name__ == "__main__":
-    main()
+    finetune_main()

@@ -1,7 +1,13 @@
-"""Trains a small model from random weights, on a CPU in minutes or on a GPU: spoken digits, or sentences.
+"""Train a small model from random weights, on a CPU in minutes or on a GPU.
 
-Sentences need more speech than there is to start from nothing: `--encoder` starts from the encoder of another model.
-The packed speech is read by `packed_speech.py`; without it, the digits recipe takes the eight clips of the demo model.
+    python examples/from_scratch.py digits                                      # smoke test on eight bundled clips
+    git clone https://github.com/Jakobovski/free-spoken-digit-dataset
+    python examples/from_scratch.py digits --data free-spoken-digit-dataset     # spoken digits, with held-out scores
+    python examples/from_scratch.py sentences --data FOLDER --encoder MODEL     # sentences from packed speech
+
+The speech for the recipe `sentences` is packed in tar files as `packed_speech.py` describes, in the subfolders
+`librispeech20` and `speechocean762`. It is too little to learn sentences from random weights: `--encoder` starts from
+the encoder of another model.
 """
 
 import argparse
@@ -9,10 +15,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import soundfile
 import torch
-from packed_speech import Joined, PackedSpeech
+from packed_speech import ConcatenatedSpeech, PackedSpeech
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import TrainingArguments, set_seed
 
@@ -30,107 +37,105 @@ from transformers_parakeet import (
     load_audio,
     load_nemo,
 )
-from transformers_parakeet.training.trainer import ParakeetTrainer, SpeechCollator
+from transformers_parakeet.training import ParakeetTrainer, SpeechCollator
 
+HEADS = ("ctc", "rnnt", "tdt", "hybrid")
 SPACE = "\u2581"
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS_URL = "https://github.com/Jakobovski/free-spoken-digit-dataset"
+# Free Spoken Digit Dataset: this speaker is the test split; of the others, the first five recordings of a digit are dev
+TEST_SPEAKER, NUM_DEV_RECORDINGS = "theo", 5
+SMOKE_TEST_NOTE = f"""\
+SMOKE TEST: no --data, so training and scoring use the same eight clips that come with the demo model. The scores below
+show only that training works. To train on spoken digits with held-out scores, get the Free Spoken Digit Dataset:
+    git clone {DIGITS_URL}
+    python examples/from_scratch.py digits --data free-spoken-digit-dataset
+"""
+
+
+class SpeechDataset(Protocol):
+    """A map-style dataset that states the duration in seconds and the transcript of every clip."""
+
+    durations: Any
+    texts: Any
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class SpeechData:
+    """The data of a run.
+
+    Args:
+        train: dataset to train on.
+        evaluation: datasets scored during and after training, by name.
+        test: datasets scored only after training, by name.
+    """
+
+    train: SpeechDataset
+    evaluation: dict[str, SpeechDataset]
+    test: dict[str, SpeechDataset]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained on what, how."""
+    """Sizes and settings of a run.
+
+    Args:
+        corpora: folders of packed speech.
+        vocab_size: most tokens of the vocabulary, with the blank.
+        width: hidden size of the encoder.
+        num_layers: blocks of the encoder.
+        num_channels: channels of the subsampling.
+        batch_duration_s: seconds of audio per batch.
+        learning_rate: highest learning rate.
+        num_steps: updates.
+    """
 
     corpora: tuple[str, ...]
-    vocabulary: int
+    vocab_size: int
     width: int
-    layers: int
-    channels: int
+    num_layers: int
+    num_channels: int
     batch_duration_s: float
     learning_rate: float
-    steps: int
-    threads: int
+    num_steps: int
 
 
 RECIPES = {
-    # about 12 s per batch: with more, a model this small stays on blanks for long
-    "digits": Recipe(("fsdd",), 64, 96, 3, 16, 12.0, 2e-3, 1200, 1),
-    # what a core can do in an hour with --encoder; a GPU can take more of everything
-    "sentences": Recipe(("librispeech20", "speechocean762"), 256, 144, 6, 32, 20.0, 1e-3, 12000, 1),
-}  # fmt: skip
-
-
-def build_tokenizer(texts: Sequence[str], size: int, head: str) -> ParakeetTokenizer:
-    """Train a byte-pair vocabulary in the layout of the released checkpoints: the blank is last.
-
-    Args:
-        texts: transcripts.
-        size: pieces at most, the special ones included.
-        head: `ctc`, whose blank also pads, or a transducer, whose pad token is one of its own.
-    """
-    special, blank = (["<unk>"], "<pad>") if head == "ctc" else (["<unk>", "<pad>"], "<blank>")
-    backend = Tokenizer(models.BPE(unk_token="<unk>"))
-    backend.normalizer = normalizers.NFKC()
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")
-    backend.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
-    trainer = trainers.BpeTrainer(vocab_size=size - 1, special_tokens=special, show_progress=False)
-    backend.train_from_iterator(texts, trainer)
-    backend.add_special_tokens([blank])
-    return ParakeetTokenizer(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
-
-
-def build_model(tokenizer: ParakeetTokenizer, recipe: Recipe, head: str, start: str | None = None) -> torch.nn.Module:
-    """Build a model with random weights, or with the encoder of the model in the folder `start`."""
-    trained = load_nemo(start)[0].encoder if start else None
-    encoder = (
-        trained.config.to_dict()
-        if trained
-        else {
-            "hidden_size": recipe.width,
-            "num_hidden_layers": recipe.layers,
-            "num_attention_heads": 4,
-            "intermediate_size": 4 * recipe.width,
-            "subsampling_conv_channels": recipe.channels,
-            "attention_dropout": 0.0,
-            "layerdrop": 0.0,
-        }
-    )
-    fields: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "encoder_config": encoder,
-    }
-    if head != "ctc":
-        fields |= {
-            "blank_token_id": len(tokenizer) - 1,
-            "decoder_hidden_size": recipe.width,
-            "num_decoder_layers": 1,
-            "decoder_dropout": 0.1,
-            "joint_dropout": 0.1,
-            "loss_reduction": "mean_batch",
-            "ctc_loss_reduction": "mean_batch",
-            "ctc_head": head == "hybrid",
-        }
-    if head == "ctc":
-        model: torch.nn.Module = ParakeetForCTC(ParakeetCTCConfig(**fields))
-    elif head == "rnnt":
-        model = ParakeetForRNNT(ParakeetRNNTConfig(**fields))
-    else:
-        model = ParakeetForTDT(ParakeetTDTConfig(**fields))
-    # the normal weights of 0.02 that suit 1024 channels leave next to nothing of the signal in a small model
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv1d | torch.nn.Conv2d):
-            module.reset_parameters()
-    if trained:
-        model.encoder.load_state_dict(trained.state_dict())
-    return model
+    # with more than about 12 s per batch, a model of this size emits only blanks for a long time
+    "digits": Recipe(
+        corpora=("fsdd",),
+        vocab_size=64,
+        width=96,
+        num_layers=3,
+        num_channels=16,
+        batch_duration_s=12.0,
+        learning_rate=2e-3,
+        num_steps=1200,
+    ),
+    # sized for about one hour on one core with --encoder
+    "sentences": Recipe(
+        corpora=("librispeech20", "speechocean762"),
+        vocab_size=256,
+        width=144,
+        num_layers=6,
+        num_channels=32,
+        batch_duration_s=20.0,
+        learning_rate=1e-3,
+        num_steps=12000,
+    ),
+}
 
 
 class DemoClips:
-    """The eight recordings that lie beside the demo model: enough to see a model learn, not to learn to recognise."""
+    """The eight recordings beside the demo model: enough for a smoke test, too few to learn to recognise speech."""
 
     def __init__(self) -> None:
         folder = demo_model_path() / "clips"
         entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        # decoded once, they are few
         self.rows = [{"audio": load_audio(folder / entry["file"]), "text": entry["text"]} for entry in entries]
         self.durations = [len(row["audio"]) / 16000 for row in self.rows]
         self.texts = [row["text"] for row in self.rows]
@@ -139,40 +144,183 @@ class DemoClips:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return `audio`, (S,) samples at 16 kHz, and `text`."""
         return self.rows[index]
 
 
-def load(data: Path, recipe: Recipe) -> tuple[Any, dict[str, Any]]:
-    """Open the training data, and the held-out parts by name."""
-    if not all((data / corpus).exists() for corpus in recipe.corpora):
-        if recipe.corpora != ("fsdd",):
-            raise SystemExit(f"{data} must hold {', '.join(recipe.corpora)}, and does not: name the folder with --data")
-        print(f"{data} has no fsdd: training and scoring on the eight clips of the demo model", flush=True)
+class DigitRecordings:
+    """One split of a clone of the Free Spoken Digit Dataset.
+
+    Args:
+        folder: its folder `recordings`, with files such as `7_jackson_32.wav`: digit, speaker, number.
+        split: `"train"`, `"dev"` (recordings of the training speakers) or `"test"` (another speaker).
+
+    Raises:
+        ValueError: the folder has no recording of this split.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.paths = sorted(path for path in folder.glob("[0-9]_*_*.wav") if self.get_split(path) == split)
+        if not self.paths:
+            raise ValueError(f"{folder} must have recordings of the split {split!r}, got none: clone {DIGITS_URL}")
+        self.durations = [soundfile.info(path).duration for path in self.paths]
+        self.texts = [DIGITS[int(path.name[0])] for path in self.paths]
+
+    @staticmethod
+    def get_split(path: Path) -> str:
+        """Return the split of a recording, from its file name."""
+        _, speaker, number = path.stem.split("_")
+        if speaker == TEST_SPEAKER:
+            return "test"
+        return "dev" if int(number) < NUM_DEV_RECORDINGS else "train"
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return `audio`, the path of the recording, and `text`."""
+        return {"audio": str(self.paths[index]), "text": self.texts[index]}
+
+
+def load_data(folder: Path | None, recipe_name: str) -> SpeechData:
+    """Open the data of a recipe.
+
+    Args:
+        folder: a clone of the Free Spoken Digit Dataset or a folder of packed speech; None for the demo clips.
+        recipe_name: `digits` or `sentences`.
+
+    Raises:
+        SystemExit: the folder does not hold the data; the message says what it must hold.
+    """
+    if folder is None and recipe_name == "digits":
+        print(SMOKE_TEST_NOTE, flush=True)
         clips = DemoClips()
-        return clips, {"clips": clips}
-    train = Joined([PackedSpeech(data / corpus, "train") for corpus in recipe.corpora])
-    splits = ("dev", "test")
-    return train, {f"{c}_{split}": PackedSpeech(data / c, split) for c in recipe.corpora for split in splits}
+        return SpeechData(clips, {"demo clips (trained on)": clips}, {})
+    corpora = RECIPES[recipe_name].corpora
+    if folder is not None and recipe_name == "digits" and (folder / "recordings").is_dir():
+        splits = {split: DigitRecordings(folder / "recordings", split) for split in ("train", "dev", "test")}
+        return SpeechData(splits["train"], {"fsdd_dev": splits["dev"]}, {"fsdd_test": splits["test"]})
+    if folder is None or not all((folder / corpus / "manifest.jsonl").exists() for corpus in corpora):
+        clone = f", or a clone of {DIGITS_URL}" if recipe_name == "digits" else ""
+        raise SystemExit(
+            f"--data must name a folder with the packed speech {' and '.join(corpora)} (see examples/packed_speech.py)"
+            f"{clone}, got {folder or 'nothing'}"
+        )
+    return SpeechData(
+        ConcatenatedSpeech([PackedSpeech(folder / corpus, "train") for corpus in corpora]),
+        {f"{corpus}_dev": PackedSpeech(folder / corpus, "dev") for corpus in corpora},
+        {f"{corpus}_test": PackedSpeech(folder / corpus, "test") for corpus in corpora},
+    )
 
 
-def training_arguments(options: argparse.Namespace, recipe: Recipe, steps: int) -> TrainingArguments:
-    """Set an AdamW on a cosine, and an evaluation after every tenth of the updates."""
+def train_tokenizer(texts: Sequence[str], vocab_size: int, head: str) -> ParakeetTokenizer:
+    """Train a byte-pair vocabulary in the layout of the released checkpoints, with the blank as its last token.
+
+    Args:
+        texts: transcripts.
+        vocab_size: most tokens, with the blank and other special tokens.
+        head: one of `HEADS`. The blank of `ctc` is the pad token; the others have both.
+    """
+    special_tokens, blank = (["<unk>"], "<pad>") if head == "ctc" else (["<unk>", "<pad>"], "<blank>")
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=special_tokens, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    backend.add_special_tokens([blank])
+    return ParakeetTokenizer(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
+
+
+def create_model(tokenizer: ParakeetTokenizer, recipe: Recipe, head: str, encoder: str | None = None) -> Any:
+    """Create a model with random weights, or with the encoder of another model.
+
+    Args:
+        tokenizer: tokenizer whose last token is the blank.
+        recipe: sizes of the model.
+        head: one of `HEADS`.
+        encoder: Hub id, folder or `.nemo` file of the other model; None for a random encoder.
+    """
+    trained_encoder = load_nemo(encoder)[0].encoder if encoder else None
+    if trained_encoder is not None:
+        encoder_config = trained_encoder.config.to_dict()
+    else:
+        encoder_config = {
+            "hidden_size": recipe.width,
+            "num_hidden_layers": recipe.num_layers,
+            "num_attention_heads": 4,
+            "intermediate_size": 4 * recipe.width,
+            "subsampling_conv_channels": recipe.num_channels,
+            "attention_dropout": 0.0,
+            "layerdrop": 0.0,
+        }
+    model = create_head(head, tokenizer, recipe.width, encoder_config)
+    # transformers' initialisation, normal with 0.02, suits 1024 channels: a narrow model would attenuate its input to
+    # almost nothing
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv1d | torch.nn.Conv2d):
+            module.reset_parameters()
+    if trained_encoder is not None:
+        model.encoder.load_state_dict(trained_encoder.state_dict())
+    return model
+
+
+def create_head(head: str, tokenizer: ParakeetTokenizer, width: int, encoder_config: dict[str, Any]) -> Any:
+    """Create a model with the given kind of head.
+
+    Args:
+        head: one of `HEADS`.
+        tokenizer: tokenizer whose last token is the blank.
+        width: hidden size of the prediction network.
+        encoder_config: fields of the encoder configuration.
+    """
+    fields = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "encoder_config": encoder_config,
+    }
+    if head == "ctc":
+        return ParakeetForCTC(ParakeetCTCConfig(**fields))
+    fields |= {
+        "blank_token_id": len(tokenizer) - 1,
+        "decoder_hidden_size": width,
+        "num_decoder_layers": 1,
+        "decoder_dropout": 0.1,
+        "joint_dropout": 0.1,
+        "loss_reduction": "mean_batch",
+        "ctc_loss_reduction": "mean_batch",
+        "ctc_head": head == "hybrid",
+    }
+    if head == "rnnt":
+        return ParakeetForRNNT(ParakeetRNNTConfig(**fields))
+    return ParakeetForTDT(ParakeetTDTConfig(**fields))
+
+
+def create_arguments(options: argparse.Namespace, recipe: Recipe) -> TrainingArguments:
+    """Return the settings of the run: AdamW, a cosine schedule, and ten evaluations and checkpoints.
+
+    Args:
+        options: the command line.
+        recipe: defaults of options that were not given.
+    """
+    num_steps = options.steps or recipe.num_steps
+    interval = max(1, num_steps // 10)
     return TrainingArguments(
         output_dir=str(options.output),
-        max_steps=steps,
+        max_steps=num_steps,
         learning_rate=options.learning_rate or recipe.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=min(500, steps // 10),
+        warmup_steps=min(500, num_steps // 10),
         weight_decay=0.01,
         adam_beta2=0.98,
         max_grad_norm=5.0,
         per_device_eval_batch_size=32,
         eval_strategy="steps",
-        eval_steps=max(1, steps // 10),
+        eval_steps=interval,
         save_strategy="steps",
-        save_steps=max(1, steps // 10),
+        save_steps=interval,
         save_total_limit=1,
-        logging_steps=max(1, steps // 40),
+        logging_steps=max(1, num_steps // 40),
         dataloader_num_workers=options.workers,
         report_to="none",
         disable_tqdm=True,
@@ -183,53 +331,52 @@ def training_arguments(options: argparse.Namespace, recipe: Recipe, steps: int) 
 
 
 def parse_options() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=RECIPES)
-    parser.add_argument("--head", choices=("ctc", "rnnt", "tdt", "hybrid"), default="ctc")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the packed speech")
+    parser.add_argument("--head", choices=HEADS, default="ctc")
+    parser.add_argument("--data", type=Path, help="folder of the speech; default: the eight demo clips (digits only)")
     parser.add_argument("--output", type=Path, default=Path("from-scratch"), help="folder to write the model to")
-    parser.add_argument("--steps", type=int, help="updates; default: the recipe's")
-    parser.add_argument("--vocabulary", type=int, help="pieces; default: the recipe's")
-    parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--batch-duration", type=float, help="seconds of audio per batch")
+    parser.add_argument("--steps", type=int, help="number of updates; default: that of the recipe")
+    parser.add_argument("--vocabulary", type=int, help="most tokens of the vocabulary; default: that of the recipe")
+    parser.add_argument("--learning-rate", type=float, help="highest learning rate; default: that of the recipe")
+    parser.add_argument("--batch-duration", type=float, help="seconds of audio per batch; default: that of the recipe")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode audio")
-    parser.add_argument("--encoder", help="folder, Hub id or .nemo file of a model whose encoder to start from")
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--encoder", help="Hub id, folder or .nemo file of a model whose encoder is the start")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 mixed precision")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the output folder")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Train, and print the scores of every held-out part."""
+    """Train a model, save it, and print its scores on all evaluation and test data."""
     options = parse_options()
     recipe = RECIPES[options.recipe]
-    # on a model as small as that of the digits a second thread costs more than it brings
-    torch.set_num_threads(recipe.threads)
+    # in a model of this size a second thread costs more than it saves
+    torch.set_num_threads(1)
     set_seed(options.seed)
-    train, held_out = load(options.data, recipe)
-    tokenizer = build_tokenizer(train.texts, options.vocabulary or recipe.vocabulary, options.head)
-    model = build_model(tokenizer, recipe, options.head, options.encoder)
-    kind = "tdt" if options.head == "hybrid" else options.head
-    processor = ParakeetProcessor(ParakeetFeatureExtractor(), tokenizer, decoder_type=kind)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces", flush=True)
+    data = load_data(options.data, options.recipe)
+    tokenizer = train_tokenizer(data.train.texts, options.vocabulary or recipe.vocab_size, options.head)
+    model = create_model(tokenizer, recipe, options.head, options.encoder)
+    decoder_type = "tdt" if options.head == "hybrid" else options.head
+    processor = ParakeetProcessor(ParakeetFeatureExtractor(), tokenizer, decoder_type=decoder_type)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
     trainer = ParakeetTrainer(
         model=model,
-        args=training_arguments(options, recipe, options.steps or recipe.steps),
-        train_dataset=train,
-        eval_dataset={name: part for name, part in held_out.items() if not name.endswith("test")},
+        args=create_arguments(options, recipe),
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
         processing_class=processor,
         data_collator=SpeechCollator(processor, seed=options.seed, ctc=options.head in ("ctc", "hybrid")),
         batch_duration_s=options.batch_duration or recipe.batch_duration_s,
     )
     trainer.train(resume_from_checkpoint=options.resume or None)
     trainer.save_model()
-    for name, part in held_out.items():
-        scores = trainer.evaluate(part)
-        print(
-            f"{name:24} {len(part):5} clips  WER {scores['eval_wer']:7.2%}  CER {scores['eval_cer']:7.2%}", flush=True
-        )
+    for name, dataset in {**data.evaluation, **data.test}.items():
+        scores = trainer.evaluate(dataset)
+        rates = f"WER {scores['eval_wer']:7.2%}  CER {scores['eval_cer']:7.2%}"
+        print(f"{name:24} {len(dataset):5} clips  {rates}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Reads speech that is packed in tar files with a `manifest.jsonl`, clip by clip, without unpacking it.
+"""Datasets for `ParakeetTrainer` that read speech from tar files, clip by clip, without unpacking them.
 
-A manifest line has `tar`, `offset` and `nbytes`, which say where the encoded clip lies, `text`, `duration` and `split`.
+A folder of packed speech has a `manifest.jsonl` with one JSON object per clip: `tar`, `offset` and `nbytes` (where the
+encoded clip is), `id`, `audio` (file name), `text`, `duration` in seconds, `speaker` and `split`.
 """
 
 import json
@@ -9,56 +10,70 @@ from typing import Any
 
 
 class PackedSpeech:
-    """A map-style dataset of one split: rows of `audio` (encoded bytes), `text`, `duration` (seconds) and `speaker`."""
+    """A map-style dataset of one split of a folder of packed speech.
+
+    Args:
+        folder: folder with `manifest.jsonl` and the tar files that it names.
+        split: name of the split, such as `"train"`.
+
+    Raises:
+        ValueError: the manifest has no clip of this split.
+    """
 
     def __init__(self, folder: Path, split: str) -> None:
         self.folder = folder
         lines = (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
         self.entries = [entry for entry in map(json.loads, lines) if entry["split"] == split]
         if not self.entries:
-            raise ValueError(f"{folder} has no clips of the split {split!r}: its manifest names others")
+            raise ValueError(f"{folder / 'manifest.jsonl'} must have clips of the split {split!r}, got none")
 
     @property
     def durations(self) -> list[float]:
-        """Seconds of every clip."""
+        """Duration of every clip in seconds."""
         return [entry["duration"] for entry in self.entries]
 
     @property
     def texts(self) -> list[str]:
-        """Transcripts."""
+        """Transcript of every clip."""
         return [entry["text"] for entry in self.entries]
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return `audio` (encoded bytes and file name), `id`, `text`, `duration` in seconds and `speaker`."""
         entry = self.entries[index]
         with open(self.folder / entry["tar"], "rb") as file:
             file.seek(entry["offset"])
             audio = {"bytes": file.read(entry["nbytes"]), "path": entry["audio"]}
-        return {"audio": audio, **{key: entry[key] for key in ("id", "text", "duration", "speaker")}}
+        return {"audio": audio, **{name: entry[name] for name in ("id", "text", "duration", "speaker")}}
 
 
-class Joined:
-    """Several such datasets, one after the other."""
+class ConcatenatedSpeech:
+    """Several datasets as one, in order.
 
-    def __init__(self, parts: list[PackedSpeech]) -> None:
-        self.parts = parts
-        self.rows = [(part, index) for part in parts for index in range(len(part))]
+    Args:
+        datasets: datasets with `durations` and `texts`.
+    """
+
+    def __init__(self, datasets: list[PackedSpeech]) -> None:
+        self.datasets = datasets
+        self.locations = [(dataset, index) for dataset in datasets for index in range(len(dataset))]
 
     @property
     def durations(self) -> list[float]:
-        """Seconds of every clip."""
-        return [seconds for part in self.parts for seconds in part.durations]
+        """Duration of every clip in seconds."""
+        return [duration for dataset in self.datasets for duration in dataset.durations]
 
     @property
     def texts(self) -> list[str]:
-        """Transcripts."""
-        return [text for part in self.parts for text in part.texts]
+        """Transcript of every clip."""
+        return [text for dataset in self.datasets for text in dataset.texts]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.locations)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        part, position = self.rows[index]
-        return part[position]
+        """Return a row of the dataset that holds it."""
+        dataset, local_index = self.locations[index]
+        return dataset[local_index]

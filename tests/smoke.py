@@ -16,7 +16,7 @@ import transformers
 from transformers import AutoModelForTDT, AutoProcessor, TrainingArguments, pipeline
 
 import transformers_parakeet as tp
-from transformers_parakeet.training.trainer import ParakeetTrainer
+from transformers_parakeet.training import ParakeetTrainer
 
 FOLDER = tp.demo_model_path()
 CLIP = next(

@@ -1,10 +1,10 @@
-"""The encoder in training: dropout and stochastic depth as NeMo has them, batch norms, and gradient checkpointing."""
+"""The encoder in training mode: dropout and stochastic depth as in NeMo, batch norms, and gradient checkpointing."""
 
 import pytest
 import torch
 from conftest import TESTS, ctc_model, encoder_fields
 from nemo_files import edited_archive
-from nemo_training import CASES, HashedDropout, change_settings, features, probe, repeat_layers
+from nemo_training import CASES, HashedDropout, change_settings, create_features, repeat_layers, weighted_sum
 from safetensors.torch import load_file
 
 import transformers_parakeet as tp
@@ -12,48 +12,58 @@ from transformers_parakeet import load_nemo
 from transformers_parakeet.networks import conformer
 
 GOLDEN = TESTS / "golden"
+NO_DROPOUT = {"activation_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0}
 
 
-def nemo_encoder(case, folder):
-    """The encoder of a case of `nemo_training.py`."""
+def load_encoder(case, folder):
+    """Return the encoder of a case of `nemo_training.py`."""
     path = edited_archive(
-        GOLDEN / "ctc" / "model.nemo", folder, settings=lambda tree: change_settings(tree["encoder"], case),
+        GOLDEN / "ctc" / "model.nemo",
+        folder,
+        settings=lambda settings: change_settings(settings["encoder"], case),
         weights=repeat_layers,
-    )  # fmt: skip
+    )
     encoder = load_nemo(path)[0].encoder
     encoder.set_attn_implementation("eager")
     return encoder
 
 
-# a repeated pass would have other masks, because they count their calls
+def features_and_mask():
+    """Return (B, T, F) features and the (B, T) mask of valid frames."""
+    features, lengths = create_features()
+    return features, torch.arange(features.shape[1]) < lengths[:, None]
+
+
+# masks count their calls, so a pass that checkpointing repeats would get other masks: only cases without dropout
 @pytest.mark.parametrize(
     ("case", "checkpointing"),
     [*((case, False) for case in CASES), ("linear_depth", True), ("uniform_depth", True)],
 )
-def test_training_is_nemos(case, checkpointing, tmp_path, monkeypatch):
-    encoder, truth = nemo_encoder(case, tmp_path).train(), load_file(GOLDEN / "training" / "encoder.safetensors")
+def test_a_training_pass_equals_nemos(case, checkpointing, tmp_path, monkeypatch):
+    encoder, expected = load_encoder(case, tmp_path).train(), load_file(GOLDEN / "training" / "encoder.safetensors")
     if checkpointing:
         encoder.gradient_checkpointing_enable()
-    inputs, lengths = features()
-    mask = torch.arange(inputs.shape[1]) < lengths[:, None]
+    features, mask = features_and_mask()
     monkeypatch.setattr(torch.nn.functional, "dropout", HashedDropout())
     torch.manual_seed(CASES[case][1])
-    output = encoder(inputs, attention_mask=mask)
-    frames = truth[f"{case}.lengths"]
-    assert output.attention_mask.sum(-1).tolist() == frames.tolist()
-    probe(output.last_hidden_state, frames).backward()
-    valid = output.attention_mask.bool()
+    output = encoder(features, attention_mask=mask)
+    frame_lengths = expected[f"{case}.lengths"]
+    assert output.attention_mask.sum(-1).tolist() == frame_lengths.tolist()
+    weighted_sum(output.last_hidden_state, frame_lengths).backward()
+    is_valid = output.attention_mask.bool()
     # measured: 4e-6 on values of up to 4
-    torch.testing.assert_close(output.last_hidden_state[valid], truth[f"{case}.output"][valid], atol=4e-5, rtol=0)
-    for layer in (0, 3):
-        module = encoder.layers[layer]
+    torch.testing.assert_close(
+        output.last_hidden_state[is_valid], expected[f"{case}.output"][is_valid], atol=4e-5, rtol=0
+    )
+    for index in (0, 3):
+        layer = encoder.layers[index]
         # measured: 2e-6 of the largest gradient; a dropped layer has gradients of 0
-        gradient = truth[f"{case}.gradient{layer}"]
+        gradient = expected[f"{case}.gradient{index}"]
         scale = max(1.0, float(gradient.abs().max()))
-        torch.testing.assert_close(module.self_attn.v_proj.weight.grad / scale, gradient / scale, atol=2e-5, rtol=0)
-        # a dropped layer is run, too, and moves its statistics
+        torch.testing.assert_close(layer.self_attn.v_proj.weight.grad / scale, gradient / scale, atol=2e-5, rtol=0)
+        # a dropped layer runs as well, and updates its statistics
         # measured: 6e-8
-        torch.testing.assert_close(module.conv.norm.running_mean, truth[f"{case}.mean{layer}"], atol=6e-7, rtol=0)
+        torch.testing.assert_close(layer.conv.norm.running_mean, expected[f"{case}.mean{index}"], atol=6e-7, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -74,67 +84,71 @@ def test_probabilities_of_dropping_a_layer(mode, start, expected):
     assert conformer.drop_probabilities(tp.ParakeetEncoderConfig(**fields)) == pytest.approx(expected)
 
 
-def test_a_stock_configuration_keeps_the_meaning_of_its_fields():
-    """No dropout after the residual branches, and layers that stay are not rescaled."""
+def test_the_fields_of_a_stock_configuration_keep_their_meaning():
+    """There is no dropout after residual branches, and the output of remaining layers is not rescaled."""
     fields = encoder_fields(layerdrop=0.5, activation_dropout=0.5, dropout=0.0, attention_dropout=0.0)
     model = tp.ParakeetEncoder(tp.ParakeetEncoderConfig(**fields)).train()
-    config = model.config
-    assert (config.residual_dropout, config.stochastic_depth_mode) == (0.0, None)
+    assert (model.config.residual_dropout, model.config.stochastic_depth_mode) == (0.0, None)
     for layer in model.layers:
         layer.feed_forward1.dropout = layer.feed_forward2.dropout = 0.0
-    inputs, _ = features()
-    # the first layer is dropped, the second is not
-    seed = next(s for s in range(99) if (torch.manual_seed(s), torch.rand(2))[1].lt(0.5).tolist() == [True, False])
+    features, _ = create_features()
+
+    def drops_only_the_first_layer(seed):
+        """Return whether the draws that follow a seed drop the first of two layers and keep the second."""
+        torch.manual_seed(seed)
+        return torch.rand(2).lt(0.5).tolist() == [True, False]
+
+    seed = next(seed for seed in range(99) if drops_only_the_first_layer(seed))
     torch.manual_seed(seed)
-    output = model(inputs).last_hidden_state
-    hidden = model.subsampling(inputs) * model.input_scale
+    output = model(features).last_hidden_state
+    hidden = model.subsampling(features) * model.input_scale
     expected = model.layers[1](hidden, position_embeddings=model.encode_positions(hidden))
     torch.testing.assert_close(output, expected)
-
-
-# batch norms
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_updates_batch_norms_once(reentrant):
     statistics, gradients = [], []
     for checkpointing in (False, True):
-        model, _ = ctc_model(activation_dropout=0.0, attention_dropout=0.0, dropout=0.0)
+        model, _ = ctc_model(**NO_DROPOUT)
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        inputs, lengths = features()
-        mask = torch.arange(inputs.shape[1]) < lengths[:, None]
-        # a first layer without a gradient would not be repeated by the reentrant kind
-        model(inputs.requires_grad_(), attention_mask=mask, labels=torch.tensor([[1, 2]] * 3)).loss.backward()
+        features, mask = features_and_mask()
+        labels = torch.tensor([[1, 2]] * 3)
+        # reentrant checkpointing repeats the first layer only if its input requires a gradient
+        model(features.requires_grad_(), attention_mask=mask, labels=labels).loss.backward()
         statistics.append({name: value for name, value in model.named_buffers() if ".conv.norm." in name})
-        gradients.append([p.grad for p in model.parameters()])
-    assert {int(v) for k, v in statistics[1].items() if "num_batches" in k} == {1}
-    for name, value in statistics[0].items():
-        # measured: 6e-8, because the first pass of the reentrant kind runs without gradients and overwrites
-        torch.testing.assert_close(value, statistics[1][name], atol=6e-7, rtol=0)
-    assert any(value.abs().max() > 0 for name, value in statistics[1].items() if "running_mean" in name)
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, checkpointed, atol=1e-5, rtol=1e-4)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    plain, checkpointed = statistics
+    assert {int(value) for name, value in checkpointed.items() if "num_batches" in name} == {1}
+    for name, value in plain.items():
+        # measured: 6e-8, because the first reentrant pass runs without gradients and overwrites activations
+        torch.testing.assert_close(value, checkpointed[name], atol=6e-7, rtol=0)
+    assert any(value.abs().max() > 0 for name, value in checkpointed.items() if "running_mean" in name)
+    for plain_gradient, checkpointed_gradient in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain_gradient, checkpointed_gradient, atol=1e-5, rtol=1e-4)
 
 
-def test_one_frame_has_no_deviation_and_is_normalised_by_the_running_statistics():
-    model, _ = ctc_model(activation_dropout=0.0, attention_dropout=0.0, dropout=0.0)
+def test_a_batch_of_one_frame_is_normalised_by_the_running_statistics():
+    """The standard deviation of a single frame is undefined."""
+    model, _ = ctc_model(**NO_DROPOUT)
     for layer in model.encoder.layers:
         layer.conv.norm.running_mean.normal_()
-    inputs = features()[0][:1, :8]
-    expected = model(inputs).logits
+    # eight mel frames are one encoder frame
+    features = create_features()[0][:1, :8]
+    expected = model(features).logits
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    out = model.train()(inputs, labels=torch.tensor([[3]]))
-    assert out.logits.shape[1] == 1
-    torch.testing.assert_close(out.logits, expected, atol=1e-5, rtol=1e-5)
-    out.loss.backward()
-    assert out.loss.isfinite()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    assert model.encoder.layers[0].conv.norm.weight.grad.abs().sum() > 0
+    output = model.train()(features, labels=torch.tensor([[3]]))
+    assert output.logits.shape[1] == 1
+    torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-5)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    first_norm = model.encoder.layers[0].conv.norm
+    assert first_norm.weight.grad.abs().sum() > 0
     assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
-    # two clips of one frame have a deviation
-    model(inputs.repeat(2, 1, 1))
-    assert not torch.equal(
-        model.encoder.layers[0].conv.norm.running_mean, buffers["encoder.layers.0.conv.norm.running_mean"]
-    )
+    # two clips of one frame have a standard deviation
+    model(features.repeat(2, 1, 1))
+    assert not torch.equal(first_norm.running_mean, buffers["encoder.layers.0.conv.norm.running_mean"])

@@ -168,9 +168,9 @@ def convert(
 def finetune(context: typer.Context) -> None:
     """Train a model further on audio with transcripts; `parakeet finetune --help` lists the options."""
     with one_line_errors():
-        from ..training import main as train
+        from ..training import finetune_main
 
-        train(context.args)
+        finetune_main(context.args)
 
 
 @app.command()
@@ -187,11 +187,10 @@ def evaluate(
 ) -> None:
     """Measure the word error rate of a model on audio with transcripts."""
     with one_line_errors():
-        from ..training import evaluate as score
-        from ..training import load_speech
+        from ..training import evaluate_pipeline, load_speech
 
         clips = load_speech(data, split, name, default_split="test")
-        result = score(load_pipeline(model), clips, batch_size, decoder)
+        result = evaluate_pipeline(load_pipeline(model), clips, batch_size, decoder)
     if output is not None:
         with open(output, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(clip, ensure_ascii=False) + "\n" for clip in result["clips"])

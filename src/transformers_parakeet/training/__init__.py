@@ -1,9 +1,15 @@
-"""Training: data, collator, metrics, adapters, vocabulary, `Trainer`, and the fine-tuning program."""
+"""Training: datasets, batches, metrics, adapters, vocabulary, `ParakeetTrainer`, and the fine-tuning program."""
 
+from .adapters import add_lora, freeze
+from .batching import DurationBatchSampler
+from .clips import add_durations, get_durations, read_clip
+from .collator import SpeechCollator
 from .data import load_speech
-from .finetune import FinetuneArguments, evaluate, finetune, main
+from .evaluate import evaluate_pipeline
+from .finetune import FinetuneArguments, finetune_main, run_finetuning
+from .manifests import read_manifest
 from .metrics import ErrorRates, error_rates, normalize_text
-from .trainer import DurationBatchSampler, ParakeetTrainer, SpeechCollator, add_lora, freeze
+from .trainer import ParakeetTrainer
 from .update_guard import NonFiniteGuard
 from .vocabulary import extend_vocabulary, replace_tokenizer
 
@@ -14,14 +20,18 @@ __all__ = [
     "NonFiniteGuard",
     "ParakeetTrainer",
     "SpeechCollator",
+    "add_durations",
     "add_lora",
     "error_rates",
-    "evaluate",
+    "evaluate_pipeline",
     "extend_vocabulary",
-    "finetune",
+    "finetune_main",
     "freeze",
+    "get_durations",
     "load_speech",
-    "main",
     "normalize_text",
+    "read_clip",
+    "read_manifest",
     "replace_tokenizer",
+    "run_finetuning",
 ]

@@ -1,6 +1,6 @@
-"""Word and character error rates of transcripts.
+"""Compute word and character error rates of transcripts.
 
-Decoding in evaluation is in `training.py`.
+`ParakeetTrainer` in `trainer.py` generates the token ids, and `evaluate.py` runs a pipeline.
 """
 
 from __future__ import annotations
@@ -10,60 +10,99 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jiwer
 import numpy as np
 
-# signs that are written for an apostrophe: acute and grave accent, quotation marks, modifier letter
+from .extras import import_optional
+
+# characters that are written in place of an apostrophe: acute and grave accent, quotation marks, modifier letter
 APOSTROPHES = str.maketrans(dict.fromkeys("\u00b4`\u2018\u2019\u02bc", "'"))
 
 
 def normalize_text(text: str) -> str:
-    """Prepare a transcript for scoring: NFKC, lower case, no punctuation but apostrophes in words, single spaces."""
-    # before NFKC, which makes a space and a combining accent of the acute accent
-    text = unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).lower()
-    spaced = "".join(" " if unicodedata.category(char).startswith("P") and char != "'" else char for char in text)
-    return " ".join(word for word in (word.strip("'") for word in spaced.split()) if word)
+    """Normalise a transcript for scoring.
+
+    Args:
+        text: the transcript.
+
+    Returns:
+        The text in Unicode form NFKC and lower case, with single spaces and without punctuation. Apostrophes inside
+        words are kept.
+    """
+    # first, because NFKC turns the acute accent into a space and a combining accent
+    with_apostrophes = text.translate(APOSTROPHES)
+    folded = unicodedata.normalize("NFKC", with_apostrophes).lower()
+    characters = [" " if unicodedata.category(c).startswith("P") and c != "'" else c for c in folded]
+    words = [word.strip("'") for word in "".join(characters).split()]
+    return " ".join(word for word in words if word)
 
 
 def error_rates(
     references: Sequence[str], hypotheses: Sequence[str], normalize: Callable[[str], str] = normalize_text
 ) -> dict[str, float]:
-    """Score transcripts, all clips pooled.
+    """Compute the error rates over all clips together.
 
     Args:
-        references: what was said.
-        hypotheses: what was recognised.
-        normalize: applied to both.
+        references: correct transcript of each clip.
+        hypotheses: recognised transcript of each clip.
+        normalize: function applied to references and hypotheses before they are compared.
 
     Returns:
-        `wer` and `cer`, errors per word and per character of the references.
+        `wer` and `cer`: word errors per reference word, and character errors per reference character.
+
+    Raises:
+        ImportError: the package `jiwer` is not installed.
     """
-    said, heard = [normalize(text) for text in references], [normalize(text) for text in hypotheses]
-    return {"wer": float(jiwer.wer(said, heard)), "cer": float(jiwer.cer(said, heard))}
+    jiwer = import_optional("jiwer", "the word error rate")
+    normalized_references = [normalize(text) for text in references]
+    normalized_hypotheses = [normalize(text) for text in hypotheses]
+    return {
+        "wer": float(jiwer.wer(normalized_references, normalized_hypotheses)),
+        "cer": float(jiwer.cer(normalized_references, normalized_hypotheses)),
+    }
 
 
 @dataclass(frozen=True)
 class ErrorRates:
-    """`compute_metrics` for `ParakeetTrainer`: word and character error rate.
+    """The `compute_metrics` function of `ParakeetTrainer`: word and character error rate.
 
     Args:
-        processor: turns token ids into text.
-        normalize: applied to references and hypotheses.
+        processor: the `ParakeetProcessor` that decodes token ids to text.
+        normalize: function applied to references and hypotheses before they are compared.
     """
 
     processor: Any
     normalize: Callable[[str], str] = normalize_text
 
     def __call__(self, prediction: Any) -> dict[str, float]:
-        """Score `predictions` and `label_ids`, both (clips, tokens), filled up with -100."""
-        return error_rates(self.texts(prediction.label_ids), self.texts(prediction.predictions), self.normalize)
+        """Compute the error rates of an evaluation.
 
-    def texts(self, ids: Any) -> list[str]:
-        """Decode token ids, one per token: no blanks, no repeats to merge."""
+        Args:
+            prediction: an `EvalPrediction` with `label_ids` (B, U) and `predictions` (B, L), token ids padded with
+                -100.
+
+        Returns:
+            `wer` and `cer`, see `error_rates`.
+        """
+        references, hypotheses = self.decode(prediction.label_ids), self.decode(prediction.predictions)
+        return error_rates(references, hypotheses, self.normalize)
+
+    def decode(self, token_ids: Any) -> list[str]:
+        """Decode token ids to texts.
+
+        Args:
+            token_ids: (B, U) ids padded with -100. Every id is one token: CTC repeats are already merged. Blanks and
+                pad tokens are dropped.
+
+        Returns:
+            B texts.
+        """
         tokenizer = self.processor.tokenizer
-        unwanted = {tokenizer.pad_token_id, self.processor.blank_token_id}
-        rows = [[int(i) for i in row if i >= 0 and i not in unwanted] for row in np.asarray(ids)]
-        return [str(tokenizer.decode(row, group_tokens=False)) for row in rows]
+        ignored_ids = {tokenizer.pad_token_id, self.processor.blank_token_id}
+        texts = []
+        for row in np.asarray(token_ids).tolist():
+            tokens = [token for token in row if token >= 0 and token not in ignored_ids]
+            texts.append(str(tokenizer.decode(tokens, group_tokens=False)))
+        return texts
 
 
 __all__ = ["ErrorRates", "error_rates", "normalize_text"]

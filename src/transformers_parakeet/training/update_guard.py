@@ -1,6 +1,6 @@
-"""The guard against updates that are not finite: skips them, and restores the statistics of batch norms.
+"""Skip optimiser updates whose gradients are not finite, and restore the statistics of batch norms.
 
-When it runs is decided by `ParakeetTrainer` in `training.py`.
+`ParakeetTrainer` in `trainer.py` installs the guard as a callback.
 """
 
 from __future__ import annotations
@@ -15,70 +15,100 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# an update is skipped when its gradients are not finite; after this many in a row training stops
-MOST_SKIPPED_UPDATES = 20
+# consecutive skipped updates after which training stops
+MAX_CONSECUTIVE_SKIPS = 20
 
 
-def statistics(model: Any) -> Iterator[Tensor]:
-    """Yield the running statistics of all batch norms of a model."""
+def iterate_batch_norm_buffers(model: Any) -> Iterator[Tensor]:
+    """Yield the running statistics of all batch norms of a model, in a fixed order."""
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             yield from module.buffers(recurse=False)
 
 
-class NonFiniteGuard(TrainerCallback):
-    """Skips an update when a gradient is NaN or infinite, on all processes together, and warns.
+def have_finite_gradients(model: Any, device: torch.device) -> bool:
+    """Return whether all gradients of a model are finite, on all processes of a distributed run.
 
-    The forward pass has moved the running statistics of batch norms by then, so a skipped update restores them.
+    Args:
+        model: the model after its backward pass; parameters without a gradient are ignored.
+        device: device on which the processes exchange the result.
+    """
+    gradients = []
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            # a sharded gradient is checked shard by shard, each on its process
+            is_sharded = hasattr(parameter.grad, "to_local")
+            gradients.append(parameter.grad.to_local() if is_sharded else parameter.grad)
+    # number of processes with a gradient that is not finite
+    num_failures = torch.zeros((), device=device)
+    if gradients:
+        num_failures += ~torch.nn.utils.get_total_norm(gradients).to(device).isfinite()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(num_failures)
+    return not num_failures.item()
+
+
+class NonFiniteGuard(TrainerCallback):
+    """Skips an update if a gradient is NaN or infinite, on all processes together, and logs a warning.
+
+    The forward passes of a skipped update have already changed the running statistics of the batch norms, so they are
+    restored. The attribute `skipped` counts the skipped updates.
     """
 
     def __init__(self) -> None:
         self.skipped = 0
-        self.in_a_row = 0
-        self.before: list[Tensor] = []
+        self.consecutive_skips = 0
+        self.saved_buffers: list[Tensor] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Copy the statistics before the first batch of an update."""
-        self.before = [value.clone() for value in statistics(kwargs["model"])]
+        """Save the statistics of the batch norms before the first batch of an update.
+
+        Args:
+            args: the `TrainingArguments`.
+            state: the `TrainerState`.
+            control: the `TrainerControl`.
+            **kwargs: holds the `model`.
+        """
+        self.saved_buffers = [buffer.clone() for buffer in iterate_batch_norm_buffers(kwargs["model"])]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the gradients between backward pass and update.
+        """Check the gradients before an update, and remove them if they are not finite.
+
+        Args:
+            args: the `TrainingArguments`.
+            state: the `TrainerState`.
+            control: the `TrainerControl`.
+            **kwargs: holds the `model`.
 
         Raises:
-            FloatingPointError: too many updates in a row were skipped.
+            FloatingPointError: `MAX_CONSECUTIVE_SKIPS` consecutive updates were skipped.
         """
         model = kwargs["model"]
-        # the gradient scaler of float16 skips updates on its own, some of them by design and with good statistics
         if args.fp16:
-            if not all(value.isfinite().all() for value in statistics(model)):
-                self.restore_statistics(model)
+            # the gradient scaler skips updates itself, also with valid statistics, to find its scale
+            if not all(buffer.isfinite().all() for buffer in iterate_batch_norm_buffers(model)):
+                self.restore_buffers(model)
             return
-        grads = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
-                 for p in model.parameters() if p.grad is not None]  # fmt: skip
-        bad = torch.zeros((), device=args.device)
-        if grads:
-            bad += ~torch.nn.utils.get_total_norm(grads).to(args.device).isfinite()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(bad)
-        if not bad.item():
-            self.in_a_row = 0
+        if have_finite_gradients(model, args.device):
+            self.consecutive_skips = 0
             return
+        # an optimiser ignores parameters without a gradient
         model.zero_grad(set_to_none=True)
-        self.restore_statistics(model)
+        self.restore_buffers(model)
         self.skipped += 1
-        self.in_a_row += 1
+        self.consecutive_skips += 1
         logger.warning(f"Update {state.global_step + 1} is skipped: its gradients are not finite.")
-        if self.in_a_row >= MOST_SKIPPED_UPDATES:
+        if self.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
             raise FloatingPointError(
-                f"gradients must be finite, and those of {self.in_a_row} updates in a row were not: lower the learning "
-                "rate, train in float32, or look at the data"
+                f"gradients must be finite, and were not in {self.consecutive_skips} consecutive updates: lower the "
+                "learning rate, train in float32, or check the data"
             )
 
-    def restore_statistics(self, model: Any) -> None:
-        """Give the batch norms the statistics that they had before this update."""
+    def restore_buffers(self, model: Any) -> None:
+        """Restore the statistics of the batch norms from before the current update."""
         with torch.no_grad():
-            for value, before in zip(statistics(model), self.before, strict=True):
-                value.copy_(before)
+            for buffer, saved in zip(iterate_batch_norm_buffers(model), self.saved_buffers, strict=True):
+                buffer.copy_(saved)
 
 
 __all__ = ["NonFiniteGuard"]

@@ -1,0 +1,202 @@
+"""Read the audio, the name and the duration of one row of a speech dataset.
+
+Datasets are opened in `data.py`; files are decoded in `audio.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..audio import AudioError, load_audio
+
+# libsndfile seeks in these formats without decoding what precedes the position; `load_audio` uses it for them as well
+SEEKABLE_SUFFIXES = {".wav", ".flac", ".aiff", ".au"}
+# seconds: an excerpt that ends this close to the end of its clip is extended to the end, because manifests round
+ROUNDING_TOLERANCE_S = 0.01
+
+
+def parse_seconds(value: Any, field_name: str) -> float | None:
+    """Convert the value of a time field to seconds.
+
+    Args:
+        value: a number, text (CSV files hold numbers as text) or None.
+        field_name: name of the field, for the error message.
+
+    Returns:
+        The seconds, or None if the value is None or empty text.
+
+    Raises:
+        ValueError: the value is not a finite number, or is negative.
+    """
+    if value is None or value == "":
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"`{field_name}` must be a number of seconds, at least 0, got {value!r}: correct it")
+    return seconds
+
+
+def read_clip(row: Mapping[str, Any], sampling_rate: int) -> npt.NDArray[np.float32]:
+    """Decode the audio of a row.
+
+    As in NeMo, `offset` and `duration` select an excerpt of the clip, and a row with only a `duration` is cut to it; a
+    duration of 0 means that it is unknown. Unlike NeMo, an excerpt that ends within `ROUNDING_TOLERANCE_S` of the end
+    of the clip is extended to the end.
+
+    Args:
+        row: holds `audio`, anything that `load_audio` takes, and optionally `offset` and `duration` in seconds and the
+            `sampling_rate` of an array in Hz.
+        sampling_rate: sampling rate of the result in Hz.
+
+    Returns:
+        (S,) float32 samples.
+
+    Raises:
+        AudioError: the audio cannot be read or ends before the offset, or `offset` or `duration` is not a valid time.
+    """
+    try:
+        offset_s = parse_seconds(row.get("offset"), "offset")
+        duration_s = parse_seconds(row.get("duration"), "duration")
+    except ValueError as error:
+        raise AudioError(str(error)) from error
+    source_rate = row.get("sampling_rate")
+    if not offset_s and not duration_s:
+        return load_audio(row["audio"], source_rate, target_rate=sampling_rate)
+    samples = read_excerpt(row["audio"], source_rate, offset_s or 0.0, duration_s or math.inf, sampling_rate)
+    if offset_s and not len(samples):
+        raise AudioError(
+            f"the clip must be longer than its offset of {offset_s:g} s, and is not: correct the offset in the manifest"
+        )
+    return samples
+
+
+def read_excerpt(
+    audio: Any, source_rate: int | None, offset_s: float, duration_s: float, sampling_rate: int
+) -> npt.NDArray[np.float32]:
+    """Decode an excerpt of a clip.
+
+    Only the excerpt is decoded if libsndfile can seek in the file. Otherwise the whole clip is decoded and cut.
+
+    Args:
+        audio: anything that `load_audio` takes.
+        source_rate: sampling rate of the samples in Hz, if `audio` is an array; None otherwise.
+        offset_s: start of the excerpt in seconds.
+        duration_s: length of the excerpt in seconds; infinity for the rest of the clip.
+        sampling_rate: sampling rate of the result in Hz.
+
+    Returns:
+        (S,) float32 samples; none if the clip ends before the offset.
+
+    Raises:
+        AudioError: the audio cannot be read.
+    """
+    import soundfile
+
+    if isinstance(audio, str) and Path(audio).suffix.lower() in SEEKABLE_SUFFIXES:
+        with contextlib.suppress(soundfile.LibsndfileError), soundfile.SoundFile(audio) as file:
+            start, end = compute_excerpt_bounds(offset_s, duration_s, file.samplerate, file.frames)
+            # the whole clip, or a file whose header states no length, is left to `load_audio` below
+            if file.frames and end - start < file.frames:
+                file.seek(start)
+                channels = file.read(end - start, dtype="float32", always_2d=True)
+                mono = channels.mean(axis=1, dtype=np.float32)
+                return load_audio(mono, file.samplerate, target_rate=sampling_rate)
+    samples = load_audio(audio, source_rate, target_rate=sampling_rate)
+    start, end = compute_excerpt_bounds(offset_s, duration_s, sampling_rate, len(samples))
+    return samples[start:end]
+
+
+def compute_excerpt_bounds(offset_s: float, duration_s: float, sampling_rate: int, num_samples: int) -> tuple[int, int]:
+    """Compute the sample range of an excerpt of a clip.
+
+    Args:
+        offset_s: start of the excerpt in seconds.
+        duration_s: length of the excerpt in seconds; may be infinite.
+        sampling_rate: samples per second of the clip.
+        num_samples: samples of the clip.
+
+    Returns:
+        The first sample and the sample after the last one, both at most `num_samples`.
+    """
+    start = min(round(offset_s * sampling_rate), num_samples)
+    exact_end = (offset_s + duration_s) * sampling_rate
+    if exact_end > num_samples - ROUNDING_TOLERANCE_S * sampling_rate:
+        return start, num_samples
+    return start, max(start, round(exact_end))
+
+
+def get_clip_name(row: Mapping[str, Any], position: int) -> str:
+    """Return a name for a row in messages: its file, its `id`, or its position in the batch (counted from 0)."""
+    audio = row.get("audio")
+    path = audio.get("path") if isinstance(audio, Mapping) else audio
+    name = path if isinstance(path, (str, Path)) else row.get("id")
+    return str(name) if name else f"clip {position} of the batch"
+
+
+def get_durations(dataset: Any) -> list[float]:
+    """Return the duration of every clip of a dataset in seconds.
+
+    Args:
+        dataset: has a column `duration`, or an attribute `durations` with one number per clip.
+
+    Returns:
+        One duration per clip.
+
+    Raises:
+        ValueError: the dataset is streamed, or a duration is missing.
+    """
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            "batches by duration need a dataset with a length, got a stream: set a number of clips per batch instead"
+        )
+    if "duration" in (getattr(dataset, "column_names", None) or ()):
+        durations = list(dataset["duration"])
+    else:
+        durations = list(getattr(dataset, "durations", ()))
+    if len(durations) != len(dataset) or None in durations:
+        raise ValueError(
+            "batches by duration need the duration of every clip in a column `duration`, in seconds: add it with "
+            "`add_durations`"
+        )
+    return durations
+
+
+def add_durations(dataset: Any, sampling_rate: int = 16000) -> Any:
+    """Add a column `duration` to a dataset that lacks it, by decoding every clip once.
+
+    A clip that cannot be read gets the duration 0. The collator reports it when it reads the clip.
+
+    Args:
+        dataset: a `datasets` dataset or `ClipRows`.
+        sampling_rate: sampling rate in Hz to which clips are decoded.
+
+    Returns:
+        The dataset with a duration in seconds in every row; the same object if it has them all.
+    """
+
+    def measure_duration(row: dict[str, Any]) -> dict[str, float]:
+        """Return the `duration` of a row, decoding the clip if the row does not state it."""
+        try:
+            duration_s = parse_seconds(row.get("duration"), "duration")
+            if duration_s is None:
+                duration_s = len(read_clip(row, sampling_rate)) / sampling_rate
+        except (OSError, ValueError):
+            duration_s = 0.0
+        return {"duration": duration_s}
+
+    if "duration" in dataset.column_names and None not in dataset["duration"]:
+        return dataset
+    return dataset.map(measure_duration, desc="durations")
+
+
+__all__ = ["add_durations", "get_clip_name", "get_durations", "parse_seconds", "read_clip"]
