@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration_parakeet import ParakeetEncoderConfig
 from .attention import ParakeetEncoderAttention
-from .plain_modules import is_plain, pointwise
+from .fast_linear import is_plain, pointwise
 
 # the class that transformers has for the activation "silu"
 SILU = type(ACT2FN["silu"])
