@@ -200,8 +200,8 @@ class ParakeetEncoder(ParakeetPreTrainedModel):
         valid = None if attention_mask is None else self._get_output_attention_mask(attention_mask, hidden.shape[1])
         for layer, probability in zip(self.layers, drop_probabilities(self.config), strict=True):
             # only gradient checkpointing repeats a block
-            runs = {"runs": count()} if layer.gradient_checkpointing and self.training else {}
-            output = layer(hidden, attention_mask=valid, position_embeddings=positions, **runs, **kwargs)
+            checkpointing = {"pass_counter": count()} if layer.gradient_checkpointing and self.training else {}
+            output = layer(hidden, attention_mask=valid, position_embeddings=positions, **checkpointing, **kwargs)
             if self.training:
                 output = drop_block(hidden, output, probability, self.config.stochastic_depth_mode is not None)
             hidden = output
