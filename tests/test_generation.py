@@ -34,8 +34,7 @@ from transformers_parakeet import (
     ParakeetTDTConfig,
 )
 from transformers_parakeet.decoding.greedy import confidence
-from transformers_parakeet.networks.fast_linear import ScreenedLinear
-from transformers_parakeet.networks.plain_modules import pointwise
+from transformers_parakeet.networks.fast_linear import Bfloat16Search, pointwise
 
 VOCAB, BLANK, PAD, MELS = 40, 39, 2, 80
 ENCODER = {
@@ -604,7 +603,7 @@ def test_normal_use_is_silent(head: str):
 
 @pytest.mark.parametrize("kind", ["rnnt", "tdt"])
 def test_the_search_in_bfloat16_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch):
-    # large enough for `ScreenedLinear.suits`, which a CPU without bfloat16 would deny
+    # large enough for `Bfloat16Search.is_faster`, which a CPU without bfloat16 would deny
     vocab, calls = 8193, []
     fields = {**SHARED, "vocab_size": vocab, "blank_token_id": vocab - 1, "joint_hidden_size": 128}
     torch.manual_seed(0)
@@ -619,16 +618,16 @@ def test_the_search_in_bfloat16_changes_nothing(kind: str, monkeypatch: pytest.M
                 weight.normal_(0.0, 0.2)
         model.joint.head.bias[vocab - 1] += 2.5
     features, mask = batch_of([0, 1, 2, 3])
-    plain = ScreenedLinear.argmax
+    plain = Bfloat16Search.argmax
 
-    def counted(self: ScreenedLinear, hidden: Tensor) -> Tensor:
+    def counted(self: Bfloat16Search, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         calls.append(len(hidden))
-        return plain(self, hidden)
+        return plain(self, hidden, weight, bias)
 
-    monkeypatch.setattr(ScreenedLinear, "argmax", counted)
+    monkeypatch.setattr(Bfloat16Search, "argmax", counted)
     outputs = []
     for suits in (True, False):
-        monkeypatch.setattr(ScreenedLinear, "suits", staticmethod(lambda weight, suits=suits: suits))
+        monkeypatch.setattr(Bfloat16Search, "is_faster", staticmethod(lambda weight, suits=suits: suits))
         outputs.append(model.generate(input_features=features, attention_mask=mask))
         assert bool(calls) == suits
         calls.clear()

@@ -11,7 +11,7 @@ import transformers_parakeet as tp
 from transformers_parakeet.losses.transducer import rnnt_loss, tdt_loss
 from transformers_parakeet.networks.attention import relative_shift
 from transformers_parakeet.networks.conformer import subsampled_lengths
-from transformers_parakeet.networks.plain_modules import pointwise
+from transformers_parakeet.networks.fast_linear import pointwise
 
 # two orders of float32 sums in a two-layer encoder of width 32, measured: 4e-6
 TOLERANCE = 2e-5

@@ -294,7 +294,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             joint=self.joint.score,
             options=options,
             pad_id=self.config.pad_token_id,
-            shortcuts=Shortcuts(*self.joint.shortcuts(options.vocab_size)),
+            shortcuts=Shortcuts(*self.joint.fast_argmax(options.vocab_size)),
             on_step=Watcher(input_ids, self.config.pad_token_id, criteria, streamer) if watched else None,
         )
         if streamer is not None:

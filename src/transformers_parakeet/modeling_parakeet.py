@@ -1,6 +1,6 @@
-"""The Parakeet models: one `PreTrainedModel` base, the encoder, and the CTC, RNN-T and TDT heads.
+"""The Parakeet models: a base class, the encoder, and the models with CTC, RNN-T and TDT heads.
 
-Modules are in `conformer.py` and `transducer.py`, losses in `losses.py`, `generate` in `generation_parakeet.py`.
+The networks are in the sub-package `networks`, the losses in `losses`, and `generate` is in `generation_parakeet.py`.
 """
 
 import math
@@ -54,29 +54,29 @@ class ParakeetEncoderModelOutput(BaseModelOutputWithPooling):
     Args:
         last_hidden_state: (B, N, H) frames.
         pooler_output: (B, N, J) frames projected for the joint network, in transducers.
-        hidden_states: input of the first block and output of every block, when asked for.
-        attentions: (B, heads, N, N) weights of every block, when asked for.
-        attention_mask: (B, N) int mask of the valid frames, when the input had a mask.
+        hidden_states: input of the first block and output of every block, with `output_hidden_states`.
+        attentions: (B, heads, N, N) weights of every block, with `output_attentions`.
+        attention_mask: (B, N) int mask of the valid frames; `None` if the input had no mask.
     """
 
     attention_mask: Tensor | None = None
 
 
 class ParakeetPreTrainedModel(PreTrainedModel):
-    """What every Parakeet model shares: initialisation, loading, and the arithmetic of lengths."""
+    """Base class of the Parakeet models: initialisation, attention context, SpecAugment, and lengths in frames."""
 
     config: ParakeetCTCConfig
     base_model_prefix = "model"
     main_input_name = "input_features"
     input_modalities = "audio"
-    # each batch has its loss: `Trainer` is not to hand over a count of labels, but to average over batches and devices
+    # the loss is that of a batch: `Trainer` must average over batches and devices, and not pass a number of labels
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["ParakeetEncoderBlock"]
     _supports_flat_attention_mask = True
     _supports_sdpa = True
     _supports_flex_attn = True
-    # relative positions are a bias on the scores, which flash attention has no room for
+    # relative positions are a bias of the scores, which flash attention does not accept
     _supports_flash_attn = False
     _can_compile_fullgraph = True
     _supports_attention_backend = True
@@ -87,6 +87,7 @@ class ParakeetPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """Initialise the parameters and buffers of one module of a new model, called by transformers."""
         super()._init_weights(module)
         if isinstance(module, ParakeetEncoderAttention):
             std = self.config.initializer_range
@@ -97,65 +98,80 @@ class ParakeetPreTrainedModel(PreTrainedModel):
 
     @property
     def _encoder_config(self) -> Any:
+        """Configuration of the encoder, which is the model's own configuration if the model is an encoder."""
         return getattr(self.config, "encoder_config", self.config)
 
     def set_attention_context(self, left: int, right: int, chunk: int | None = None) -> None:
-        """Choose how many encoder frames a frame attends to, for all calls from now on; `save_pretrained` keeps it.
+        """Set how many encoder frames a frame attends to; `save_pretrained` writes the setting.
 
-        `set_attention_context(-1, -1)` gives full attention. A model trained with full attention gets a window around
-        each frame. Limited contexts need memory linear in the length of a clip.
+        `set_attention_context(-1, -1)` gives full attention. A model trained with full attention may be limited, too:
+        each frame then attends to the frames around it. A context that is limited on both sides needs memory linear
+        in the length of a clip.
 
         Args:
-            left: frames before a frame (or before its chunk); -1 for no limit.
-            right: frames after it; -1 for no limit. With the style `chunked_limited` this is the look-ahead, and chunks
-                have `right + 1` frames.
-            chunk: frames of a chunk; only with the style `chunked_limited_with_rc`, where it must be given.
+            left: number of frames before a frame (or before its chunk); -1 for no limit.
+            right: number of frames after it; -1 for no limit. With the style `chunked_limited` this is the look-ahead,
+                and chunks have `right + 1` frames.
+            chunk: number of frames of a chunk; required with the style `chunked_limited_with_rc` only.
 
         Raises:
-            ValueError: the style of the model has no such context.
+            ValueError: the context style of the model does not permit these numbers.
         """
         config = self._encoder_config
-        with_chunk = config.attention_context_style == "chunked_limited_with_rc"
-        if with_chunk and chunk is None and (left, right) == (-1, -1):
+        has_chunk_size = config.attention_context_style == "chunked_limited_with_rc"
+        if has_chunk_size and chunk is None and (left, right) == (-1, -1):
             chunk = -1
-        if with_chunk is (chunk is None):
+        if has_chunk_size is (chunk is None):
             raise ValueError(
                 f"`chunk` must be given only for the context style chunked_limited_with_rc, got {chunk!r} for the "
-                f"style {config.attention_context_style}: {'give' if with_chunk else 'leave out'} `chunk`"
+                f"style {config.attention_context_style}: {'give' if has_chunk_size else 'leave out'} `chunk`"
             )
         context = [left, right] if chunk is None else [left, chunk, right]
         check_attention_context(config.attention_context_style, context, config.self_attention_model)
         trained = config.attention_context_sizes or [config.attention_context_size]
         if context not in trained and max(context) >= 0:
             logger.warning_once(
-                f"The attention context {context} is not one that the model was trained with ({trained}): words may be "
-                "recognised less well."
+                f"The model was not trained with the attention context {context}, only with {trained}: more words may "
+                "be recognised wrongly."
             )
         if config.attention_context_sizes is None and context != config.attention_context_size:
             config.attention_context_sizes = [config.attention_context_size]
         config.attention_context_size = context
 
-    def _augmented(self, features: Any, attention_mask: Tensor | None) -> Any:
-        """Apply `config.spec_augment` to (B, T, F) features, in training only."""
+    def _augment(self, features: Any, attention_mask: Tensor | None) -> Any:
+        """Apply `config.spec_augment` to (B, T, F) features in training; otherwise return them unchanged."""
         if not (self.training and self.config.spec_augment):
             return features
-        frames = (
-            features.new_full((len(features),), features.shape[1]) if attention_mask is None else attention_mask.sum(-1)
-        )
-        return spec_augment(features, frames, self.config.spec_augment)
+        if attention_mask is None:
+            lengths = features.new_full((len(features),), features.shape[1])
+        else:
+            lengths = attention_mask.sum(-1)
+        return spec_augment(features, lengths, self.config.spec_augment)
 
     def _get_subsampling_output_length(self, input_lengths: Tensor) -> Tensor:
-        """Encoder frames of so many mel frames."""
+        """Convert numbers of mel frames to numbers of encoder frames; transformers' tools call this by its name."""
         return subsampled_lengths(input_lengths, self._encoder_config)
 
     def _get_output_attention_mask(self, attention_mask: Tensor, target_length: int | None = None) -> Tensor:
-        """(B, T) mask of mel frames -> (B, N) boolean mask of encoder frames, N the longest's or `target_length`."""
+        """Convert a mask of mel frames to a mask of encoder frames; transformers' tools call this by its name.
+
+        Args:
+            attention_mask: (B, T), 1 on valid mel frames.
+            target_length: number of encoder frames N; `None` for the number of the longest clip.
+
+        Returns:
+            (B, N) boolean mask.
+        """
         lengths = self._get_subsampling_output_length(attention_mask.sum(-1))
         return length_mask(lengths, int(lengths.max()) if target_length is None else target_length)
 
 
 class ParakeetEncoder(ParakeetPreTrainedModel):
-    """FastConformer encoder (arXiv 2305.05084)."""
+    """FastConformer encoder (arXiv 2305.05084).
+
+    Args:
+        config: configuration of the encoder, of this package or of stock transformers.
+    """
 
     config: ParakeetEncoderConfig
     base_model_prefix = "encoder"
@@ -183,7 +199,7 @@ class ParakeetEncoder(ParakeetPreTrainedModel):
 
         Args:
             input_features: (B, T, F) features; cast to the model's dtype.
-            attention_mask: (B, T), 1 on valid mel frames; without it every frame is valid.
+            attention_mask: (B, T), 1 on valid mel frames; `None` if all frames are valid.
             output_attention_mask: also return the mask of the encoder frames.
             **kwargs: `output_hidden_states`, `output_attentions` (eager attention), `return_dict`.
 
@@ -199,9 +215,9 @@ class ParakeetEncoder(ParakeetPreTrainedModel):
         positions = F.dropout(positions, self.config.dropout_positions, self.training)
         valid = None if attention_mask is None else self._get_output_attention_mask(attention_mask, hidden.shape[1])
         for layer, probability in zip(self.layers, drop_probabilities(self.config), strict=True):
-            # only gradient checkpointing repeats a block
-            runs = {"runs": count()} if layer.gradient_checkpointing and self.training else {}
-            output = layer(hidden, attention_mask=valid, position_embeddings=positions, **runs, **kwargs)
+            # gradient checkpointing runs a block again in the backward pass
+            checkpointing = {"pass_counter": count()} if layer.gradient_checkpointing and self.training else {}
+            output = layer(hidden, attention_mask=valid, position_embeddings=positions, **checkpointing, **kwargs)
             if self.training:
                 output = drop_block(hidden, output, probability, self.config.stochastic_depth_mode is not None)
             hidden = output
@@ -212,7 +228,11 @@ class ParakeetEncoder(ParakeetPreTrainedModel):
 
 
 class ParakeetForCTC(ParakeetPreTrainedModel, ParakeetCTCGenerationMixin):
-    """FastConformer encoder with a CTC head."""
+    """FastConformer encoder with a CTC head.
+
+    Args:
+        config: configuration of the model.
+    """
 
     config: ParakeetCTCConfig
 
@@ -223,7 +243,7 @@ class ParakeetForCTC(ParakeetPreTrainedModel, ParakeetCTCGenerationMixin):
         self.post_init()
 
     def ctc_logits(self, hidden: Tensor) -> Tensor:
-        """Return the (B, N, V) scores of (B, N, H) encoder frames."""
+        """Return the (B, N, V) logits of the CTC head for (B, N, H) encoder states."""
         return pointwise(self.ctc_head, hidden)
 
     @can_return_tuple
@@ -234,18 +254,18 @@ class ParakeetForCTC(ParakeetPreTrainedModel, ParakeetCTCGenerationMixin):
         labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutput:
-        """Score every frame, and the labels when there are some.
+        """Compute the logits of every frame, and the loss if labels are given.
 
         Args:
             input_features: (B, T, F) log-mel features.
             attention_mask: (B, T), 1 on valid mel frames.
-            labels: (B, U) token ids; -100 and `pad_token_id` are ignored.
+            labels: (B, U) token ids; -100 and `pad_token_id` are padding.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            `logits` (B, N, V) and, with labels, `loss` as `config.ctc_loss_reduction` says.
+            `logits` (B, N, V) and, with labels, `loss`, reduced by `config.ctc_loss_reduction`.
         """
-        features = self._augmented(input_features, attention_mask)
+        features = self._augment(input_features, attention_mask)
         encoded = self.encoder(input_features=features, attention_mask=attention_mask, **kwargs)
         logits = self.ctc_logits(encoded.last_hidden_state)
         loss = None
@@ -265,16 +285,16 @@ class ParakeetForCTC(ParakeetPreTrainedModel, ParakeetCTCGenerationMixin):
 
 @dataclass
 class ParakeetRNNTOutput(BaseModelOutputWithPooling):
-    """Output of a transducer.
+    """Output of a transducer model.
 
     Args:
-        loss: with labels.
-        logits: (B, N, U+1, V) raw scores of the joint network, (B, N, U+1, V + D) for TDT; with labels, when asked for.
-        last_hidden_state: (B, N, H) encoder frames.
-        pooler_output: (B, N, J) frames projected for the joint network.
-        hidden_states: the encoder's, when asked for.
-        attentions: the encoder's, when asked for.
-        attention_mask: (B, N) int mask of the valid frames.
+        loss: reduced by `config.loss_reduction`; `None` without labels.
+        logits: (B, N, U+1, V) of the joint network, (B, N, U+1, V + D) for TDT; with labels only on `output_logits`.
+        last_hidden_state: (B, N, H) encoder states.
+        pooler_output: (B, N, J) encoder states projected for the joint network.
+        hidden_states: those of the encoder, with `output_hidden_states`.
+        attentions: those of the encoder, with `output_attentions`.
+        attention_mask: (B, N) int mask of the valid frames; `None` if the input had no mask.
     """
 
     loss: Tensor | None = None
@@ -283,7 +303,11 @@ class ParakeetRNNTOutput(BaseModelOutputWithPooling):
 
 
 class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin):
-    """FastConformer encoder with an RNN-T head (arXiv 1211.3711); with `config.ctc_head`, a hybrid."""
+    """FastConformer encoder with an RNN-T head (arXiv 1211.3711); with `config.ctc_head`, a hybrid model.
+
+    Args:
+        config: configuration of the model.
+    """
 
     config: ParakeetRNNTConfig
 
@@ -293,25 +317,34 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         self.encoder = AutoModel.from_config(config.encoder_config)
         self.encoder_projector = nn.Linear(width, config.joint_hidden_size or config.decoder_hidden_size)
         self.decoder = ParakeetRNNTDecoder(config)
-        self.joint = ParakeetRNNTJointNetwork(config, self._outputs)
+        self.joint = ParakeetRNNTJointNetwork(config, self._num_outputs)
         if config.ctc_head:
             self.ctc_head = nn.Conv1d(width, config.vocab_size, kernel_size=1)
         self.post_init()
 
     @property
-    def _outputs(self) -> int:
-        """Outputs of the joint network."""
+    def _num_outputs(self) -> int:
+        """Number of outputs of the joint network: V tokens."""
         return self.config.vocab_size
 
     def ctc_logits(self, hidden: Tensor) -> Tensor:
-        """Return the (B, N, V) scores of the CTC head of a hybrid for (B, N, H) encoder frames."""
+        """Return the (B, N, V) logits of the CTC head of a hybrid model for (B, N, H) encoder states."""
         return pointwise(self.ctc_head, hidden)
 
     @can_return_tuple
     def get_audio_features(
         self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> ParakeetEncoderModelOutput:
-        """Encode a batch and project its frames for the joint network (`pooler_output`)."""
+        """Encode a batch and project the encoder states for the joint network.
+
+        Args:
+            input_features: (B, T, F) log-mel features.
+            attention_mask: (B, T), 1 on valid mel frames; `None` if all frames are valid.
+            **kwargs: further arguments of the encoder.
+
+        Returns:
+            The encoder's output with `pooler_output` (B, N, J).
+        """
         encoded = self.encoder(input_features=input_features, attention_mask=attention_mask, **kwargs)
         encoded.pooler_output = self.encoder_projector(encoded.last_hidden_state)
         return encoded
@@ -327,58 +360,75 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         output_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ParakeetRNNTOutput:
-        """Compute the loss of the labels, or without labels score every frame with every prefix.
+        """Compute the loss of the labels, or without labels the logits of every frame and prefix.
 
-        The loss does not build the scores, B * N * (U+1) * (V + D) numbers, so with labels they are returned only when
-        asked for.
+        The loss never builds the B * N * (U+1) * (V + D) logits, so that with labels they are returned on request only.
 
         Args:
             input_features: (B, T, F) log-mel features.
-            attention_mask: (B, T), 1 on valid mel frames.
-            decoder_input_ids: (B, U+1) the blank, then the labels; made from `labels`, else the blank alone.
-            encoder_outputs: result of `get_audio_features`, in place of `input_features`.
-            labels: (B, U) token ids; -100 and `pad_token_id` are ignored.
-            output_logits: also return the logits when there are labels.
+            attention_mask: (B, T), 1 on valid mel frames; `None` if all frames are valid.
+            decoder_input_ids: (B, U+1) the blank, then the labels; `None` to build them from `labels`, or without
+                labels to use the blank alone.
+            encoder_outputs: result of `get_audio_features`; replaces `input_features`.
+            labels: (B, U) token ids; -100 and `pad_token_id` are padding.
+            output_logits: also return the logits if labels are given.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            With labels `loss`, else `logits` (B, N, U+1, V [+ D]), or (B, N, V [+ D]) without a prefix.
+            With labels `loss`, else `logits` (B, N, U+1, V [+ D]); (B, N, V [+ D]) if the prefix is the blank alone.
         """
         encoded = encoder_outputs
         if encoded is None:
-            features = self._augmented(input_features, attention_mask)
+            features = self._augment(input_features, attention_mask)
             encoded = self.get_audio_features(features, attention_mask=attention_mask, **kwargs)
-        targets = None if labels is None else self._targets(labels.to(encoded.pooler_output.device))
+        encoder_states, blank_id = encoded.pooler_output, self.config.blank_token_id
+        targets = None if labels is None else self._remove_padding(labels.to(encoder_states.device))
         if targets is not None:
-            decoder_input_ids = F.pad(targets[0], (1, 0), value=self.config.blank_token_id)
+            decoder_input_ids = F.pad(targets[0], (1, 0), value=blank_id)
         elif decoder_input_ids is None:
-            batch = encoded.pooler_output.shape[0]
-            decoder_input_ids = torch.full((batch, 1), self.config.blank_token_id, device=encoded.pooler_output.device)
-        prefixes = self.decoder(decoder_input_ids)
+            decoder_input_ids = torch.full((len(encoder_states), 1), blank_id, device=encoder_states.device)
+        predictor_states = self.decoder(decoder_input_ids)
         logits = None
         if targets is None or output_logits:
-            logits = self.joint(prefixes[:, None], encoded.pooler_output[:, :, None]).squeeze(2)
+            logits = self.joint(predictor_states[:, None], encoder_states[:, :, None]).squeeze(2)
         return ParakeetRNNTOutput(
-            loss=None if targets is None else self._loss(encoded, prefixes, *targets),
+            loss=None if targets is None else self._loss(encoded, predictor_states, *targets),
             logits=logits,
             last_hidden_state=encoded.last_hidden_state,
-            pooler_output=encoded.pooler_output,
+            pooler_output=encoder_states,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
             attention_mask=encoded.attention_mask,
         )
 
-    def _targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels without padding, and their (B,) counts."""
-        keep = (labels >= 0) & (labels != self.config.pad_token_id) & (labels != self.config.blank_token_id)
-        return compact_labels(labels, keep)
+    def _remove_padding(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the labels of each row to its front and count them; -100, the padding and the blank are no labels.
+
+        Args:
+            labels: (B, U) token ids with padding.
+
+        Returns:
+            (B, U) labels with zeros after the last label of a row, and (B,) numbers of labels.
+        """
+        is_label = (labels >= 0) & (labels != self.config.pad_token_id) & (labels != self.config.blank_token_id)
+        return compact_labels(labels, is_label)
 
     def _loss(
-        self, encoded: ParakeetEncoderModelOutput, prefixes: Tensor, labels: Tensor, label_lengths: Tensor
+        self, encoded: ParakeetEncoderModelOutput, predictor_states: Tensor, labels: Tensor, label_lengths: Tensor
     ) -> Tensor:
-        """Transducer loss; for a hybrid (1 - w) * transducer + w * CTC."""
+        """Compute the transducer loss, for a hybrid model (1 - w) * transducer loss + w * CTC loss.
+
+        Args:
+            encoded: encoder's output with `pooler_output`.
+            predictor_states: (B, U+1, J).
+            labels: (B, U) labels without padding inside a row.
+            label_lengths: (B,) number of labels.
+
+        Returns:
+            Scalar, or (B,) for the reduction `"none"`.
+        """
         config, lengths = self.config, frame_lengths(encoded)
-        loss = self._transducer_loss(encoded.pooler_output, prefixes, labels, lengths, label_lengths)
+        loss = self._transducer_loss(encoded.pooler_output, predictor_states, labels, lengths, label_lengths)
         if not config.ctc_head:
             return loss
         padded = labels.masked_fill(~length_mask(label_lengths, labels.shape[1]), -100)
@@ -393,14 +443,31 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         return (1 - config.ctc_loss_weight) * loss + config.ctc_loss_weight * ctc
 
     def _transducer_loss(
-        self, frames: Tensor, prefixes: Tensor, labels: Tensor, lengths: Tensor, label_lengths: Tensor
+        self,
+        encoder_states: Tensor,
+        predictor_states: Tensor,
+        labels: Tensor,
+        lengths: Tensor,
+        label_lengths: Tensor,
     ) -> Tensor:
+        """Compute the RNN-T or TDT loss with the settings of the configuration.
+
+        Args:
+            encoder_states: (B, N, J) projected encoder states.
+            predictor_states: (B, U+1, J).
+            labels: (B, U).
+            lengths: (B,) number of valid encoder frames.
+            label_lengths: (B,) number of labels.
+
+        Returns:
+            Scalar, or (B,) for the reduction `"none"`.
+        """
         config = self.config
-        loss = select_loss(config.kernel, frames, config.hidden_act)
+        loss = select_loss(config.kernel, encoder_states, config.hidden_act)
         return loss(
-            frames,
-            prefixes,
-            *self.joint.output_layer(frames),
+            encoder_states,
+            predictor_states,
+            *self.joint.output_layer(encoder_states),
             labels,
             lengths,
             label_lengths,
@@ -413,20 +480,26 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         )
 
     def _duration_options(self) -> dict[str, Any]:
-        """Arguments of the loss that TDT adds."""
+        """Return the arguments that only the TDT loss has; none for RNN-T."""
         return {}
 
 
 class ParakeetForTDT(ParakeetForRNNT):
-    """FastConformer encoder with a token-and-duration transducer head (arXiv 2304.06795)."""
+    """FastConformer encoder with a token-and-duration transducer (TDT) head (arXiv 2304.06795).
+
+    Args:
+        config: configuration of the model.
+    """
 
     config: ParakeetTDTConfig
 
     @property
-    def _outputs(self) -> int:
+    def _num_outputs(self) -> int:
+        """Number of outputs of the joint network: V tokens and D durations."""
         return self.config.vocab_size + len(self.config.durations)
 
     def _duration_options(self) -> dict[str, Any]:
+        """Return the arguments that only the TDT loss has."""
         config = self.config
         return {"durations": config.durations, "sigma": config.loss_sigma, "omega": config.loss_omega}
 

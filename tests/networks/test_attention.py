@@ -124,9 +124,9 @@ def test_blocks_see_what_the_rule_allows(style, context):
     layout = block_layout(config, frames)
     visible = visible_keys(config, layout, torch.device("cpu"))
     for query in range(frames):
-        start = query // layout.block * layout.block
+        start = query // layout.block_size * layout.block_size
         row = visible[query - start]
-        keys = {start - layout.before + k for k in row.nonzero().flatten().tolist()}
+        keys = {start - layout.keys_before + k for k in row.nonzero().flatten().tolist()}
         assert keys & set(range(frames)) == {k for k in range(frames) if may_attend(style, context, query, k)}
 
 
@@ -134,7 +134,7 @@ def test_blocks_see_what_the_rule_allows(style, context):
 def test_memory_is_linear(style, context):
     config = config_of(style, context)
     sizes = [
-        layout.keys * (layout.frames + layout.padding) for layout in (block_layout(config, n) for n in (2000, 8000))
+        layout.num_keys * (layout.num_frames + layout.padding) for layout in (block_layout(config, n) for n in (2000, 8000))
     ]
     assert sizes[1] < 4.2 * sizes[0]
 

@@ -1,4 +1,4 @@
-"""The neural networks of the models: attention, FastConformer blocks, prediction and joint network."""
+"""The neural networks of the models: attention, FastConformer blocks, prediction network and joint network."""
 
 from .attention import ParakeetEncoderAttention, ParakeetEncoderRelPositionalEncoding
 from .conformer import (
@@ -9,7 +9,7 @@ from .conformer import (
     length_mask,
     subsampled_lengths,
 )
-from .plain_modules import pointwise
+from .fast_linear import pointwise
 from .transducer import ParakeetRNNTDecoder, ParakeetRNNTJointNetwork
 
 __all__ = [

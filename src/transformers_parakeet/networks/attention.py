@@ -1,6 +1,7 @@
-"""Self-attention of the encoder: relative positions, and limited, chunked or local contexts in memory linear in length.
+"""Self-attention of the encoder with relative positions and full, limited, chunked or local context.
 
-Works on frames and masks; the blocks around the attention are in `conformer.py`.
+A context that is limited on both sides needs memory linear in the number of frames. The blocks of the encoder are in
+`conformer.py`.
 """
 
 from __future__ import annotations
@@ -19,123 +20,133 @@ from ..configuration_parakeet import ParakeetEncoderConfig
 # wavelength base of the sinusoidal positions, "Attention Is All You Need" section 3.5
 POSITION_BASE = 10000.0
 
-# fewest queries of a block: shorter blocks copy the keys too often
-MIN_BLOCK = 64
+# fewest queries of a block: with shorter blocks the same keys are copied too often
+MIN_BLOCK_SIZE = 64
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """How N queries are cut into blocks, and which keys the queries of one block read.
+    """How the N queries are cut into blocks, and which keys the queries of a block read.
 
-    Attention without a limit is one block of all frames.
+    Attention without a limit is a single block of all frames. All blocks of a layout have the same shape.
 
     Args:
-        frames: number of frames N.
-        block: queries of a block, c.
-        before: keys before the first query of a block that it reads.
-        after: keys after its last query.
+        num_frames: number of frames N.
+        block_size: number of queries of a block, c.
+        keys_before: number of keys that a block reads before its first query.
+        keys_after: number of keys that a block reads after its last query.
     """
 
-    frames: int
-    block: int
-    before: int = 0
-    after: int = 0
+    num_frames: int
+    block_size: int
+    keys_before: int = 0
+    keys_after: int = 0
 
     @property
-    def is_whole(self) -> bool:
-        """Tell whether all frames are one block."""
-        return self.block == self.frames
+    def is_single_block(self) -> bool:
+        """Tell whether one block holds all frames."""
+        return self.block_size == self.num_frames
 
     @property
-    def keys(self) -> int:
-        """Keys K that a block reads."""
-        return self.before + self.block + self.after
+    def num_keys(self) -> int:
+        """Number of keys K that a block reads."""
+        return self.keys_before + self.block_size + self.keys_after
 
     @property
     def padding(self) -> int:
-        """Frames that fill the last block."""
-        return -self.frames % self.block
+        """Number of frames that must be added to fill the last block."""
+        return -self.num_frames % self.block_size
 
     def relative_positions(self, device: torch.device) -> Tensor:
-        """Return the (K + c - 1,) positions query - key that occur in a block, from the largest to the smallest."""
-        return torch.arange(self.before + self.block - 1, -self.block - self.after, -1, device=device)
+        """Return the (K + c - 1,) relative positions query - key of a block, from the largest to the smallest."""
+        return torch.arange(
+            self.keys_before + self.block_size - 1, -self.block_size - self.keys_after, -1, device=device
+        )
 
-    def split_queries(self, query: Tensor) -> Tensor:
-        """Cut (B, N, ...) into blocks (B * blocks, c, ...)."""
-        if self.is_whole:
-            return query
-        tail = [0, 0] * (query.ndim - 2)
-        return F.pad(query, (*tail, 0, self.padding)).unflatten(1, (-1, self.block)).flatten(0, 1)
+    def split_queries(self, queries: Tensor) -> Tensor:
+        """Cut the frames of (B, N, ...) into blocks and return (B * blocks, c, ...); zeros fill the last block."""
+        if self.is_single_block:
+            return queries
+        # F.pad lists the last dimension first
+        unpadded_dims = [0, 0] * (queries.ndim - 2)
+        return F.pad(queries, (*unpadded_dims, 0, self.padding)).unflatten(1, (-1, self.block_size)).flatten(0, 1)
 
-    def split_keys(self, key: Tensor) -> Tensor:
-        """Return the keys of each block (B * blocks, K, ...) for (B, N, ...); zeros fill what is outside the frames."""
-        if self.is_whole:
-            return key
-        tail = [0, 0] * (key.ndim - 2)
-        padded = F.pad(key, (*tail, self.before, self.padding + self.after))
+    def split_keys(self, keys: Tensor) -> Tensor:
+        """Return the keys (B * blocks, K, ...) that each block reads from (B, N, ...), zeros outside the clip."""
+        if self.is_single_block:
+            return keys
+        # F.pad lists the last dimension first
+        unpadded_dims = [0, 0] * (keys.ndim - 2)
+        padded = F.pad(keys, (*unpadded_dims, self.keys_before, self.padding + self.keys_after))
         # (B, blocks, ..., K) view: neighbouring blocks share keys
-        windows = padded.unfold(1, self.keys, self.block)
-        return windows.movedim(-1, 2).flatten(0, 1)
+        overlapping = padded.unfold(1, self.num_keys, self.block_size)
+        return overlapping.movedim(-1, 2).flatten(0, 1)
 
-    def join(self, blocks: Tensor) -> Tensor:
-        """Return (B, N, ...) for blocks (B * blocks, c, ...); the reverse of `split_queries`."""
-        if self.is_whole:
+    def join_blocks(self, blocks: Tensor) -> Tensor:
+        """Return the frames (B, N, ...) of blocks (B * blocks, c, ...), the inverse of `split_queries`."""
+        if self.is_single_block:
             return blocks
-        return blocks.unflatten(0, (-1, (self.frames + self.padding) // self.block)).flatten(1, 2)[:, : self.frames]
+        num_blocks = (self.num_frames + self.padding) // self.block_size
+        return blocks.unflatten(0, (-1, num_blocks)).flatten(1, 2)[:, : self.num_frames]
 
 
-def block_layout(config: ParakeetEncoderConfig, frames: int) -> BlockLayout:
-    """Choose the blocks for the context of a configuration.
+def block_layout(config: ParakeetEncoderConfig, num_frames: int) -> BlockLayout:
+    """Choose the blocks for the attention context of a configuration.
 
     Args:
-        config: the encoder's configuration.
-        frames: number of frames N.
+        config: configuration of the encoder.
+        num_frames: number of frames N.
 
     Returns:
-        Blocks as long as half the context, or one block where the context is unlimited or about as long as the clip.
+        Blocks about half as long as the context. If the context is unlimited on one side or about as long as the clip,
+        a single block.
     """
     left, right = config.attention_context_size[0], config.attention_context_size[-1]
-    chunk = 1
+    chunk_size = 1
     if config.attention_context_style == "chunked_limited":
-        # nothing after the own chunk is seen
-        chunk, right = right + 1, min(right, 0)
+        # frames after the chunk of a query are not visible
+        chunk_size, right = right + 1, min(right, 0)
     elif config.attention_context_style == "chunked_limited_with_rc":
-        chunk = config.attention_context_size[1]
-    if min(left, right) < 0 or chunk < 1:
-        return BlockLayout(frames, frames)
-    block = chunk * -(-max((left + right) // 2, MIN_BLOCK) // chunk)
-    layout = BlockLayout(frames, block, left, right)
-    return layout if layout.keys < frames else BlockLayout(frames, frames)
+        chunk_size = config.attention_context_size[1]
+    single_block = BlockLayout(num_frames, num_frames)
+    if min(left, right) < 0 or chunk_size < 1:
+        return single_block
+    # a block is a whole number of chunks
+    chunks_per_block = -(-max((left + right) // 2, MIN_BLOCK_SIZE) // chunk_size)
+    layout = BlockLayout(num_frames, chunk_size * chunks_per_block, left, right)
+    return layout if layout.num_keys < num_frames else single_block
 
 
 def visible_keys(config: ParakeetEncoderConfig, layout: BlockLayout, device: torch.device) -> Tensor | None:
-    """Tell which keys the queries of a block may attend to.
+    """Build the mask of the keys that are in the attention context of each query of a block.
 
-    All blocks have the same answer, because a block begins where a chunk begins.
+    The mask is the same for all blocks, because each block begins with a chunk.
 
     Args:
-        config: the encoder's configuration.
-        layout: its blocks.
-        device: of the result.
+        config: configuration of the encoder.
+        layout: blocks of the attention.
+        device: device of the result.
 
     Returns:
-        (c, K) boolean mask, or `None` where every key is visible.
+        (c, K) boolean mask, true where the query may attend to the key; `None` if every key is visible.
     """
     context = config.attention_context_size
     if max(context) < 0:
         return None
-    query = torch.arange(layout.block, device=device)[:, None]
-    key = torch.arange(-layout.before, layout.block + layout.after, device=device)[None]
+    query = torch.arange(layout.block_size, device=device)[:, None]
+    key = torch.arange(-layout.keys_before, layout.block_size + layout.keys_after, device=device)[None]
     left, right = context[0], context[-1]
+    # the context extends from `left` frames before `first` to `right` frames after `last`
     first, last = query, query
     if config.attention_context_style == "chunked_limited" and right >= 0:
-        # the own chunk, and whole chunks before it
-        first = query // (right + 1) * (right + 1)
-        last, right = first + right, 0
+        chunk_size = right + 1
+        first = query // chunk_size * chunk_size
+        last, right = first + chunk_size - 1, 0
     elif config.attention_context_style == "chunked_limited_with_rc" and context[1] > 0:
-        first = query // context[1] * context[1]
-        last = first + context[1] - 1
-    visible = torch.ones(layout.block, layout.keys, dtype=torch.bool, device=device)
+        chunk_size = context[1]
+        first = query // chunk_size * chunk_size
+        last = first + chunk_size - 1
+    visible = torch.ones(layout.block_size, layout.num_keys, dtype=torch.bool, device=device)
     if left >= 0:
         visible &= key >= first - left
     if right >= 0:
@@ -144,7 +155,11 @@ def visible_keys(config: ParakeetEncoderConfig, layout: BlockLayout, device: tor
 
 
 class ParakeetEncoderRelPositionalEncoding(nn.Module):
-    """Sinusoids of the relative positions query - key, sine on even and cosine on odd channels."""
+    """Sinusoidal embeddings of the relative positions query - key, sines on even and cosines on odd channels.
+
+    Args:
+        config: configuration of the encoder.
+    """
 
     inv_freq: Tensor
 
@@ -155,16 +170,16 @@ class ParakeetEncoderRelPositionalEncoding(nn.Module):
 
     @staticmethod
     def frequencies(config: ParakeetEncoderConfig) -> Tensor:
-        """Return the (H/2,) angular frequencies."""
+        """Return the (H/2,) angular frequencies of the sinusoids, in radians per frame."""
         exponents = torch.arange(0, config.hidden_size, 2, dtype=torch.float32) / config.hidden_size
         return 1.0 / POSITION_BASE**exponents
 
     @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the embeddings of the relative positions of a block, one table for every clip of the batch.
+        """Return the embeddings of the relative positions of a block, which are the same for all blocks and clips.
 
         Args:
-            hidden: (B, N, H) frames.
+            hidden: (B, N, H) frames, for their number, dtype and device.
 
         Returns:
             (K + c - 1, H) in the dtype of the frames; (2N - 1, H) for attention without a limit.
@@ -175,55 +190,57 @@ class ParakeetEncoderRelPositionalEncoding(nn.Module):
         if self.config.self_attention_model == "rel_pos_local_attn" and left != right:
             positions, has_embedding = nemo_local_positions(positions, left, right)
         angles = positions[:, None].float() * self.inv_freq.float()
-        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        embeddings = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
         if has_embedding is not None:
-            table = table * has_embedding[:, None]
-        return table.to(hidden.dtype)
+            embeddings = embeddings * has_embedding[:, None]
+        return embeddings.to(hidden.dtype)
 
 
 def nemo_local_positions(positions: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
     """Return the position whose embedding NeMo's local attention uses in place of each relative position.
 
-    NeMo has a table of the positions left .. -right, and a score column for each position w .. -w, where w is
-    max(left, right). It adds row n < left of the table to column n, and row left + m to column 2w - right + m. With
-    `left == right` each position keeps its own embedding (RelPositionMultiHeadAttentionLongformer in NeMo's
-    multi_head_attention.py).
+    NeMo has an embedding for each position from left to -right, and a column of scores for each position from w to -w,
+    where w is max(left, right). It adds row n of the embeddings to column n if n < left, and row left + m to column
+    2w - right + m for m >= 0. With `left == right` each position keeps its own embedding
+    (RelPositionMultiHeadAttentionLongformer in NeMo's multi_head_attention.py).
 
     Args:
         positions: (R,) relative positions query - key.
-        left: frames before a query that it attends to.
-        right: frames after it.
+        left: number of frames before a query that it attends to.
+        right: number of frames after a query that it attends to.
 
     Returns:
-        (R,) positions, and a (R,) boolean mask of those that have an embedding.
+        (R,) positions, and a (R,) boolean mask of the positions that have an embedding.
     """
-    width = max(left, right)
-    column = width - positions
-    in_past, in_future = column < left, column >= 2 * width - right
-    row = torch.where(in_past, column, column - 2 * width + right + left)
+    max_distance = max(left, right)
+    column = max_distance - positions
+    in_past, in_future = column < left, column >= 2 * max_distance - right
+    row = torch.where(in_past, column, column - 2 * max_distance + right + left)
     return left - row, in_past | in_future
 
 
 def lowest_score(dtype: torch.dtype) -> float:
-    """Return the score of a masked key; finite in float32, so that a query without visible keys gives no NaN."""
+    """Return the score of a masked key; it is finite in float32, so that a query without visible keys gives no NaN."""
     return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
 
 
-def relative_shift(scores: Tensor, keys: int) -> Tensor:
+def relative_shift(scores: Tensor, num_keys: int) -> Tensor:
     """Turn scores by relative position into scores by key (Transformer-XL, arXiv 1901.02860, appendix B).
 
     Args:
-        scores: (..., c, K + c - 1), contiguous; column j of query i belongs to key j + i - (c - 1) of the block.
-        keys: keys K of a block.
+        scores: (..., c, K + c - 1), contiguous. Column j of query i is the score of key j + i - (c - 1) of the block.
+        num_keys: number of keys K of a block.
 
     Returns:
-        (..., c, K) view of the same memory: entry (i, k) lies at i * (K + c - 1) + k - i + c - 1.
+        (..., c, K) view of the same memory. Entry (i, k) is number i * (K + c - 1) + k - i + c - 1 of the input.
     """
-    queries, columns = scores.shape[-2:]
-    if queries == 1:
+    num_queries, num_columns = scores.shape[-2:]
+    if num_queries == 1:
         return scores
-    flat = scores.flatten(-2)[..., queries - 1 : queries - 1 + queries * (columns - 1)]
-    return flat.unflatten(-1, (queries, columns - 1))[..., :keys]
+    # each row is read with an offset that is one smaller than for the row before
+    first = num_queries - 1
+    flat = scores.flatten(-2)[..., first : first + num_queries * (num_columns - 1)]
+    return flat.unflatten(-1, (num_queries, num_columns - 1))[..., :num_keys]
 
 
 def eager_attention_forward(
@@ -236,18 +253,20 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attend in plain PyTorch; the only implementation that returns the weights.
+    """Compute attention in plain PyTorch; this is the only implementation that returns the attention weights.
 
     Args:
-        module: the attention module, for its training flag.
-        query: (B, heads, N, head width).
-        key, value: (B, heads, K, head width).
-        attention_mask: (B, heads, N, K) additive bias.
+        module: the attention module; its training flag switches dropout on.
+        query: (B, heads, N, head_dim).
+        key: (B, heads, K, head_dim).
+        value: (B, heads, K, head_dim).
+        attention_mask: (B, heads, N, K) bias that is added to the scores.
         scaling: factor of the dot products.
-        dropout: probability on the weights.
+        dropout: dropout probability of the attention weights.
+        **kwargs: ignored; other implementations read them.
 
     Returns:
-        (B, N, heads, head width) and the (B, heads, N, K) weights.
+        (B, N, heads, head_dim) output and (B, heads, N, K) weights.
     """
     scores = torch.matmul(query * scaling, key.transpose(2, 3))
     if attention_mask is not None:
@@ -257,27 +276,67 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+@dataclass(frozen=True)
+class AttentionInputs:
+    """Queries, keys, values and score bias of an attention call; M is the number of blocks of all clips together.
+
+    Args:
+        queries: (M, c, heads, head_dim).
+        keys: (M, K, heads, head_dim).
+        values: (M, K, heads, head_dim).
+        bias: (M, heads, c, K), added to the scaled dot products: position scores, and the lowest score for masked keys.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class GlobalTokens:
+    """The frames of NeMo's local attention that attend to all frames and to which all frames attend.
+
+    Args:
+        frames: indices of the G frames.
+        query: (B, N, heads, head_dim) projections for the attention from and to these frames.
+        key: as `query`.
+        value: as `query`.
+    """
+
+    frames: list[int]
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
 class ParakeetEncoderAttention(nn.Module):
-    """Multi-head attention with relative positions (Transformer-XL, arXiv 1901.02860, section 3.3)."""
+    """Multi-head attention with relative positions (Transformer-XL, arXiv 1901.02860, section 3.3).
+
+    Args:
+        config: configuration of the encoder.
+        layer_idx: index of the encoder block.
+    """
 
     def __init__(self, config: ParakeetEncoderConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.heads = config.num_attention_heads
+        self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
+        # transformers' attention functions read these three
         self.num_key_value_groups = 1
         self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
         self.is_causal = False
+        self.attention_dropout = config.attention_dropout
         width, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(width, width, bias=bias)
         self.k_proj = nn.Linear(width, width, bias=bias)
         self.v_proj = nn.Linear(width, width, bias=bias)
         self.o_proj = nn.Linear(width, width, bias=bias)
         self.relative_k_proj = nn.Linear(width, width, bias=False)
-        self.bias_u = nn.Parameter(torch.zeros(self.heads, self.head_dim))
-        self.bias_v = nn.Parameter(torch.zeros(self.heads, self.head_dim))
+        self.bias_u = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
+        self.bias_v = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
         if config.global_tokens and config.global_attn_separate:
             self.global_q_proj = nn.Linear(width, width, bias=bias)
             self.global_k_proj = nn.Linear(width, width, bias=bias)
@@ -286,143 +345,183 @@ class ParakeetEncoderAttention(nn.Module):
     def forward(
         self, hidden: Tensor, position_embeddings: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend over the valid frames of the context.
+        """Attend to the valid frames of the context.
 
         Args:
             hidden: (B, N, H) frames.
-            position_embeddings: (K + c - 1, H) relative positions of a block.
-            attention_mask: (B, N) boolean mask of the frames inside the clips.
+            position_embeddings: (K + c - 1, H) embeddings of the relative positions of a block.
+            attention_mask: (B, N) boolean mask of the frames inside the clips; `None` if all are.
+            **kwargs: further arguments of transformers' attention functions.
 
         Returns:
-            (B, N, H); and the (B, heads, N, N) weights, if the implementation gives them and all frames are one block.
+            (B, N, H) output, and the (B, heads, N, N) attention weights if the attention function returns weights and
+            there is a single block, else `None`.
         """
         layout = block_layout(self.config, hidden.shape[1])
-        query, key, value = (self._split(project(hidden)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        queries, keys, values = layout.split_queries(query), layout.split_keys(key), layout.split_keys(value)
-        bias = self._position_bias(queries, position_embeddings, layout)
-        visible = self._visible(hidden, attention_mask, layout)
+        query, key, value = (self._split_heads(project(hidden)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        queries = layout.split_queries(query)
+        bias = self._position_scores(queries, position_embeddings, layout)
+        visible = self._visible_keys(hidden, attention_mask, layout)
         if visible is not None:
             bias = bias.masked_fill(~visible, lowest_score(bias.dtype))
-        global_frames = self._global_frames(hidden.shape[1])
-        projected = [query, key, value]
-        if global_frames:
-            projected = self._global_projections(hidden, projected)
-            scores = torch.einsum("bnhd,bghd->bnhg", projected[0], projected[1][:, global_frames]) * self.scaling
-            keys, values, bias = with_global_keys(
-                layout.split_queries(scores), value[:, global_frames], keys, values, bias
-            )
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        flex = self.config._attn_implementation == "flex_attention"
-        output, weights = attend(
-            self,
-            query=(queries + self.bias_u).transpose(1, 2),
-            key=keys.transpose(1, 2),
-            value=values.transpose(1, 2),
-            # flex attention applies a mask of the first head to all heads; its position bias is per head
-            **({"attention_mask": None, "position_bias": bias} if flex else {"attention_mask": bias}),
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        output = layout.join(output)
-        if global_frames:
-            output = replace_global_rows(output, projected, global_frames, attention_mask)
-        return self.o_proj(output.flatten(2)), weights if layout.is_whole else None
+        inputs = AttentionInputs(queries, layout.split_keys(key), layout.split_keys(value), bias)
+        global_tokens = self._global_tokens(hidden, query, key, value)
+        if global_tokens is not None:
+            global_scores = self._scores_of_global_tokens(global_tokens)
+            inputs = with_global_keys(inputs, layout.split_queries(global_scores), value[:, global_tokens.frames])
+        output, weights = self._attend(inputs, kwargs)
+        output = layout.join_blocks(output)
+        if global_tokens is not None:
+            output = replace_global_rows(output, global_tokens, attention_mask)
+        return self.o_proj(output.flatten(2)), weights if layout.is_single_block else None
 
-    def _split(self, hidden: Tensor) -> Tensor:
-        """(B, N, H) -> (B, N, heads, head width)."""
-        return hidden.unflatten(-1, (self.heads, self.head_dim))
+    def _split_heads(self, hidden: Tensor) -> Tensor:
+        """Reshape (..., H) to (..., heads, head_dim)."""
+        return hidden.unflatten(-1, (self.num_heads, self.head_dim))
 
-    def _position_bias(self, queries: Tensor, position_embeddings: Tensor, layout: BlockLayout) -> Tensor:
-        """Return the (B * blocks, heads, c, K) scaled scores of each query with the relative positions."""
-        blocks, block = queries.shape[:2]
-        positions = self._split(self.relative_k_proj(position_embeddings)).permute(1, 2, 0)
-        # one product per head for all clips: (heads, B N, head width) x (heads, head width, K + c - 1)
+    def _position_scores(self, queries: Tensor, position_embeddings: Tensor, layout: BlockLayout) -> Tensor:
+        """Return the scaled scores of each query with the relative position of each key.
+
+        Args:
+            queries: (B * blocks, c, heads, head_dim).
+            position_embeddings: (K + c - 1, H).
+            layout: blocks of the attention.
+
+        Returns:
+            (B * blocks, heads, c, K).
+        """
+        num_blocks, block_size = queries.shape[:2]
+        position_keys = self._split_heads(self.relative_k_proj(position_embeddings)).permute(1, 2, 0)
+        # one product per head for all clips: (heads, B N, head_dim) x (heads, head_dim, K + c - 1)
         rows = ((queries + self.bias_v) * self.scaling).flatten(0, 1).transpose(0, 1)
-        scores = torch.bmm(rows, positions).unflatten(1, (blocks, block)).transpose(0, 1)
-        return relative_shift(scores, layout.keys)
+        scores = torch.bmm(rows, position_keys).unflatten(1, (num_blocks, block_size)).transpose(0, 1)
+        return relative_shift(scores, layout.num_keys)
 
-    def _visible(self, hidden: Tensor, attention_mask: Tensor | None, layout: BlockLayout) -> Tensor | None:
-        """Return the mask of the keys of each query, which broadcasts to (B * blocks, heads, c, K)."""
+    def _visible_keys(self, hidden: Tensor, attention_mask: Tensor | None, layout: BlockLayout) -> Tensor | None:
+        """Build the mask of the keys that are inside the clip and in the context of the query.
+
+        Args:
+            hidden: (B, N, H) frames, for their number and device.
+            attention_mask: (B, N) boolean mask of the frames inside the clips; `None` if all are.
+            layout: blocks of the attention.
+
+        Returns:
+            Boolean mask that broadcasts to (B * blocks, heads, c, K); `None` if every key is visible.
+        """
         in_context = visible_keys(self.config, layout, hidden.device)
-        if attention_mask is None and not layout.is_whole:
+        if attention_mask is None and not layout.is_single_block:
+            # the first and the last blocks read zeros outside the frames, which must be masked
             attention_mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         if attention_mask is None:
             return in_context
-        valid = layout.split_keys(attention_mask)[:, None, None]
-        return valid if in_context is None else valid & in_context
+        in_clip = layout.split_keys(attention_mask)[:, None, None]
+        return in_clip if in_context is None else in_clip & in_context
 
-    def _global_frames(self, frames: int) -> list[int]:
-        """Return the frames that are global tokens."""
+    def _attend(self, inputs: AttentionInputs, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Call the attention function that the configuration selects.
+
+        Args:
+            inputs: queries, keys, values and bias of M blocks.
+            kwargs: further arguments of transformers' attention functions.
+
+        Returns:
+            (M, c, heads, head_dim) output, and (M, heads, c, K) weights or `None`.
+        """
+        implementation = self.config._attn_implementation
+        attention_function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            implementation, eager_attention_forward
+        )
+        if implementation == "flex_attention":
+            # flex attention reads the first head of a mask only, and the position scores differ between heads
+            bias_arguments = {"attention_mask": None, "position_bias": inputs.bias}
+        else:
+            bias_arguments = {"attention_mask": inputs.bias}
+        output, weights = attention_function(
+            self,
+            query=(inputs.queries + self.bias_u).transpose(1, 2),
+            key=inputs.keys.transpose(1, 2),
+            value=inputs.values.transpose(1, 2),
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **bias_arguments,
+            **kwargs,
+        )
+        return output, weights
+
+    def _global_tokens(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor) -> GlobalTokens | None:
+        """Return the global tokens of local attention, `None` if there are none.
+
+        Args:
+            hidden: (B, N, H) frames.
+            query: (B, N, heads, head_dim) projections of the local attention, which global tokens share by default.
+            key: as `query`.
+            value: as `query`.
+        """
         config = self.config
-        if config.self_attention_model != "rel_pos_local_attn" or max(config.attention_context_size) < 0:
-            return []
-        step = config.global_tokens_spacing
-        return list(range(0, min(config.global_tokens * step, frames), step))
+        is_local = config.self_attention_model == "rel_pos_local_attn" and max(config.attention_context_size) >= 0
+        if not (is_local and config.global_tokens):
+            return None
+        spacing = config.global_tokens_spacing
+        frames = list(range(0, min(config.global_tokens * spacing, hidden.shape[1]), spacing))
+        if config.global_attn_separate:
+            projections = (self.global_q_proj, self.global_k_proj, self.global_v_proj)
+            query, key, value = (self._split_heads(project(hidden)) for project in projections)
+        return GlobalTokens(frames, query, key, value)
 
-    def _global_projections(self, hidden: Tensor, projected: list[Tensor]) -> list[Tensor]:
-        """Return query, key and value (B, N, heads, head width) of the attention to and from the global tokens."""
-        if not self.config.global_attn_separate:
-            return projected
-        return [
-            self._split(project(hidden)) for project in (self.global_q_proj, self.global_k_proj, self.global_v_proj)
-        ]
+    def _scores_of_global_tokens(self, global_tokens: GlobalTokens) -> Tensor:
+        """Return the (B, N, heads, G) scaled scores of all queries with the keys of the global tokens."""
+        global_keys = global_tokens.key[:, global_tokens.frames]
+        return torch.einsum("bnhd,bghd->bnhg", global_tokens.query, global_keys) * self.scaling
 
 
-def with_global_keys(
-    scores: Tensor, global_values: Tensor, keys: Tensor, values: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Put the global tokens before the keys of every block.
+def with_global_keys(inputs: AttentionInputs, global_scores: Tensor, global_values: Tensor) -> AttentionInputs:
+    """Insert the global tokens before the keys of every block.
 
-    The same frames stay among the local keys and count twice there, as in NeMo.
+    A global token inside the local context counts twice, as in NeMo.
 
     Args:
-        scores: (B * blocks, c, heads, G) scaled scores of the queries with the global tokens.
-        global_values: (B, G, heads, head width).
-        keys, values: (B * blocks, K, heads, head width).
-        bias: (B * blocks, heads, c, K).
+        inputs: queries, keys, values and bias of M = B * blocks blocks.
+        global_scores: (M, c, heads, G) scaled scores of the queries with the global tokens.
+        global_values: (B, G, heads, head_dim).
 
     Returns:
-        Keys and values (B * blocks, G + K, heads, head width), and the bias (B * blocks, heads, c, G + K).
+        The inputs with G + K keys per block.
     """
-    global_values = global_values.repeat_interleave(len(keys) // len(global_values), 0)
-    # a key of zeros: the bias is the whole score, because it has neither a position nor the bias u
+    global_values = global_values.repeat_interleave(len(inputs.keys) // len(global_values), 0)
+    # keys of zeros: these scores contain neither a position nor the bias u, so that the bias is the complete score
     global_keys = torch.zeros_like(global_values)
-    return (
-        torch.cat([global_keys, keys], 1),
-        torch.cat([global_values, values], 1),
-        torch.cat([scores.transpose(1, 2), bias], -1),
+    return AttentionInputs(
+        inputs.queries,
+        torch.cat([global_keys, inputs.keys], 1),
+        torch.cat([global_values, inputs.values], 1),
+        torch.cat([global_scores.transpose(1, 2), inputs.bias], -1),
     )
 
 
-def replace_global_rows(
-    output: Tensor, projected: list[Tensor], global_frames: list[int], attention_mask: Tensor | None
-) -> Tensor:
+def replace_global_rows(output: Tensor, global_tokens: GlobalTokens, attention_mask: Tensor | None) -> Tensor:
     """Replace the output of the global tokens, which attend to all valid frames without positions.
 
-    With more than one global token NeMo reads its (token, clip, head) array of queries as (clip, head, token), which
-    mixes heads and the clips of a batch. This does the same, because trained weights expect it.
+    If there is more than one global token, NeMo reads its (token, clip, head) array of queries as (clip, head, token).
+    This mixes heads and the clips of a batch. It is repeated here, because weights were trained with it.
 
     Args:
-        output: (B, N, heads, head width) of the local attention.
-        projected: query, key and value, each (B, N, heads, head width).
-        global_frames: the frames that are global tokens, G of them.
-        attention_mask: (B, N) boolean mask of the valid frames.
+        output: (B, N, heads, head_dim) output of the local attention.
+        global_tokens: frames and projections of the global tokens.
+        attention_mask: (B, N) boolean mask of the valid frames; `None` if all are.
 
     Returns:
-        (B, N, heads, head width).
+        (B, N, heads, head_dim).
     """
-    query, key, value = projected
-    batch, _, heads, width = query.shape
-    rows = query[:, global_frames].transpose(0, 1).reshape(batch, heads, len(global_frames), width)
+    query, key, value = global_tokens.query, global_tokens.key, global_tokens.value
+    batch_size, _, num_heads, head_dim = query.shape
+    queries = query[:, global_tokens.frames].transpose(0, 1)
+    queries = queries.reshape(batch_size, num_heads, len(global_tokens.frames), head_dim)
     bias = None
     if attention_mask is not None:
         bias = torch.zeros_like(attention_mask, dtype=query.dtype)
         bias = bias.masked_fill(~attention_mask, lowest_score(query.dtype))[:, None, None]
-        # a global token beyond the end of a clip is visible to the clip, so its state must be NeMo's
+        # a global token past the end of a clip is visible to the clip, so that its state must be NeMo's
         output = output * attention_mask[..., None, None]
-    attended = F.scaled_dot_product_attention(rows, key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias)
-    frames = torch.tensor(global_frames, device=output.device)
+    attended = F.scaled_dot_product_attention(queries, key.transpose(1, 2), value.transpose(1, 2), attn_mask=bias)
+    frames = torch.tensor(global_tokens.frames, device=output.device)
     return output.index_copy(1, frames, attended.transpose(1, 2).to(output.dtype))
