@@ -8,7 +8,7 @@ from conftest import TESTS, noise
 from training_helpers import arguments
 
 from transformers_parakeet import export_nemo, extend_vocabulary, load_nemo, replace_tokenizer
-from transformers_parakeet.nemo.hub import load_folder
+from transformers_parakeet.nemo.reader import load_folder
 from transformers_parakeet.nemo.sentencepiece import MODELS, build_tokenizer
 from transformers_parakeet.training.trainer import ParakeetTrainer
 
