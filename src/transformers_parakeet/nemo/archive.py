@@ -152,8 +152,10 @@ class Archive:
         try:
             file: Any = MemoryFile(self.content[info.offset_data : info.offset_data + info.size])
             if not zipfile.is_zipfile(file):
+                # torch before 1.6
                 return load_tensors(file)
             records = list_zip_records(file)
+            # fake tensors have a dtype, a shape and a position in the file, but no data
             with FakeTensorMode():
                 fake_tensors = load_tensors(file)
             if any(checkpoint_offset(fake) is None for fake in fake_tensors.values()):

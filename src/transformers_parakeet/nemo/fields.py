@@ -49,9 +49,9 @@ class Field:
             CTC head.
         allowed: the implemented values of the setting; empty if every value can be read.
         read: `read(value, settings)` returns the field's value for the setting's value; None if they are equal.
-        current: `current(source)` returns the field's value in a configuration or feature extractor, restricted to what
-            NeMo can express; None for the attribute `name`.
-        write: `write(source, settings)` returns the setting's value; None if it equals the field's current value.
+        current: `current(owner)` returns the field's value in its owner, the configuration or feature extractor that
+            has the field, restricted to what NeMo can express; None for the attribute `name`.
+        write: `write(owner, settings)` returns the setting's value; None if it equals the field's current value.
     """
 
     name: str | None
@@ -65,28 +65,28 @@ class Field:
     current: Callable[[Any], Any] | None = None
     write: Callable[[Any, Settings], Any] | None = None
 
-    def value_in_settings(self, settings: Settings) -> Any:
+    def value_from_settings(self, settings: Settings) -> Any:
         """Return the value of the field for the resolved settings of a file."""
         value = find_setting(settings, self.setting, self.default)
         return value if self.read is None else self.read(value, settings)
 
-    def value_in(self, source: Any) -> Any:
+    def value_from_owner(self, owner: Any) -> Any:
         """Return the value of the field in a configuration or feature extractor; a tuple is returned as a list."""
-        value = getattr(source, self.name or "") if self.current is None else self.current(source)
+        value = getattr(owner, str(self.name)) if self.current is None else self.current(owner)
         return list(value) if isinstance(value, tuple) else value
 
-    def nemo_value(self, source: Any, settings: Settings) -> Any:
+    def value_for_nemo(self, owner: Any, settings: Settings) -> Any:
         """Return the value of the NeMo setting for a configuration or feature extractor.
 
         Args:
-            source: the configuration or feature extractor that has the field.
+            owner: the configuration or feature extractor that has the field.
             settings: the resolved settings of the file that is written.
         """
-        return self.value_in(source) if self.write is None else self.write(source, settings)
+        return self.value_from_owner(owner) if self.write is None else self.write(owner, settings)
 
 
-def or_zero(value: Any, settings: Settings) -> Any:
-    """Return a dropout probability; NeMo uses 0 if it is null."""
+def read_dropout(value: Any, settings: Settings) -> Any:
+    """Return a dropout probability of the prediction or joint network; NeMo uses 0 if the setting is null."""
     return value or 0.0
 
 
@@ -323,10 +323,10 @@ MODEL_FIELDS = (
     Field("decoder_hidden_size", "decoder.prednet.pred_hidden", heads=TRANSDUCERS,
           copies=("joint.jointnet.pred_hidden", "model_defaults.pred_hidden")),
     Field("num_decoder_layers", "decoder.prednet.pred_rnn_layers", 1, heads=TRANSDUCERS),
-    Field("decoder_dropout", "decoder.prednet.dropout", heads=TRANSDUCERS, read=or_zero),
+    Field("decoder_dropout", "decoder.prednet.dropout", heads=TRANSDUCERS, read=read_dropout),
     Field("joint_hidden_size", "joint.jointnet.joint_hidden", heads=TRANSDUCERS,
           copies=("model_defaults.joint_hidden",), current=current_joint_size),
-    Field("joint_dropout", "joint.jointnet.dropout", heads=TRANSDUCERS, read=or_zero),
+    Field("joint_dropout", "joint.jointnet.dropout", heads=TRANSDUCERS, read=read_dropout),
     Field("hidden_act", "joint.jointnet.activation", "relu", heads=TRANSDUCERS, allowed=("relu", "tanh", "sigmoid"),
           read=read_activation),
     Field("max_symbols_per_step", "decoding.greedy.max_symbols", heads=TRANSDUCERS,
@@ -384,7 +384,7 @@ def read_config_fields(settings: Settings, kind: str, has_ctc_head: bool) -> dic
         NemoError: a value is not implemented.
         KeyError: a setting that has no default is missing.
     """
-    encoder_fields = {field.name: field.value_in_settings(settings) for field in ENCODER_FIELDS}
+    encoder_fields = {field.name: field.value_from_settings(settings) for field in ENCODER_FIELDS}
     context = encoder_fields["attention_context_size"]
     if has_local_attention(settings) and max(context) <= 0:
         raise NemoError(
@@ -392,7 +392,7 @@ def read_config_fields(settings: Settings, kind: str, has_ctc_head: bool) -> dic
             f"{context!r}: {NEEDS_NEMO}"
         )
     model_fields = {
-        field.name: field.value_in_settings(settings)
+        field.name: field.value_from_settings(settings)
         for field in select_model_fields(kind, has_ctc_head)
         if field.name is not None
     }
@@ -408,7 +408,7 @@ def read_extractor_fields(settings: Settings) -> dict[str, Any]:
     Raises:
         NemoError: a value is not implemented, or contradicts another.
     """
-    fields: dict[str, Any] = {str(field.name): field.value_in_settings(settings) for field in EXTRACTOR_FIELDS}
+    fields: dict[str, Any] = {str(field.name): field.value_from_settings(settings) for field in EXTRACTOR_FIELDS}
     num_mel_bins, hop_length, window_length = fields["feature_size"], fields["hop_length"], fields["win_length"]
     if hop_length != HOP_LENGTH:
         raise NemoError(f"`preprocessor.window_stride` must be {HOP_LENGTH} samples, got {hop_length}: {NEEDS_NEMO}")

@@ -69,7 +69,7 @@ def make_section(
     refused: Mapping[str, str] | None = None,
     strict: bool = True,
 ) -> tuple[str, Section]:
-    """Return a section with the keys of the table of fields added, preceded by its name.
+    """Return the name of a section and its keys, to which those of the table of fields are added.
 
     Args:
         name: dotted path of the section; empty for the root.
@@ -80,8 +80,11 @@ def make_section(
         refused: see `Section`.
         strict: see `Section`.
     """
-    keys = {**({"_target_": ()} if classes else {}), **dict.fromkeys(read.split(), ()), **table_keys(name)}
-    return name, Section({**keys, **(values or {})}, tuple(ignored.split()), classes, refused or {}, strict)
+    read_keys: dict[str, tuple[Any, ...]] = {"_target_": ()} if classes else {}
+    read_keys |= dict.fromkeys(read.split(), ())
+    read_keys |= table_keys(name)
+    read_keys |= values or {}
+    return name, Section(read_keys, tuple(ignored.split()), classes, refused or {}, strict)
 
 
 # descriptions of models that are not implemented, for errors

@@ -76,13 +76,19 @@ def build_nemo_pipeline(
         # "auto" is the type of the file, and not an attribute of torch
         dtype = getattr(torch, dtype, None)
     loaded_model, processor = load_nemo(model, dtype=dtype, **hub_options(options))
-    parts = {"tokenizer": processor.tokenizer, "feature_extractor": processor.feature_extractor}
     pipeline_options = {name: value for name, value in options.items() if name not in LOADING_OPTIONS}
+    parts: dict[str, Any] = {"tokenizer": processor.tokenizer, "feature_extractor": processor.feature_extractor}
+    if not parts.keys() & pipeline_options.keys():
+        # `stock` needs the parts even if the processor is given
+        parts["processor"] = processor
     return stock(TASK, loaded_model, *args, **{**parts, **pipeline_options})
 
 
 def hub_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the Hub arguments of `load_nemo` for the keyword arguments of `pipeline`."""
+    """Return the Hub arguments of `load_nemo` for the keyword arguments of `pipeline`.
+
+    transformers takes `cache_dir` and `local_files_only` as model arguments (`model_kwargs`).
+    """
     model_options = options.get("model_kwargs") or {}
     return {
         "revision": options.get("revision"),

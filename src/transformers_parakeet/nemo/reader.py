@@ -133,7 +133,16 @@ def load_archive(
 def build_from_archive(
     archive: Archive, dtype: torch.dtype | None
 ) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
-    """Build the model and the processor of an open `.nemo` file; see `load_archive`, which translates the errors."""
+    """Build the model and the processor of an open `.nemo` file.
+
+    Args:
+        archive: the file.
+        dtype: type of the weights; None for the type in the file.
+
+    Raises:
+        NemoError: the file is damaged, or has a setting or a weight that is not implemented.
+        KeyError: a setting without default is missing; like other errors, it is translated by `load_archive`.
+    """
     raw_settings = parse_settings(archive.read(SETTINGS))
     nemo_weights = archive.read_weights()
     settings = resolve_interpolations(raw_settings)

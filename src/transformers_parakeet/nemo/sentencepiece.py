@@ -102,10 +102,10 @@ def build_backend(proto: Any, further_pieces: Sequence[str]) -> Tokenizer:
     # pieces that are matched before the model runs; a single character is never split anyway
     fixed_pieces = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.USER_DEFINED) and len(p.piece) > 1]
     fixed_words = [piece for piece in fixed_pieces if not re.fullmatch(MARKUP, piece)]
-    scored_pieces = [
-        *((piece.piece, piece.score) for piece in proto.pieces),
-        *((piece, float("-inf")) for piece in mark_duplicates(proto, further_pieces)),
-    ]
+    scored_pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    distinct_pieces = mark_duplicates([piece for piece, _ in scored_pieces], further_pieces)
+    # a score of minus infinity prevents their use in encoding
+    scored_pieces += [(piece, float("-inf")) for piece in distinct_pieces]
     if spec.model_type == spec.BPE:
         model: BPE | Unigram = BPE(
             {piece: index for index, (piece, _) in enumerate(scored_pieces)},
@@ -130,9 +130,14 @@ def build_backend(proto: Any, further_pieces: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
-def mark_duplicates(proto: Any, further_pieces: Sequence[str]) -> list[str]:
-    """Return the pieces of further languages, with `DUPLICATE` appended until each differs from all before it."""
-    seen = {piece.piece for piece in proto.pieces}
+def mark_duplicates(first_pieces: Sequence[str], further_pieces: Sequence[str]) -> list[str]:
+    """Return the pieces of further languages, with `DUPLICATE` appended until each differs from all before it.
+
+    Args:
+        first_pieces: the pieces of the first language.
+        further_pieces: the pieces of the other languages, in order.
+    """
+    seen = set(first_pieces)
     distinct_pieces = []
     for piece in further_pieces:
         while piece in seen:

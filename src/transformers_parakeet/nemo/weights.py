@@ -66,14 +66,16 @@ LAYERS = {
 
 @cache
 def name_pattern(template: str) -> re.Pattern[str]:
-    """Return the regular expression that matches the names of a template of `NAMES`, one group per placeholder."""
-    # text and placeholders alternate
-    parts = re.split(r"\{(\w+)\}", template)
-    return re.compile(
-        "".join(
-            f"(?P<{part}>{PLACEHOLDERS[part]})" if index % 2 else re.escape(part) for index, part in enumerate(parts)
-        )
-    )
+    r"""Return the regular expression that matches the names of a template, with one named group per placeholder.
+
+    `joint.enc.{w}` becomes `joint\.enc\.(?P<w>weight|bias)`.
+    """
+    pattern = ""
+    # with a group in the pattern, `re.split` returns text and placeholders in turn
+    for index, part in enumerate(re.split(r"\{(\w+)\}", template)):
+        is_placeholder = index % 2 == 1
+        pattern += f"(?P<{part}>{PLACEHOLDERS[part]})" if is_placeholder else re.escape(part)
+    return re.compile(pattern)
 
 
 def from_nemo_name(nemo_name: str) -> str:

@@ -125,18 +125,25 @@ def check_encoder_config(encoder: Any) -> None:
 
 
 def initial_settings(config: Any) -> dict[str, Any]:
-    """Return the settings that the checkpoint came with, or else those of a new model of its kind.
+    """Return the settings that an export starts from.
 
-    The vocabulary, the tokenizer files and the fields of the configuration are written into them later; sizes that are
-    0 or -1 here are filled in then.
+    They are the settings of the `.nemo` file that the checkpoint came from (YAML text in `config.nemo_config`), or else
+    those of a new model of its kind. The caller then writes the tokenizer files, the vocabulary and the fields of the
+    configuration into them, and replaces sizes that are 0 or -1 here.
+
+    Args:
+        config: configuration of the model.
     """
     if config.nemo_config is not None:
         return parse_settings(config.nemo_config.encode())
     kind, hidden_size = kind_of(config), config.encoder_config.hidden_size
     settings = encoder_settings(config.encoder_config)
     ctc_decoder = {
-        "_target_": f"{MODULES}ConvASRDecoder", "feat_in": hidden_size, "num_classes": -1, "vocabulary": [],
-    }  # fmt: skip
+        "_target_": f"{MODULES}ConvASRDecoder",
+        "feat_in": hidden_size,
+        "num_classes": -1,
+        "vocabulary": [],
+    }
     if kind == "ctc":
         return {**settings, "decoder": ctc_decoder, "target": f"{MODELS}ctc_bpe_models.EncDecCTCModelBPE"}
     settings |= transducer_settings(kind, hidden_size)
@@ -147,7 +154,11 @@ def initial_settings(config: Any) -> dict[str, Any]:
 
 
 def encoder_settings(encoder: Any) -> dict[str, Any]:
-    """Return the settings that a new model of any kind has, for its encoder configuration."""
+    """Return the settings that a new model of any kind has.
+
+    Args:
+        encoder: configuration of its encoder.
+    """
     num_mel_bins = encoder.num_mel_bins
     return {
         "sample_rate": 16000,
@@ -294,16 +305,16 @@ def put_fields(settings: dict[str, Any], config: Any, extractor: Any) -> None:
         extractor: its feature extractor.
     """
     resolved = resolve_interpolations(settings)
-    for field, source in fields_with_sources(config, extractor):
-        if field.value_in(source) == field.value_in_settings(resolved):
+    for field, owner in fields_with_owners(config, extractor):
+        if field.value_from_owner(owner) == field.value_from_settings(resolved):
             continue
-        value = field.nemo_value(source, resolved)
+        value = field.value_for_nemo(owner, resolved)
         put_setting(settings, field.setting, value)
         for path in field.copies:
             put_setting(settings, path, value, create=False)
 
 
-def fields_with_sources(config: Any, extractor: Any) -> Iterator[tuple[Field, Any]]:
+def fields_with_owners(config: Any, extractor: Any) -> Iterator[tuple[Field, Any]]:
     """Yield every row of the table of fields with the configuration or feature extractor that has the field."""
     for field in ENCODER_FIELDS:
         yield field, config.encoder_config
