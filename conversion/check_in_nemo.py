@@ -2,7 +2,7 @@
 
     python conversion/check_in_nemo.py MODEL.nemo [MODEL.nemo ...] --clips FOLDER --expected EXPECTED.json [...]
 
-It needs an environment with nemo_toolkit[asr] and none of this package: NeMo alone says whether the files are its own.
+It needs an environment with nemo_toolkit[asr] and without this package, so that the result depends on NeMo alone.
 """
 
 import argparse
@@ -16,20 +16,29 @@ import torch
 from nemo.collections.asr.models import ASRModel
 
 
-def transcripts(path: Path, clips: list[Path], ctc: bool) -> list[str]:
-    """Restore a file and transcribe clips one by one with one of its heads."""
+def transcribe(path: Path, clips: list[Path], use_ctc: bool) -> list[str]:
+    """Restore a file and transcribe clips one by one.
+
+    Args:
+        path: the `.nemo` file.
+        clips: audio files of 16 kHz.
+        use_ctc: decode with the CTC head of a hybrid instead of its transducer.
+
+    Returns:
+        One text per clip.
+    """
     model = ASRModel.restore_from(str(path), map_location="cpu").eval()
-    if ctc and hasattr(model, "cur_decoder"):
+    if use_ctc and hasattr(model, "cur_decoder"):
         model.change_decoding_strategy(decoder_type="ctc", verbose=False)
     texts = []
     for clip in clips:
-        wave, rate = soundfile.read(clip, dtype="float32")
-        length = torch.tensor([len(wave)])
-        assert rate == 16000
+        samples, sampling_rate = soundfile.read(clip, dtype="float32")
+        length = torch.tensor([len(samples)])
+        assert sampling_rate == 16000
         with torch.no_grad():
-            # `transcribe` would pad short clips and set dropout going; these are the steps inside it
-            encoded, lengths = model(input_signal=torch.tensor(wave)[None], input_signal_length=length)[:2]
-            if hasattr(model, "ctc_decoder") and ctc:
+            # the steps of `model.transcribe`, which would also pad short clips and enable dropout
+            encoded, lengths = model(input_signal=torch.tensor(samples)[None], input_signal_length=length)[:2]
+            if hasattr(model, "ctc_decoder") and use_ctc:
                 logits = model.ctc_decoder(encoder_output=encoded)
                 hypotheses = model.ctc_decoding.ctc_decoder_predictions_tensor(logits, lengths)
             elif hasattr(model, "joint"):
@@ -40,15 +49,20 @@ def transcripts(path: Path, clips: list[Path], ctc: bool) -> list[str]:
     return texts
 
 
-def recorded(truth: dict, head: str) -> list[str] | None:
-    """Return the recorded transcripts of a head, clip by clip; `None` where there are none."""
-    if "greedy" in truth:
-        return [clip["text"] for clip in truth["greedy"][head]] if head in truth["greedy"] else None
-    return [truth[head]["single"][clip]["text"] for clip in truth["clips"]] if head in truth else None
+def recorded_texts(expected: dict, head: str) -> list[str] | None:
+    """Return the recorded transcripts of a head, one per clip; None if the model does not have the head.
+
+    Args:
+        expected: content of an expected.json in one of its two layouts.
+        head: `"transducer"` or `"ctc"`.
+    """
+    if "greedy" in expected:
+        return [clip["text"] for clip in expected["greedy"][head]] if head in expected["greedy"] else None
+    return [expected[head]["single"][clip]["text"] for clip in expected["clips"]] if head in expected else None
 
 
 def main() -> None:
-    """Print one line per file and head; leave with 1 when a transcript differs."""
+    """Print one line per file and head; the exit status is 1 if a transcript differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--clips", type=Path, required=True, help="folder of the recorded clips")
@@ -58,17 +72,19 @@ def main() -> None:
         parser.error(f"one --expected per model: got {len(options.expected)} for {len(options.models)}")
     logging.getLogger("nemo_logger").setLevel(logging.ERROR)
     failed = False
-    for path, expected in zip(options.models, options.expected, strict=True):
-        truth = json.loads(expected.read_text(encoding="utf-8"))
-        clips = [options.clips / f"{clip}.wav" for clip in truth["clips"]]
+    for path, expected_path in zip(options.models, options.expected, strict=True):
+        expected = json.loads(expected_path.read_text(encoding="utf-8"))
+        clips = [options.clips / f"{clip}.wav" for clip in expected["clips"]]
         for head in ("transducer", "ctc"):
-            said = recorded(truth, head)
-            if said is None:
+            references = recorded_texts(expected, head)
+            if references is None:
                 continue
-            heard = transcripts(path, clips, ctc=head == "ctc")
-            same = [a == b for a, b in zip(said, heard, strict=True)]
-            print(f"{path.name:32} {head:10} restored, {sum(same)} of {len(same)} transcripts equal", flush=True)
-            failed |= not all(same)
+            hypotheses = transcribe(path, clips, use_ctc=head == "ctc")
+            is_equal = [a == b for a, b in zip(references, hypotheses, strict=True)]
+            print(
+                f"{path.name:32} {head:10} restored, {sum(is_equal)} of {len(is_equal)} transcripts equal", flush=True
+            )
+            failed |= not all(is_equal)
     sys.exit(int(failed))
 
 

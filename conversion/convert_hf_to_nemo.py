@@ -1,4 +1,4 @@
-"""Converts a folder of transformers to a `.nemo` file: `parakeet convert` for those who run scripts.
+"""Converts a folder in the format of transformers to a `.nemo` file, as the command `parakeet convert` does.
 
 python conversion/convert_hf_to_nemo.py FOLDER OUT.nemo [--dtype bfloat16]
 """

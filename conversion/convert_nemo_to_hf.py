@@ -1,4 +1,4 @@
-"""Converts a `.nemo` file to a folder of transformers: `parakeet convert` for those who run scripts.
+"""Converts a `.nemo` file to a folder in the format of transformers, as the command `parakeet convert` does.
 
 python conversion/convert_nemo_to_hf.py MODEL.nemo OUT [--dtype bfloat16]
 """

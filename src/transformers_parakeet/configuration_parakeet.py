@@ -18,6 +18,8 @@ HOP_LENGTH = 160
 SELF_ATTENTION_MODELS = ("rel_pos", "rel_pos_local_attn")
 CONTEXT_STYLES = ("regular", "chunked_limited", "chunked_limited_with_rc")
 CONV_NORM_TYPES = ("batch_norm", "layer_norm")
+# values of `loss_reduction` and `ctc_loss_reduction`
+LOSS_REDUCTIONS = ("none", "sum", "mean", "mean_batch", "mean_volume")
 
 
 def _require(is_valid: bool, name: str, value: object, rule: str) -> None:

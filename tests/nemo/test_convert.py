@@ -1,4 +1,4 @@
-"""Conversion both ways: what is written, and what is checked before it gets its name."""
+"""Conversion in both directions: the files that are written, and the comparison before they get their final names."""
 
 import json
 import tempfile
@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from transformers_parakeet import NemoError, export_nemo, load_nemo
 from transformers_parakeet.cli import app
 from transformers_parakeet.nemo.convert import convert_checkpoint
-from transformers_parakeet.nemo.hub import load_folder
+from transformers_parakeet.nemo.reader import load_folder
 
 GOLDEN = TESTS / "golden"
 CONVERT = "transformers_parakeet.nemo.convert."
@@ -22,16 +22,18 @@ FILES = {"README.md", "config.json", "generation_config.json", "model.safetensor
 
 
 def run(*arguments):
+    """Run the command `parakeet` and return its result."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "500"})
 
 
-def same_weights(model, other):
-    ours, theirs = model.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+def same_weights(model, expected_model):
+    """Return whether two models have the same weights, bit for bit."""
+    weights, expected = model.state_dict(), expected_model.state_dict()
+    return weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("kind", ["ctc", "rnnt", "tdt", "hybrid_tdt_ctc", "tdt_agg_tokenizer"])
-def test_the_command_converts_there_and_back(kind, tmp_path):
+def test_the_command_converts_to_a_folder_and_back(kind, tmp_path):
     source, folder, back = GOLDEN / kind / "model.nemo", tmp_path / "folder", tmp_path / "back.nemo"
     result = run("convert", source, folder)
     assert result.exit_code == 0, result.output
@@ -49,17 +51,17 @@ def test_the_command_converts_there_and_back(kind, tmp_path):
     assert f"{original.config.vocab_size - 1} SentencePiece pieces" in card
 
 
-def test_another_dtype(tmp_path):
+def test_a_conversion_can_change_the_dtype(tmp_path):
     convert_checkpoint(GOLDEN / "tdt" / "model.nemo", tmp_path / "half", dtype="bfloat16")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     model, _ = load_folder(tmp_path / "half")
-    truth = load_nemo(GOLDEN / "tdt" / "model.nemo")[0].joint.head.weight
-    assert torch.equal(model.joint.head.weight, truth.bfloat16())
+    original, _ = load_nemo(GOLDEN / "tdt" / "model.nemo")
+    assert torch.equal(model.joint.head.weight, original.joint.head.weight.bfloat16())
     with pytest.raises(NemoError, match=r"`dtype` must be one of float32, float16, bfloat16, got 'int8'"):
         convert_checkpoint(GOLDEN / "tdt" / "model.nemo", tmp_path / "other", dtype="int8")
 
 
-def test_large_weights_are_cut_into_shards(tmp_path, monkeypatch):
+def test_large_weights_are_split_into_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr(CONVERT + "SHARD_SIZE", "200KB")
     convert_checkpoint(GOLDEN / "tdt" / "model.nemo", tmp_path / "shards")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
@@ -84,22 +86,23 @@ def test_stock_transformers_loads_the_folder(kind, tmp_path):
     model, processor = load_folder(tmp_path / "folder")
     assert name == type(model).__name__
     assert missing == []
-    # a hybrid's second head is what stock transformers leaves out
+    # stock transformers does not load the CTC head of a hybrid
     assert unexpected == ([] if kind == "ctc" else ["ctc_head.bias", "ctc_head.weight"])
     assert ids == processor.tokenizer("the song")["input_ids"]
 
 
-@pytest.mark.parametrize("way", ["folder", "nemo"])
-@pytest.mark.parametrize("what", ["a weight", "a sum"])
-def test_a_result_that_differs_is_not_kept(what, way, tmp_path, monkeypatch):
+@pytest.mark.parametrize("target_format", ["folder", "nemo"])
+@pytest.mark.parametrize("damage", ["a weight", "the logits"])
+def test_a_result_that_differs_is_not_written(damage, target_format, tmp_path, monkeypatch):
     source = GOLDEN / "tdt" / "model.nemo"
-    if way == "nemo":
+    if target_format == "nemo":
         convert_checkpoint(source, tmp_path / "source")
-    load = load_folder
+    original_load = load_folder
 
-    def damaged(path, **options):
-        model, processor = load(path, **options)
-        if what == "a weight":
+    def load_damaged(path, **options):
+        """Load a folder with one weight or the scale of the input changed."""
+        model, processor = original_load(path, **options)
+        if damage == "a weight":
             weights = {key: weight.clone() for key, weight in model.state_dict().items()}
             weights["encoder.layers.1.norm_out.bias"][0] += 1e-7
             model.load_state_dict(weights)
@@ -110,24 +113,25 @@ def test_a_result_that_differs_is_not_kept(what, way, tmp_path, monkeypatch):
             model.encoder.input_scale = 1.5
         return model, processor
 
-    if way == "nemo" and what == "a weight":
-        # the file is damaged after it was written
-        write = export_nemo
-        monkeypatch.setattr(CONVERT + "export_nemo", lambda m, p, path: write(*damaged(tmp_path / "source"), path))
+    if target_format == "nemo" and damage == "a weight":
+        # the file gets the damaged weight
+        monkeypatch.setattr(
+            CONVERT + "export_nemo", lambda m, p, path: export_nemo(*load_damaged(tmp_path / "source"), path)
+        )
     else:
-        monkeypatch.setattr(CONVERT + "load_folder", damaged)
-    target = tmp_path / ("out.nemo" if way == "nemo" else "out")
-    words = "norm_out.bias" if what == "a weight" else "scores of noise"
+        monkeypatch.setattr(CONVERT + "load_folder", load_damaged)
+    target = tmp_path / ("out.nemo" if target_format == "nemo" else "out")
+    words = "norm_out.bias" if damage == "a weight" else "logits of noise"
     with pytest.raises(NemoError, match=f"changes .*{words}.*nothing was written"):
-        convert_checkpoint(tmp_path / "source" if way == "nemo" else source, target)
-    assert {path.name for path in tmp_path.iterdir()} == ({"source"} if way == "nemo" else set())
+        convert_checkpoint(tmp_path / "source" if target_format == "nemo" else source, target)
+    assert {path.name for path in tmp_path.iterdir()} == ({"source"} if target_format == "nemo" else set())
 
 
-def test_what_is_not_converted(tmp_path):
+def test_conversions_without_a_valid_source_or_target_are_refused(tmp_path):
     folder = tmp_path / "folder"
     convert_checkpoint(GOLDEN / "ctc" / "model.nemo", folder)
     for source, target, words in (
-        (GOLDEN / "ctc" / "model.nemo", folder, "exists: name a folder that does not"),
+        (GOLDEN / "ctc" / "model.nemo", folder, "exists: give a folder that does not"),
         (folder, tmp_path / "other", "already in the format of transformers"),
         (GOLDEN / "ctc" / "model.nemo", tmp_path / "x.nemo", "is a .nemo file already"),
     ):
@@ -138,19 +142,21 @@ def test_what_is_not_converted(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_conversion_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     broken = tmp_path / "broken.nemo"
     broken.write_bytes((GOLDEN / "ctc" / "model.nemo").read_bytes()[:200_000])
-    with pytest.raises(NemoError, match="cut off"):
+    with pytest.raises(NemoError, match="truncated"):
         convert_checkpoint(broken, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["broken.nemo"]
 
 
-def test_pushing_uploads_the_folder(tmp_path, monkeypatch):
+def test_push_to_hub_uploads_the_folder(tmp_path, monkeypatch):
     calls = []
 
-    class Api:
+    class FakeApi:
+        """Records the calls that upload a folder."""
+
         def __init__(self, token=None):
             calls.append(("token", token))
 
@@ -160,7 +166,7 @@ def test_pushing_uploads_the_folder(tmp_path, monkeypatch):
         def upload_folder(self, repo_id, folder_path):
             calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
 
-    monkeypatch.setattr(CONVERT + "HfApi", Api)
+    monkeypatch.setattr(CONVERT + "HfApi", FakeApi)
     monkeypatch.chdir(tmp_path)
     result = run("convert", GOLDEN / "ctc" / "model.nemo", "someone/model", "--push-to-hub")
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""`.nemo` files with the configurations of the released checkpoints, and local attention, against NeMo's numbers."""
+"""`.nemo` files with the configurations of the released checkpoints and with local attention, compared with NeMo."""
 
 import json
 from functools import cache
@@ -30,8 +30,8 @@ CASES = {
 ENCODER_TOLERANCE, FEATURE_TOLERANCE = 1e-5, 2e-3
 
 
-def padded(rows):
-    """Put (T, F) features into a batch with its mask."""
+def pad_features(rows):
+    """Return a padded (B, T, F) batch of (T, F) features and its (B, T) mask."""
     lengths = torch.tensor([len(row) for row in rows])
     batch = pad_sequence(rows, batch_first=True).float()
     return batch, (torch.arange(batch.shape[1]) < lengths[:, None]).long()
@@ -39,13 +39,13 @@ def padded(rows):
 
 @cache
 def golden(name):
-    """One model, its processor, and what NeMo computes with it. Nothing in it may be changed."""
+    """Return a model, its processor, and what NeMo computes with it. The result is shared: tests must not change it."""
     expected = json.loads((CONFIGS / name / "expected.json").read_text())
     source = expected.get("same_as", name)
     expected = json.loads((CONFIGS / source / "expected.json").read_text())
     model, processor = tp.load_nemo(CONFIGS / name / "model.nemo")
     shared = load_file(CONFIGS / "features.safetensors")
-    features, mask = padded([shared[f"{expected['features']}.{clip}"] for clip in expected["clips"]])
+    features, mask = pad_features([shared[f"{expected['features']}.{clip}"] for clip in expected["clips"]])
     return SimpleNamespace(
         model=model,
         processor=processor,
@@ -58,7 +58,7 @@ def golden(name):
 
 
 def check_encoder(model, loaded, key):
-    """Compare the encoder with NeMo's output of one attention context; frames past NeMo's lengths are zeros there."""
+    """Compare the encoder's output on valid frames with NeMo's, the array `key` of the golden file."""
     with torch.no_grad():
         out = model.encoder(input_features=loaded.features, attention_mask=loaded.mask)
     valid = out.attention_mask.bool()
@@ -77,7 +77,7 @@ def test_every_configuration_loads_without_a_warning(name, caplog):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_features(name):
+def test_features_equal_nemo(name):
     loaded = golden(name)
     batch = loaded.processor.feature_extractor(loaded.waves, sampling_rate=16000, return_tensors="pt")
     width = loaded.features.shape[1]
@@ -85,12 +85,12 @@ def test_features(name):
     valid = loaded.mask[..., None]
     ours, theirs = batch["input_features"][:, :width] * valid, loaded.features * valid
     torch.testing.assert_close(ours, theirs, atol=FEATURE_TOLERANCE, rtol=0)
-    # without normalisation, too, frames past a clip are zeros
+    # padding is zero also without normalisation
     assert not (batch["input_features"] * ~batch["attention_mask"][..., None].bool()).any()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_encoder(name):
+def test_encoder_output_equals_nemo(name):
     check_encoder(golden(name).model, golden(name), "encoder_out")
 
 
@@ -98,7 +98,7 @@ def test_encoder(name):
     ("name", "context"), [("nemotron", (70, 0)), ("nemotron", (70, 1)), ("nemotron", (70, 6)), ("unified", (5, 2, 3)),
                           ("unified", (70, 0, 1)), ("unified", (70, 2, 2)), ("unified", (8, 1, 4))]
 )  # fmt: skip
-def test_encoder_with_another_context(name, context):
+def test_encoder_output_with_another_context_equals_nemo(name, context):
     loaded = golden(name)
     model, _ = tp.load_nemo(CONFIGS / name / "model.nemo")
     model.set_attention_context(*context)
@@ -108,7 +108,7 @@ def test_encoder_with_another_context(name, context):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "transducer" in golden(name).greedy])
-def test_transducer_tokens_frames_and_durations(name):
+def test_transducer_tokens_frames_and_durations_equal_nemo(name):
     loaded = golden(name)
     config = loaded.model.config
     out = loaded.model.generate(
@@ -122,7 +122,7 @@ def test_transducer_tokens_frames_and_durations(name):
 
 
 @pytest.mark.parametrize(("name", "head"), [(name, head) for name in NAMES for head in golden(name).greedy])
-def test_texts(name, head):
+def test_texts_equal_nemo(name, head):
     loaded = golden(name)
     pipe = pipeline(
         "automatic-speech-recognition",
@@ -132,23 +132,24 @@ def test_texts(name, head):
     )
     options = {"generate_kwargs": {"decoder": "ctc"}} if head == "ctc" and "transducer" in loaded.greedy else {}
     for wave, expected in zip(loaded.waves, loaded.greedy[head], strict=True):
-        # NeMo spells the unknown token as two question marks
+        # NeMo writes the unknown token as two question marks
         if 0 not in expected["tokens"]:
             assert pipe({"raw": wave, "sampling_rate": 16000}, **options)["text"].strip() == expected["text"].strip()
 
 
-def encoder_settings(model):
+def encoder_config_dict(model):
+    """Return the fields of the encoder's configuration without the dtype."""
     return {key: value for key, value in model.config.encoder_config.to_dict().items() if key != "dtype"}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_folder_and_back(name, tmp_path):
+def test_a_folder_and_its_export_keep_configuration_and_output(name, tmp_path):
     loaded = golden(name)
     loaded.model.save_pretrained(tmp_path / "folder")
     loaded.processor.save_pretrained(tmp_path / "folder")
     model = type(loaded.model).from_pretrained(tmp_path / "folder").eval()
     processor = tp.ParakeetProcessor.from_pretrained(tmp_path / "folder")
-    assert encoder_settings(model) == encoder_settings(loaded.model)
+    assert encoder_config_dict(model) == encoder_config_dict(loaded.model)
     assert processor.feature_extractor.normalize == loaded.processor.feature_extractor.normalize
     check_encoder(model, loaded, "encoder_out")
     tp.export_nemo(model, processor, tmp_path / "back.nemo")
@@ -160,26 +161,27 @@ def test_folder_and_back(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nemotron", "unified", "eou", "long_ctc", "ctc"])
-def test_a_checkpoint_without_its_settings_goes_back(name, tmp_path):
+def test_a_checkpoint_without_nemo_settings_can_be_exported(name, tmp_path):
     loaded = golden(name)
     model, processor = tp.load_nemo(CONFIGS / name / "model.nemo")
     model.config.nemo_config = None
     tp.export_nemo(model, processor, tmp_path / "back.nemo")
     again, extractor = tp.load_nemo(tmp_path / "back.nemo")
-    assert encoder_settings(again) == encoder_settings(model)
+    assert encoder_config_dict(again) == encoder_config_dict(model)
     assert extractor.feature_extractor.normalize == processor.feature_extractor.normalize
     check_encoder(again, loaded, "encoder_out")
 
 
 @cache
 def local_inputs():
-    """The features that NeMo's local attention was given."""
+    """Return the features from which NeMo computed local attention, as a batch with its mask."""
     clips = json.loads((LOCAL / "expected.json").read_text())["clips"]
     given = load_file(LOCAL / "input.safetensors")
-    return padded([given[f"features.{clip}"] for clip in clips])
+    return pad_features([given[f"features.{clip}"] for clip in clips])
 
 
-def local_encoded(model):
+def encode_local_inputs(model):
+    """Return the encoder's output for `local_inputs` and the mask of valid frames."""
     features, mask = local_inputs()
     with torch.no_grad():
         out = model.encoder(input_features=features, attention_mask=mask, output_hidden_states=True)
@@ -187,14 +189,14 @@ def local_encoded(model):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_local_attention_layer_by_layer(case, tmp_path):
+def test_local_attention_equals_nemo_in_every_layer(case, tmp_path):
     change = CASES[case].get("encoder")
     if change is None:
         model, context = CASES[case]["change_attention_model"]
         change = {"self_attention_model": model, "att_context_size": context}
     source = LOCAL / CASES[case]["archive"]
     path = edited_archive(source, tmp_path, settings=lambda tree: tree["encoder"].update(change))
-    out, valid = local_encoded(tp.load_nemo(path)[0])
+    out, valid = encode_local_inputs(tp.load_nemo(path)[0])
     assert valid.sum(-1).tolist() == CASES[case]["lengths"]
     truth = load_file(LOCAL / f"{case}.safetensors")
     stages = {"layer0": out.hidden_states[1], "encoder_out": out.last_hidden_state}
@@ -203,19 +205,19 @@ def test_local_attention_layer_by_layer(case, tmp_path):
 
 
 @pytest.mark.parametrize("width", [4, 16])
-def test_a_window_for_a_model_of_full_attention(width):
+def test_a_model_with_full_attention_can_use_a_limited_context(width):
     model, _ = tp.load_nemo(LOCAL / "full.nemo")
-    full, valid = local_encoded(model)
+    full, valid = encode_local_inputs(model)
     model.set_attention_context(width, width)
-    out, _ = local_encoded(model)
+    out, _ = encode_local_inputs(model)
     truth = load_file(LOCAL / f"w{width}_{width}.safetensors")["encoder_out"]
     torch.testing.assert_close(out.last_hidden_state[valid], truth, atol=ENCODER_TOLERANCE, rtol=0)
     model.set_attention_context(-1, -1)
-    back, _ = local_encoded(model)
+    back, _ = encode_local_inputs(model)
     assert torch.equal(back.last_hidden_state, full.last_hidden_state)
 
 
-def test_full_attention_for_a_local_model(tmp_path):
+def test_a_model_with_local_attention_can_use_full_attention(tmp_path):
     source = CONFIGS / "long_transducer" / "model.nemo"
     features, mask = golden("long_transducer").features, golden("long_transducer").mask
     model, _ = tp.load_nemo(source)
@@ -230,7 +232,7 @@ def test_full_attention_for_a_local_model(tmp_path):
     assert tp.load_nemo(tmp_path / "full.nemo")[0].config.encoder_config.self_attention_model == "rel_pos"
 
 
-def test_contexts_that_a_style_does_not_have():
+def test_contexts_that_do_not_fit_the_style_are_refused():
     model = golden("nemotron").model
     with pytest.raises(ValueError, match=r"`left` a multiple of `right \+ 1`"):
         model.set_attention_context(70, 12)
@@ -241,7 +243,7 @@ def test_contexts_that_a_style_does_not_have():
     assert model.config.encoder_config.attention_context_size == [70, 13]
 
 
-def test_what_a_hybrid_is():
+def test_only_models_with_ctc_weights_are_hybrids():
     assert not golden("tdt_v3").model.config.ctc_head
     assert golden("hybrid_tdt_ctc").model.config.ctc_head
     assert isinstance(golden("tdt_v3").model, tp.ParakeetForTDT)
@@ -258,14 +260,14 @@ def test_a_hybrid_class_without_its_head_is_refused(tmp_path):
         tp.load_nemo(path)
 
 
-def test_end_of_utterance_tokens_are_text():
+def test_end_of_utterance_tokens_are_part_of_the_text():
     tokenizer = golden("eou").processor.tokenizer
     labels = len(tokenizer) - 1
     assert tokenizer.convert_ids_to_tokens([labels - 2, labels - 1]) == ["<EOU>", "<EOB>"]
     assert "<EOU>" in tokenizer.decode([5, labels - 2], skip_special_tokens=True)
 
 
-def test_an_empty_clip_stays_empty():
+def test_an_empty_clip_in_a_batch_has_empty_text():
     loaded = golden("nemotron")
     features = loaded.processor.feature_extractor([loaded.waves[0], loaded.waves[0][:0]], sampling_rate=16000)
     out = loaded.model.generate(**features)

@@ -1,4 +1,4 @@
-"""Where checkpoints are found: paths, folders, Hub ids, and the cache without a network."""
+"""Finding checkpoints: paths, folders, Hub ids, and the cache without a network."""
 
 import hashlib
 import json
@@ -23,21 +23,24 @@ from transformers_parakeet.cli import app
 GOLDEN = TESTS / "golden"
 CTC = GOLDEN / "ctc" / "model.nemo"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-# the port of discard, on which nothing listens
+# port 9 (discard), on which no server listens
 UNREACHABLE = "http://127.0.0.1:9"
 
 
-def same_weights(model, other):
-    """Tell whether two models have the same weights, bit for bit."""
-    ours, theirs = model.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+def same_weights(model, expected_model):
+    """Return whether two models have the same weights, bit for bit."""
+    weights, expected = model.state_dict(), expected_model.state_dict()
+    return weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
-class Hub:
-    """A Hub of one repository, which speaks as much of the real one's language as downloads need."""
+class FakeHub:
+    """An HTTP server with one repository that implements the requests of the Hub that downloads need.
+
+    `requests` holds method, path and token of every request; `status` other than 200 makes every answer an error.
+    """
 
     def __init__(self, repo="nvidia/parakeet"):
-        self.repo, self.files, self.asked, self.status = repo, {}, [], 200
+        self.repo, self.files, self.requests, self.status = repo, {}, [], 200
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -51,7 +54,7 @@ class Hub:
                 self.answer(with_body=True)
 
             def answer(self, with_body):
-                hub.asked.append((self.command, self.path, self.headers.get("Authorization")))
+                hub.requests.append((self.command, self.path, self.headers.get("Authorization")))
                 status, headers, body = hub.answer(self.path)
                 self.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(body))}.items():
@@ -65,7 +68,7 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def answer(self, path):
-        """Return status, headers and body."""
+        """Return status, headers and body of the answer to a request."""
         parts = path.partition("?")[0].strip("/").split("/")
         if self.status != 200:
             return self.status, {}, b"{}"
@@ -86,21 +89,22 @@ class Hub:
         return 200, {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT}, body
 
     def downloads(self):
-        """Names of the files whose content was asked for."""
-        return [path.rpartition("/")[2] for method, path, _ in self.asked if method == "GET" and "/resolve/" in path]
+        """Return the names of the files that were downloaded."""
+        return [path.rpartition("/")[2] for method, path, _ in self.requests if method == "GET" and "/resolve/" in path]
 
 
 @pytest.fixture(scope="module")
 def server():
-    hub = Hub()
+    """Run one fake Hub for all tests of the file."""
+    hub = FakeHub()
     yield hub
     hub.server.shutdown()
 
 
 @pytest.fixture
 def hub(server, monkeypatch):
-    """The Hub, empty, in place of the real one."""
-    server.files, server.asked, server.status = {}, [], 200
+    """Return the fake Hub without files, and make huggingface_hub use it."""
+    server.files, server.requests, server.status = {}, [], 200
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -109,68 +113,68 @@ def hub(server, monkeypatch):
     return server
 
 
-def folder_files():
-    """The files of the demo model, a folder of transformers."""
+def demo_files():
+    """Return the files of the demo model, a folder in the format of transformers, by name."""
     return {path.name: path for path in tp.demo_model_path().iterdir() if path.suffix in (".json", ".safetensors")}
 
 
-def test_a_hub_id_with_a_nemo_file(hub, tmp_path):
+def test_the_nemo_file_of_a_hub_repository_is_loaded(hub, tmp_path):
     hub.files = {"parakeet.nemo": CTC, "config.json": tp.demo_model_path() / "config.json"}
-    # safetensors of another program are no checkpoint of transformers
+    # safetensors in a sub-folder belong to another format
     hub.files["onnx/model.safetensors"] = tp.demo_model_path() / "config.json"
     model, _ = load_nemo("nvidia/parakeet", revision="main", token="secret", cache_dir=tmp_path)
     assert same_weights(model, load_nemo(CTC)[0])
     assert hub.downloads() == ["parakeet.nemo"]
-    about_the_repository = [token for _, path, token in hub.asked if "nvidia/parakeet" in path]
-    assert about_the_repository == ["Bearer secret"] * 3
+    tokens = [token for _, path, token in hub.requests if "nvidia/parakeet" in path]
+    assert tokens == ["Bearer secret"] * 3
 
 
-def test_of_several_nemo_files_the_one_named_like_the_repository_is_taken(hub, tmp_path):
+def test_of_several_nemo_files_the_one_with_the_name_of_the_repository_is_loaded(hub, tmp_path):
     hub.files = {"parakeet.nemo": CTC, "other.nemo": CTC}
     load_nemo("nvidia/parakeet", cache_dir=tmp_path)
     assert hub.downloads() == ["parakeet.nemo"]
     hub.files = {"one.nemo": CTC, "two.nemo": CTC}
-    with pytest.raises(FileNotFoundError, match=r"one \.nemo file or safetensors, it holds one\.nemo, two\.nemo"):
+    with pytest.raises(FileNotFoundError, match=r"one \.nemo file or safetensors, it contains one\.nemo, two\.nemo"):
         load_nemo("nvidia/parakeet", cache_dir=tmp_path)
     hub.files = {"README.md": CTC}
-    with pytest.raises(FileNotFoundError, match="it holds neither"):
+    with pytest.raises(FileNotFoundError, match="it contains neither"):
         load_nemo("nvidia/parakeet", cache_dir=tmp_path)
 
 
-def test_safetensors_on_the_hub_are_preferred_and_it_is_said(hub, tmp_path, caplog, monkeypatch):
-    hub.files = {**folder_files(), "parakeet.nemo": CTC}
+def test_safetensors_on_the_hub_are_preferred_with_a_warning(hub, tmp_path, caplog, monkeypatch):
+    hub.files = {**demo_files(), "parakeet.nemo": CTC}
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with caplog.at_level(logging.INFO, "transformers_parakeet.nemo.hub"):
         logging.getLogger("transformers_parakeet.nemo.hub").propagate = True
         model, processor = load_nemo("nvidia/parakeet", revision="main", cache_dir=tmp_path)
-    assert "nvidia/parakeet holds safetensors: they are loaded, not parakeet.nemo" in caplog.text
+    assert "nvidia/parakeet contains safetensors: they are loaded, not parakeet.nemo" in caplog.text
     assert same_weights(model, load_nemo(tp.demo_model_path())[0])
     assert processor.decoder_type == "tdt"
     assert "parakeet.nemo" not in hub.downloads()
 
 
-@pytest.mark.parametrize("how", ["local_files_only", "offline", "no connection", "server error"])
+@pytest.mark.parametrize("obstacle", ["local_files_only", "offline", "no connection", "server error"])
 @pytest.mark.parametrize("form", ["nemo", "safetensors"])
-def test_without_the_hub_the_cache_is_used_at_once(how, form, hub, tmp_path, monkeypatch):
-    hub.files = {"model.nemo": CTC} if form == "nemo" else folder_files()
-    wanted, _ = load_nemo("nvidia/parakeet", cache_dir=tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "offline")
-    hub.asked.clear()
-    if how == "no connection":
+def test_without_the_hub_the_cache_is_used_at_once(obstacle, form, hub, tmp_path, monkeypatch):
+    hub.files = {"model.nemo": CTC} if form == "nemo" else demo_files()
+    expected, _ = load_nemo("nvidia/parakeet", cache_dir=tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", obstacle == "offline")
+    hub.requests.clear()
+    if obstacle == "no connection":
         monkeypatch.setattr(constants, "ENDPOINT", UNREACHABLE)
         template = UNREACHABLE + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    hub.status = 503 if how == "server error" else 200
+    hub.status = 503 if obstacle == "server error" else 200
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
-    local = {"cache_dir": tmp_path, "local_files_only": how == "local_files_only"}
+    local = {"cache_dir": tmp_path, "local_files_only": obstacle == "local_files_only"}
     model, processor = load_nemo("nvidia/parakeet", **local)
-    assert same_weights(model, wanted)
+    assert same_weights(model, expected)
     assert processor.decoder_type == ("ctc" if form == "nemo" else "tdt")
-    # one request for the list of files, none for a file, none repeated
-    assert len(hub.asked) == (1 if how == "server error" else 0)
+    # at most one request for the list of files, no request for a file, no repetition
+    assert len(hub.requests) == (1 if obstacle == "server error" else 0)
     assert waits == []
-    with pytest.raises(OSError, match="the cache does not hold nvidia/unknown") as error:
+    with pytest.raises(OSError, match="the cache does not contain nvidia/unknown") as error:
         load_nemo("nvidia/unknown", **local)
     assert "\n" not in str(error.value)
     assert waits == []
@@ -179,18 +183,18 @@ def test_without_the_hub_the_cache_is_used_at_once(how, form, hub, tmp_path, mon
 @pytest.mark.parametrize(
     ("repo", "options", "message"),
     [
-        ("nvidia/unknown", {}, "no repository of that name on the Hub"),
+        ("nvidia/unknown", {}, "the Hub has no repository of that name"),
         ("nvidia/parakeet", {"revision": "v9"}, "has no revision 'v9'"),
     ],
 )
-def test_what_the_hub_refuses_is_said_in_one_line(repo, options, message, hub, tmp_path):
+def test_a_refusal_of_the_hub_is_explained_in_one_line(repo, options, message, hub, tmp_path):
     hub.files = {"model.nemo": CTC}
     with pytest.raises(OSError, match=message) as error:
         load_nemo(repo, cache_dir=tmp_path, **options)
     assert "\n" not in str(error.value)
 
 
-def test_the_command_says_in_one_line_that_the_hub_is_not_reached(hub, monkeypatch, tmp_path):
+def test_the_command_prints_one_line_if_the_hub_cannot_be_reached(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "ENDPOINT", UNREACHABLE)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     clip = next((tp.demo_model_path() / "clips").glob("*.flac"))
@@ -210,8 +214,8 @@ print(type(pipe).__name__, pipe.model.config.model_type, pipe(sys.argv[2], retur
 
 
 @pytest.mark.parametrize("form", ["nemo", "safetensors", "both"])
-def test_the_pipeline_takes_a_hub_id(form, hub, tmp_path):
-    hub.files = {} if form == "nemo" else folder_files()
+def test_the_pipeline_accepts_a_hub_id(form, hub, tmp_path):
+    hub.files = {} if form == "nemo" else demo_files()
     if form != "safetensors":
         hub.files["parakeet.nemo"] = GOLDEN / "rnnt" / "model.nemo"
     clip = GOLDEN / "clips" / "speech0.wav" if form == "nemo" else tp.demo_model_path() / "clips" / "one_two_three.flac"
@@ -229,31 +233,31 @@ def test_the_pipeline_takes_a_hub_id(form, hub, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_the_pipeline_takes_a_nemo_file(kind, tmp_path):
+def test_the_pipeline_accepts_a_nemo_file(kind, tmp_path):
     shutil.copy(CTC, tmp_path / "model.nemo")
     path = tmp_path / "model.nemo" if kind == "file" else tmp_path
-    pipe = tp_pipeline("automatic-speech-recognition", model=str(path), device="cpu", dtype="bfloat16")
+    pipe = call_pipeline("automatic-speech-recognition", model=str(path), device="cpu", dtype="bfloat16")
     assert type(pipe) is tp.ParakeetASRPipeline
     assert pipe.model.dtype == torch.bfloat16
     with pytest.raises(OSError, match="nothing"):
-        tp_pipeline("automatic-speech-recognition", model=str(tmp_path.parent / "nothing"))
+        call_pipeline("automatic-speech-recognition", model=str(tmp_path.parent / "nothing"))
 
 
-def tp_pipeline(*args, **kwargs):
-    """The function that a program gets after the import."""
+def call_pipeline(*args, **kwargs):
+    """Call transformers' `pipeline` as a program gets it after importing this package."""
     from transformers import pipeline
 
     return pipeline(*args, **kwargs)
 
 
-def test_folders(tmp_path, caplog):
-    shutil.copy(CTC, tmp_path / "some.nemo")
-    assert same_weights(load_nemo(tmp_path)[0], load_nemo(str(tmp_path / "some.nemo"))[0])
+def test_folders_and_files_are_loaded_and_missing_ones_are_named(tmp_path, caplog):
+    shutil.copy(CTC, tmp_path / "parakeet.nemo")
+    assert same_weights(load_nemo(tmp_path)[0], load_nemo(str(tmp_path / "parakeet.nemo"))[0])
     model, _ = load_nemo(tp.demo_model_path())
     assert type(model).__name__ == json.loads((tp.demo_model_path() / "config.json").read_text())["architectures"][0]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="it holds neither"):
+    with pytest.raises(FileNotFoundError, match="it contains neither"):
         load_nemo(tmp_path / "empty")
     for missing in ("none.nemo", "a/b.nemo", os.path.join(tmp_path, "none")):
-        with pytest.raises(FileNotFoundError, match="there is no file"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
             load_nemo(missing)

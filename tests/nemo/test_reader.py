@@ -1,4 +1,4 @@
-"""Checks what is read from `.nemo` files against NVIDIA NeMo's numbers, and that what is unknown is refused by name."""
+"""Models that are read from `.nemo` files, compared with NVIDIA NeMo, and settings and weights that are refused."""
 
 import copy
 import io
@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 from conftest import TESTS
-from nemo_files import edited_archive, emissions, members, setter, write
+from nemo_files import edited_archive, emissions, members, set_setting, write_members
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import pipeline
@@ -26,7 +26,7 @@ GOLDEN = HERE / "golden"
 CTC = GOLDEN / "ctc" / "model.nemo"
 MODELS = ["ctc", "rnnt", "tdt", "hybrid_tdt_ctc", "tdt_agg_tokenizer"]
 TRANSDUCERS = MODELS[1:]
-# the aggregate tokenizer has no word times in NeMo itself
+# NeMo has no word times for the aggregate tokenizer
 TIMED = [
     ("ctc", "ctc"),
     ("rnnt", "transducer"),
@@ -35,13 +35,13 @@ TIMED = [
     ("hybrid_tdt_ctc", "ctc"),
 ]
 CLIPS = ["speech0", "speech1", "speech2", "synthetic", "short"]
-# a hybrid of which the transducer is asked has no such argument
+# argument of the pipeline that chooses the CTC head of a hybrid
 CTC_OF_HYBRID = {"generate_kwargs": {"decoder": "ctc"}}
 
 
 @cache
 def golden(name: str) -> SimpleNamespace:
-    """One set: the loaded model and processor, and the numbers to meet. Nothing in it may be changed."""
+    """Return a model, its processor, and what NeMo computes with it. The result is shared: tests must not change it."""
     model, processor = load_nemo(GOLDEN / name / "model.nemo")
     expected = json.loads((GOLDEN / name / "expected.json").read_text())
     assert expected["clips"] == CLIPS
@@ -55,27 +55,30 @@ def golden(name: str) -> SimpleNamespace:
 
 
 @cache
-def recogniser(name: str) -> Any:
+def asr_pipeline(name: str) -> Any:
+    """Return the pipeline of a golden model."""
     loaded = golden(name)
     parts = {"tokenizer": loaded.processor.tokenizer, "feature_extractor": loaded.processor.feature_extractor}
     return pipeline("automatic-speech-recognition", model=loaded.model, **parts)
 
 
 @cache
-def wave(clip: str) -> Any:
+def samples(clip: str) -> Any:
+    """Return the samples of a golden clip."""
     return soundfile.read(GOLDEN / "clips" / f"{clip}.wav", dtype="float32")[0]
 
 
 def audio(clip: str) -> dict[str, Any]:
-    return {"raw": wave(clip), "sampling_rate": 16000}
+    """Return a golden clip as the pipeline takes it."""
+    return {"raw": samples(clip), "sampling_rate": 16000}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tokenizer(name: str):
+def test_tokenizer_equals_nemo(name: str):
     tokenizer = golden(name).processor.tokenizer
     for case in golden(name).expected["tokenizer"]:
         assert tokenizer(case["text"], add_special_tokens=False)["input_ids"] == case["ids"]
-        # NeMo writes the unknown piece in its own way
+        # NeMo writes the unknown piece differently
         if 0 not in case["ids"]:
             assert tokenizer.decode(case["ids"], group_tokens=False) == case["decoded"].strip()
     assert sorted(golden(name).processor.punctuation) == golden(name).expected["punctuation"]
@@ -84,7 +87,7 @@ def test_tokenizer(name: str):
 @pytest.mark.parametrize(
     "case", json.loads((GOLDEN / "timestamp_cases.json").read_text())["real_encode"], ids=lambda case: case["text"][:12]
 )
-def test_real_tokenizer(case: dict[str, Any]):
+def test_a_released_tokenizer_equals_nemo(case: dict[str, Any]):
     content = (HERE / "data" / "parakeet-tdt-0.6b-v3.model").read_bytes()
     section = {"tokenizer": {"type": "bpe", "model_path": "nemo:tokenizer.model"}}
     tokenizer = read_tokenizer(section, lambda reference: content, "tdt")
@@ -95,9 +98,11 @@ def test_real_tokenizer(case: dict[str, Any]):
 
 
 @pytest.mark.parametrize("name", ["ctc", "tdt"])
-def test_features(name: str):
+def test_features_equal_nemo(name: str):
     loaded = golden(name)
-    batch = loaded.processor.feature_extractor([wave(clip) for clip in CLIPS], sampling_rate=16000, return_tensors="pt")
+    batch = loaded.processor.feature_extractor(
+        [samples(clip) for clip in CLIPS], sampling_rate=16000, return_tensors="pt"
+    )
     assert batch["attention_mask"].sum(-1).tolist() == loaded.batch["feature_lengths"].tolist()
     valid = loaded.mask.bool()
     # measured: 1.6e-4, where a bin is almost silent
@@ -106,7 +111,7 @@ def test_features(name: str):
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_encoder(name: str):
+def test_encoder_output_equals_nemo(name: str):
     loaded = golden(name)
     out = loaded.model.encoder(input_features=loaded.features, attention_mask=loaded.mask)
     valid = out.attention_mask.bool()
@@ -117,7 +122,7 @@ def test_encoder(name: str):
 
 
 @torch.no_grad()
-def test_ctc_log_probabilities():
+def test_ctc_log_probabilities_equal_nemo():
     loaded = golden("ctc")
     logits = loaded.model(input_features=loaded.features, attention_mask=loaded.mask).logits
     valid = torch.arange(logits.shape[1]) < loaded.arrays["encoder_lengths"][:, None]
@@ -128,7 +133,7 @@ def test_ctc_log_probabilities():
 
 @pytest.mark.parametrize("name", TRANSDUCERS)
 @torch.no_grad()
-def test_joint_and_prediction_network(name: str):
+def test_joint_logits_equal_nemo(name: str):
     loaded = golden(name)
     grid = loaded.expected["transducer"]["grid"]
     blank = torch.full((len(grid["rows"]), 1), loaded.model.config.blank_token_id)
@@ -141,11 +146,11 @@ def test_joint_and_prediction_network(name: str):
 
 @pytest.mark.parametrize("limit", [None, 1])
 @pytest.mark.parametrize("name", TRANSDUCERS)
-def test_greedy_decoding(name: str, limit: int | None):
+def test_greedy_decoding_equals_nemo(name: str, limit: int | None):
     loaded = golden(name)
     model, single = loaded.model, loaded.expected["transducer"]["single"]
     if limit is not None:
-        # the cached model is left as it is
+        # the shared model must not change
         model = copy.deepcopy(model)
         model.config.max_symbols_per_step = limit
     ids = model.config.blank_token_id, model.config.pad_token_id
@@ -154,52 +159,52 @@ def test_greedy_decoding(name: str, limit: int | None):
         truth = single[clip] if limit is None else single[clip]["max_symbols_1"]
         width = int(loaded.mask[row].sum())
         alone = model.generate(loaded.features[row : row + 1, :width])
-        for out, place in ((together, row), (alone, 0)):
-            tokens, frames, durations = emissions(out, place, *ids)
+        for output, output_row in ((together, row), (alone, 0)):
+            tokens, frames, durations = emissions(output, output_row, *ids)
             assert (tokens, frames) == (truth["tokens"], truth["frames"]), clip
-            # RNN-T has none; NeMo's batched durations are wrong (NOTES.md section 6), those of single clips hold
+            # RNN-T has no durations; NeMo's durations are right for single clips only (NOTES.md section 6)
             assert durations == truth.get("durations", durations), clip
 
 
 @pytest.mark.parametrize(("method", "key"), [("max_prob", "max_prob"), ("entropy", "entropy_default")])
 @pytest.mark.parametrize("name", TRANSDUCERS)
-def test_transducer_confidence(name: str, method: str, key: str):
+def test_transducer_confidence_equals_nemo(name: str, method: str, key: str):
     loaded = golden(name)
     out = loaded.model.generate(loaded.features, attention_mask=loaded.mask, output_confidence=method)
     for row, clip in enumerate(CLIPS):
-        ids = out.sequences[row]
-        label = (ids != loaded.model.config.blank_token_id) & (ids != loaded.model.config.pad_token_id)
+        token_ids, config = out.sequences[row], loaded.model.config
+        is_label = (token_ids != config.blank_token_id) & (token_ids != config.pad_token_id)
         truth = loaded.expected["transducer"]["single"][clip][f"token_confidence.{key}"]
         # measured: 6.6e-6
-        assert out.token_confidence[row][label].tolist() == pytest.approx(truth, abs=5e-5)
-        assert not out.token_confidence[row][~label].any()
+        assert out.token_confidence[row][is_label].tolist() == pytest.approx(truth, abs=5e-5)
+        assert not out.token_confidence[row][~is_label].any()
 
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize(("name", "head"), TIMED)
-def test_pipeline_text_times_and_confidence(name: str, head: str, clip: str):
+def test_pipeline_text_times_and_confidence_equal_nemo(name: str, head: str, clip: str):
     truth = golden(name).expected[head]["single"][clip]
     options = CTC_OF_HYBRID if (name, head) == ("hybrid_tdt_ctc", "ctc") else {}
     for level in ("char", "word", "segment"):
-        out = recogniser(name)(audio(clip), return_timestamps=level, return_confidence=True, **options)
+        out = asr_pipeline(name)(audio(clip), return_timestamps=level, return_confidence=True, **options)
         assert out["text"] == truth["text"].strip()
         ours = [(chunk["text"].strip(), *chunk["timestamp"]) for chunk in out["chunks"]]
         assert ours == [
             ("".join(entry[level]).strip(), round(entry["start"], 3), round(entry["end"], 3)) for entry in truth[level]
         ]
         if level == "char":
-            sure = [chunk["confidence"] for chunk in out["chunks"]]
+            confidences = [chunk["confidence"] for chunk in out["chunks"]]
             # measured: 2.9e-5, which comes from the features of the clip of 60 ms
-            assert sure == pytest.approx(truth["token_confidence.max_prob"], abs=1e-4)
-        elif sure:
-            # the default aggregation keeps the least sure token
-            assert min(chunk["confidence"] for chunk in out["chunks"]) == min(sure)
+            assert confidences == pytest.approx(truth["token_confidence.max_prob"], abs=1e-4)
+        elif confidences:
+            # a word has the smallest confidence of its tokens by default
+            assert min(chunk["confidence"] for chunk in out["chunks"]) == min(confidences)
 
 
 @pytest.mark.parametrize(("name", "head"), TIMED)
-def test_pipeline_in_a_batch(name: str, head: str):
+def test_pipeline_texts_in_a_batch_equal_nemo(name: str, head: str):
     options = CTC_OF_HYBRID if (name, head) == ("hybrid_tdt_ctc", "ctc") else {}
-    batch = recogniser(name)([audio(clip) for clip in CLIPS], batch_size=len(CLIPS), **options)
+    batch = asr_pipeline(name)([audio(clip) for clip in CLIPS], batch_size=len(CLIPS), **options)
     truth = golden(name).expected[head]["single"]
     assert [out["text"] for out in batch] == [truth[clip]["text"].strip() for clip in CLIPS]
 
@@ -248,7 +253,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_settings_travel_to_the_configuration(name: str):
+def test_settings_become_fields_of_the_configuration(name: str):
     config = golden(name).model.config
     truth = {**CONFIGS[name], "spec_augment": AUGMENT, "segment_gap_threshold": None}
     assert {field: getattr(config, field) for field in truth} == truth
@@ -266,7 +271,7 @@ def test_settings_travel_to_the_configuration(name: str):
 
 
 def edited(name: str, tmp_path: Path, *, settings: Callable | None = None, weights: Callable | None = None) -> Path:
-    """Write a golden archive anew with its settings or its weights changed in place."""
+    """Write a changed copy of a golden archive; see `edited_archive`."""
     return edited_archive(GOLDEN / name / "model.nemo", tmp_path, settings=settings, weights=weights)
 
 
@@ -305,20 +310,20 @@ REFUSED = [
     [
         ("encoder.self_attention_model", "rel_pos_local", r"change_attention_model\('rel_pos', \[-1, -1\]\)"),
         ("adapters", {"enabled": True}, "merge or remove the adapters in NeMo"),
-        ("tokenizer.type", "wpe", "`change_vocabulary` there gives a bpe one"),
+        ("tokenizer.type", "wpe", "where `change_vocabulary` gives a bpe one"),
         ("encoder._target_", "x.ConformerEncoderAdapter", "merge or disable adapters in NeMo"),
         ("decoder._target_", "x.StatelessTransducerDecoder", "stateless prediction networks .* need NeMo"),
     ],
 )
-def test_refusals_say_what_to_do(setting: str, value: Any, advice: str, tmp_path: Path):
+def test_an_error_says_what_to_do(setting: str, value: Any, advice: str, tmp_path: Path):
     with pytest.raises(NemoError, match=advice):
-        load_nemo(edited("tdt", tmp_path, settings=setter(setting, value)))
+        load_nemo(edited("tdt", tmp_path, settings=set_setting(setting, value)))
 
 
 @pytest.mark.parametrize(("name", "setting", "value"), REFUSED)
-def test_settings_that_are_not_implemented_are_named(name: str, setting: str, value: Any, tmp_path: Path):
+def test_a_setting_that_is_not_implemented_is_named(name: str, setting: str, value: Any, tmp_path: Path):
     with pytest.raises(NemoError) as raised:
-        load_nemo(edited(name, tmp_path, settings=setter(setting, value)))
+        load_nemo(edited(name, tmp_path, settings=set_setting(setting, value)))
     assert setting in str(raised.value)
     assert repr(value) in str(raised.value)
 
@@ -330,76 +335,78 @@ def test_settings_that_are_not_implemented_are_named(name: str, setting: str, va
         ("tokenizer.type", "wpe", "tokenizer.type.*'wpe'"),
         ("encoder.d_model", "${oc.env:WIDTH}", "encoder.d_model.*interpolation"),
         ("encoder", None, "no section `encoder`"),
-        ("joint.jointnet.activation", "gelu_of_mine", "gelu_of_mine"),
+        ("joint.jointnet.activation", "unknown_activation", "unknown_activation"),
     ],
 )
-def test_other_refusals(setting: str, value: Any, words: str, tmp_path: Path):
+def test_an_invalid_setting_is_named(setting: str, value: Any, words: str, tmp_path: Path):
     with pytest.raises((NemoError, KeyError), match=words):
-        load_nemo(edited("rnnt", tmp_path, settings=setter(setting, value)))
+        load_nemo(edited("rnnt", tmp_path, settings=set_setting(setting, value)))
 
 
-def test_missing_keys_have_nemos_defaults(tmp_path: Path):
-    def drop(tree: dict) -> None:
+def test_missing_settings_have_the_defaults_of_nemo(tmp_path: Path):
+    def remove_settings(settings: dict) -> None:
         for key in ("xscaling", "use_bias", "causal_downsampling", "att_context_style", "conv_norm_type", "reduction"):
-            tree["encoder"].pop(key, None)
-        tree["preprocessor"].pop("n_fft")
-        tree["decoding"]["greedy"] = {"max_symbols_per_step": 7}
+            settings["encoder"].pop(key, None)
+        settings["preprocessor"].pop("n_fft")
+        settings["decoding"]["greedy"] = {"max_symbols_per_step": 7}
 
-    config = load_nemo(edited("rnnt", tmp_path, settings=drop))[0].config
+    config = load_nemo(edited("rnnt", tmp_path, settings=remove_settings))[0].config
     assert config.encoder_config.scale_input
     assert config.encoder_config.attention_bias
     assert config.encoder_config.convolution_bias
     assert config.max_symbols_per_step == 7
 
 
-def test_segment_settings_of_decoding(tmp_path: Path):
-    def put(tree: dict) -> None:
-        tree["decoding"] |= {"segment_seperators": [";"], "segment_gap_threshold": 15}
+def test_segment_settings_become_fields(tmp_path: Path):
+    def change(settings: dict) -> None:
+        settings["decoding"] |= {"segment_seperators": [";"], "segment_gap_threshold": 15}
 
-    config = load_nemo(edited("tdt", tmp_path, settings=put))[0].config
+    config = load_nemo(edited("tdt", tmp_path, settings=change))[0].config
     assert (config.segment_separators, config.segment_gap_threshold) == ([";"], 15)
 
 
 @pytest.mark.parametrize(
-    "sign", ["decoding.durations", "decoding.model_type", "loss.loss_name", "joint.num_extra_outputs"]
+    "kept_setting", ["decoding.durations", "decoding.model_type", "loss.loss_name", "joint.num_extra_outputs"]
 )
-def test_one_sign_of_tdt_is_enough(sign: str, tmp_path: Path):
-    def keep_one(tree: dict) -> None:
-        # the durations stay in the loss settings, where NeMo has them too
-        section, key = sign.split(".")
-        kept = tree[section][key]
-        for other, name in (
+def test_one_setting_of_tdt_is_enough_to_detect_it(kept_setting: str, tmp_path: Path):
+    def keep_one(settings: dict) -> None:
+        # the settings of the loss repeat the durations
+        section, key = kept_setting.split(".")
+        value = settings[section][key]
+        for removed_section, removed_key in (
             ("decoding", "durations"),
             ("decoding", "model_type"),
             ("loss", "loss_name"),
             ("joint", "num_extra_outputs"),
         ):
-            tree[other].pop(name)
-        tree[section][key] = kept
+            settings[removed_section].pop(removed_key)
+        settings[section][key] = value
 
     model, processor = load_nemo(edited("tdt", tmp_path, settings=keep_one))
     assert (type(model).__name__, processor._decoder_type) == ("ParakeetForTDT", "tdt")
     assert model.config.durations == [0, 1, 2, 3, 4]
 
 
-def test_joint_without_dropout_has_another_index(tmp_path: Path):
-    def renumber(state: dict[str, Tensor]) -> None:
+def test_the_joint_output_layer_has_another_index_without_dropout(tmp_path: Path):
+    def renumber(state_dict: dict[str, Tensor]) -> None:
         for kind in ("weight", "bias"):
-            state[f"joint.joint_net.1.{kind}"] = state.pop(f"joint.joint_net.2.{kind}")
+            state_dict[f"joint.joint_net.1.{kind}"] = state_dict.pop(f"joint.joint_net.2.{kind}")
 
-    model, _ = load_nemo(edited("rnnt", tmp_path, settings=setter("joint.jointnet.dropout", 0.0), weights=renumber))
+    model, _ = load_nemo(
+        edited("rnnt", tmp_path, settings=set_setting("joint.jointnet.dropout", 0.0), weights=renumber)
+    )
     assert torch.equal(model.joint.head.weight, golden("rnnt").model.joint.head.weight)
     assert model.config.joint_dropout == 0.0
 
 
 def test_an_unknown_weight_is_refused(tmp_path: Path):
-    with pytest.raises(NemoError, match=r"'encoder\.out_proj\.weight' belongs to nothing"):
+    with pytest.raises(NemoError, match=r"'encoder\.out_proj\.weight' belongs to no part"):
         load_nemo(
             edited("ctc", tmp_path, weights=lambda state: state.update({"encoder.out_proj.weight": torch.ones(2)}))
         )
 
 
-def test_a_weight_of_a_third_layer_is_refused(tmp_path: Path):
+def test_a_weight_of_an_additional_layer_is_refused(tmp_path: Path):
     with pytest.raises(NemoError, match=r"`encoder\.n_layers` is 2, but the weights have 3"):
         load_nemo(
             edited(
@@ -422,81 +429,84 @@ def test_a_wrong_shape_is_named(tmp_path: Path):
         )
 
 
-def test_a_missing_window_buffer_is_no_matter(tmp_path: Path):
+def test_a_missing_buffer_of_the_feature_extractor_is_accepted(tmp_path: Path):
     model, _ = load_nemo(edited("ctc", tmp_path, weights=lambda state: state.pop("preprocessor.featurizer.window")))
     assert torch.equal(model.ctc_head.weight, golden("ctc").model.ctc_head.weight)
 
 
-@pytest.mark.parametrize("lost", ["model_config.yaml", "model_weights.ckpt", "tokenizer.model"])
-def test_a_missing_member_is_named(lost: str, tmp_path: Path):
-    content = {name: value for name, value in members(CTC).items() if not name.endswith(lost)}
-    with pytest.raises(NemoError, match=rf"has no member .*{lost}"):
-        load_nemo(write(tmp_path / "lost.nemo", content))
+@pytest.mark.parametrize("missing", ["model_config.yaml", "model_weights.ckpt", "tokenizer.model"])
+def test_a_missing_member_is_named(missing: str, tmp_path: Path):
+    content = {name: value for name, value in members(CTC).items() if not name.endswith(missing)}
+    with pytest.raises(NemoError, match=rf"has no member .*{missing}"):
+        load_nemo(write_members(tmp_path / "incomplete.nemo", content))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar", b"\x1f\x8b\x08\x00cut off"])
-def test_not_an_archive(content: bytes, tmp_path: Path):
+def test_a_file_that_is_not_an_archive_is_refused(content: bytes, tmp_path: Path):
     path = tmp_path / "broken.nemo"
     path.write_bytes(content)
     with pytest.raises(NemoError, match=r"broken\.nemo is not a readable"):
         load_nemo(path)
 
 
-def test_no_file(tmp_path: Path):
+def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"none\.nemo"):
         load_nemo(tmp_path / "none.nemo")
 
 
-def test_settings_that_are_no_mapping(tmp_path: Path):
-    with pytest.raises(NemoError, match="it holds list"):
-        load_nemo(write(tmp_path / "list.nemo", {**members(CTC), "./model_config.yaml": b"[1, 2]"}))
+def test_settings_that_are_not_a_mapping_are_refused(tmp_path: Path):
+    with pytest.raises(NemoError, match="must be a mapping of settings, got list"):
+        load_nemo(write_members(tmp_path / "list.nemo", {**members(CTC), "./model_config.yaml": b"[1, 2]"}))
 
 
-def test_a_tokenizer_that_is_none(tmp_path: Path):
+def test_a_tokenizer_that_is_not_a_sentencepiece_model_is_refused(tmp_path: Path):
     content = {
         name: b"\xff\xfe junk" if name.endswith("tokenizer.model") else value for name, value in members(CTC).items()
     }
     with pytest.raises(NemoError, match="not a SentencePiece model"):
-        load_nemo(write(tmp_path / "junk.nemo", content))
+        load_nemo(write_members(tmp_path / "junk.nemo", content))
 
 
-def test_weights_that_carry_code_are_refused(tmp_path: Path):
+def test_pickled_code_is_refused_and_not_run(tmp_path: Path):
     class Trap:
+        """Creates a file when it is unpickled."""
+
         def __reduce__(self) -> tuple:
             return (Path.touch, (tmp_path / "sprung",))
 
     buffer = io.BytesIO()
     torch.save({"encoder.pre_encode.out.bias": Trap()}, buffer)
     with pytest.raises(Exception, match=r"[Ww]eights"):
-        load_nemo(write(tmp_path / "trap.nemo", {**members(CTC), "./model_weights.ckpt": buffer.getvalue()}))
+        load_nemo(write_members(tmp_path / "trap.nemo", {**members(CTC), "./model_weights.ckpt": buffer.getvalue()}))
     assert not (tmp_path / "sprung").exists()
 
 
 def same_weights(path: Path, name: str) -> bool:
-    ours, truth = load_nemo(path)[0].state_dict(), golden(name).model.state_dict()
-    return ours.keys() == truth.keys() and all(torch.equal(ours[key], truth[key]) for key in truth)
+    """Return whether a file gives the weights of a golden model, bit for bit."""
+    weights, expected = load_nemo(path)[0].state_dict(), golden(name).model.state_dict()
+    return weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
 def test_gzip_archives_load(tmp_path: Path):
-    assert same_weights(write(tmp_path / "old.nemo", members(CTC), compress=True), "ctc")
+    assert same_weights(write_members(tmp_path / "old.nemo", members(CTC), compress=True), "ctc")
 
 
 def test_members_without_a_leading_dot_load(tmp_path: Path):
     content = {name.removeprefix("./"): value for name, value in members(CTC).items()}
-    assert same_weights(write(tmp_path / "plain.nemo", content), "ctc")
+    assert same_weights(write_members(tmp_path / "plain.nemo", content), "ctc")
 
 
 def test_a_model_root_in_the_settings_loads(tmp_path: Path):
-    def nest(tree: dict) -> None:
-        inner = dict(tree)
-        tree.clear()
-        tree["model"] = inner
+    def nest(settings: dict) -> None:
+        model_settings = dict(settings)
+        settings.clear()
+        settings["model"] = model_settings
 
     assert same_weights(edited("tdt", tmp_path, settings=nest), "tdt")
 
 
-def test_members_outside_the_archive_are_not_written(tmp_path: Path):
+def test_members_with_paths_outside_the_archive_are_not_extracted(tmp_path: Path):
     content = {**members(CTC), "../escaped.txt": b"x", str(tmp_path / "absolute.txt"): b"x"}
-    assert same_weights(write(tmp_path / "deep.nemo", content), "ctc")
+    assert same_weights(write_members(tmp_path / "deep.nemo", content), "ctc")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep.nemo"]
     assert not (tmp_path.parent / "escaped.txt").exists()

@@ -1,75 +1,42 @@
-"""Reads `.nemo` files: builds models, extractors and tokenizers, and places every weight.
+"""Loads checkpoints: `.nemo` files without NeMo, and folders in the format of transformers.
 
-Files are found by `hub.py`. Settings are for `nemo_settings.py`, SentencePiece models for `subwords.py`, the way back
-for `nemo_export.py`.
+`hub.py` finds the files, `archive.py` opens them, `fields.py` and `keys.py` define the settings, `weights.py` the names
+of weights, and `sentencepiece.py` converts tokenizers. `writer.py` writes `.nemo` files.
 """
 
-import re
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
+from transformers import AutoConfig
 from transformers.utils import logging
 
+from ..configuration_parakeet import kind_of
 from ..feature_extraction_parakeet import ParakeetFeatureExtractor
-from ..modeling_parakeet import ParakeetPreTrainedModel
+from ..modeling_parakeet import ParakeetForCTC, ParakeetForRNNT, ParakeetForTDT, ParakeetPreTrainedModel
 from ..processing_parakeet import ParakeetProcessor
 from ..tokenization_parakeet import ParakeetTokenizer
 from .archive import SETTINGS, Archive, NemoError
-from .hub import MODELS, find_checkpoint, load_folder
-from .keys import ELSE, MULTI_TALKER, PROMPT, SECTIONS, check_section, check_settings
-from .sentencepiece import build_tokenizer, plain_pieces
-from .settings import (
-    LISTS,
-    Resolver,
-    check_vocabulary,
-    config_fields,
-    dump_settings,
-    extractor_fields,
-    has_ctc_head,
-    head_kind,
-    parse_settings,
-    with_sizes,
-)
+from .fields import VOCABULARY_LISTS, read_config_fields, read_extractor_fields
+from .hub import find_checkpoint
+from .keys import SECTIONS, check_section, check_settings, check_vocabulary, find_kind, has_ctc_head
+from .sentencepiece import build_tokenizer, remove_duplicate_marks
+from .settings import Settings, dump_settings, parse_settings, resolve_interpolations
+from .weights import FEATURE_BUFFER_KEYS, fill_missing_sizes, from_nemo_name
 
 logger = logging.get_logger(__name__)
 
-# NeMo's name of a weight and ours. Placeholders mean the same on both sides. Only NeMo has {ctc}, which is `ctc_` in a
-# hybrid, and {place}, which counts a dropout module that is there only when its probability is above 0
-NAMES = (
-    ("encoder.pre_encode.conv.{n}.{w}", "encoder.subsampling.layers.{n}.{w}"),
-    ("encoder.pre_encode.out.{w}", "encoder.subsampling.linear.{w}"),
-    ("encoder.layers.{n}.norm_{name}.{w}", "encoder.layers.{n}.norm_{name}.{w}"),
-    ("encoder.layers.{n}.feed_forward{i}.linear{j}.{w}", "encoder.layers.{n}.feed_forward{i}.linear{j}.{w}"),
-    ("encoder.layers.{n}.self_attn.linear_{qkv}.{w}", "encoder.layers.{n}.self_attn.{qkv}_proj.{w}"),
-    ("encoder.layers.{n}.self_attn.global_{qkv}.{w}", "encoder.layers.{n}.self_attn.global_{qkv}_proj.{w}"),
-    ("encoder.layers.{n}.self_attn.linear_out.{w}", "encoder.layers.{n}.self_attn.o_proj.{w}"),
-    ("encoder.layers.{n}.self_attn.linear_pos.weight", "encoder.layers.{n}.self_attn.relative_k_proj.weight"),
-    ("encoder.layers.{n}.self_attn.pos_bias_{uv}", "encoder.layers.{n}.self_attn.bias_{uv}"),
-    ("encoder.layers.{n}.conv.{point}_conv{i}.{w}", "encoder.layers.{n}.conv.{point}_conv{i}.{w}"),
-    ("encoder.layers.{n}.conv.depthwise_conv.{w}", "encoder.layers.{n}.conv.depthwise_conv.{w}"),
-    ("encoder.layers.{n}.conv.batch_norm.{name}", "encoder.layers.{n}.conv.norm.{name}"),
-    ("decoder.prediction.embed.weight", "decoder.embedding.weight"),
-    ("decoder.prediction.dec_rnn.lstm.{name}", "decoder.lstm.{name}"),
-    ("joint.enc.{w}", "encoder_projector.{w}"),
-    ("joint.pred.{w}", "decoder.decoder_projector.{w}"),
-    ("joint.joint_net.{place}.{w}", "joint.head.{w}"),
-    ("{ctc}decoder.decoder_layers.0.{w}", "ctc_head.{w}"),
-)
-PLACEHOLDERS = {"n": r"\d+", "w": "weight|bias", "name": r"\w+", "i": "[12]", "j": "[12]", "qkv": "[qkv]", "uv": "[uv]",
-                "point": "pointwise", "place": "[12]", "ctc": "(?:ctc_)?"}  # fmt: skip
+# kind of head -> its model, whose `config_class` is its configuration
+MODELS: dict[str, type[ParakeetPreTrainedModel]] = {
+    "ctc": ParakeetForCTC,
+    "rnnt": ParakeetForRNNT,
+    "tdt": ParakeetForTDT,
+}
 
-# buffers of the feature extractor, recomputed here
-DROPPED_KEYS = ("preprocessor.featurizer.window", "preprocessor.featurizer.fb")
-
-# start of a weight's name -> the model that it belongs to
-OTHER_WEIGHTS = {"spk_kernels.": MULTI_TALKER, "bg_spk_kernels.": MULTI_TALKER, "prompt_kernel.": PROMPT}
-
-# stands in `config.nemo_config` for a list of the tokenizer's pieces
+# replaces a list of the tokenizer's pieces in `config.nemo_config`
 PIECES = "<the pieces of the tokenizer>"
 
 
@@ -82,201 +49,249 @@ def load_nemo(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
-    """Read a `.nemo` file without NeMo.
+    """Load the model and the processor of a `.nemo` file without NeMo.
 
     Weights are private views of the mapped file: they are read when they are first used, and processes that load the
-    same file share them. A gzip archive is unpacked into memory.
+    same file share the memory. A gzip archive is uncompressed into memory.
 
     Args:
-        path: a plain or gzip tar with `model_config.yaml`, `model_weights.ckpt` and the tokenizer; or a Hub id
-            `org/name` or a folder with such a file. One that holds safetensors is loaded by `from_pretrained`.
-        dtype: of the weights; default as in the file.
-        revision: branch, tag or commit of a Hub repository.
+        path: a `.nemo` file (plain or gzip tar), or a folder or Hub id `org/name` with such a file. A folder or
+            repository with safetensors is loaded by `from_pretrained` instead.
+        dtype: type of the weights; None for the type in the file.
+        revision: branch, tag or commit of a Hub repository; None for the default branch.
         token: as in `from_pretrained`.
         cache_dir: as in `from_pretrained`.
-        local_files_only: use only what is in the cache.
+        local_files_only: do not access the Hub, use the cache only.
 
     Returns:
-        The model in eval mode (`ParakeetForCTC`, `ParakeetForRNNT` or `ParakeetForTDT`; a hybrid is one of the last two
-        with a CTC head), and its processor.
+        The model in evaluation mode (`ParakeetForCTC`, `ParakeetForRNNT` or `ParakeetForTDT`; a hybrid is one of the
+        last two with a CTC head), and its processor.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        NemoError: the file is damaged, or holds a setting or weight that is not implemented.
-        OSError: the Hub refuses, or cannot be reached.
+        FileNotFoundError: the file does not exist.
+        NemoError: the file is damaged, or has a setting or a weight that is not implemented.
+        OSError: the Hub refuses the request or cannot be reached.
     """
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    found = find_checkpoint(path, **hub)
-    if not found.is_file():
-        return load_folder(found, dtype=dtype, **hub)
-    return load_archive(Archive(found), dtype)
+    checkpoint = find_checkpoint(path, **hub)
+    if not checkpoint.is_file():
+        return load_folder(checkpoint, dtype=dtype, **hub)
+    return load_archive(Archive(checkpoint), dtype)
+
+
+def load_folder(
+    source: str | Path, *, dtype: torch.dtype | None = None, **hub: Any
+) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
+    """Load the model and the processor of a folder or Hub repository in the format of transformers.
+
+    Args:
+        source: the folder or Hub id.
+        dtype: type of the weights; None for the type in the files.
+        **hub: `revision`, `token`, `cache_dir` and `local_files_only`, as in `load_nemo`.
+
+    Returns:
+        The model in evaluation mode, and its processor.
+
+    Raises:
+        NemoError: the folder does not contain a Parakeet model with a head.
+    """
+    source = Path(source).as_posix()
+    config = AutoConfig.from_pretrained(source, **hub)
+    kind = kind_of(config)
+    if kind not in MODELS:
+        raise NemoError(f"{source} must contain a Parakeet model with a head, its model type is {config.model_type!r}")
+    model: ParakeetPreTrainedModel = MODELS[kind].from_pretrained(source, config=config, dtype=dtype or "auto", **hub)
+    return model.eval(), ParakeetProcessor.from_pretrained(source, **hub)
 
 
 def load_archive(
     archive: Archive, dtype: torch.dtype | None = None
 ) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
-    """Build model and processor from an open archive.
+    """Load the model and the processor of an open `.nemo` file, and raise every error with the name of the file.
+
+    Args:
+        archive: the file.
+        dtype: type of the weights; None for the type in the file.
+
+    Returns:
+        The model in evaluation mode, and its processor.
 
     Raises:
-        NemoError: the file is damaged, or holds a setting or weight that is not implemented.
+        NemoError: the file is damaged, or has a setting or a weight that is not implemented.
     """
     path = archive.path
     try:
-        return read_archive(archive, dtype)
+        return build_from_archive(archive, dtype)
     except KeyError as error:
         raise NemoError(f"{SETTINGS} of {path} lacks the setting {error}") from error
     except NemoError as error:
         raise NemoError(f"{error} (in {path})" if path.name not in str(error) else str(error)) from error
     except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise NemoError(f"a setting in {SETTINGS} of {path} has no valid value: {error}") from error
+        raise NemoError(f"a setting in {SETTINGS} of {path} has an invalid value: {error}") from error
 
 
-def read_archive(archive: Archive, dtype: torch.dtype | None) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
-    """Do what `load_archive` does; what goes wrong is raised as it is."""
-    raw = parse_settings(archive.read(SETTINGS))
-    state = archive.weights()
-    settings = Resolver(raw).visit(raw)
-    kind = head_kind(settings)
-    hybrid = kind != "ctc" and has_ctc_head(settings, state)
+def build_from_archive(
+    archive: Archive, dtype: torch.dtype | None
+) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
+    """Build the model and the processor of an open `.nemo` file.
+
+    Args:
+        archive: the file.
+        dtype: type of the weights; None for the type in the file.
+
+    Raises:
+        NemoError: the file is damaged, or has a setting or a weight that is not implemented.
+        KeyError: a setting without default is missing; like other errors, it is translated by `load_archive`.
+    """
+    raw_settings = parse_settings(archive.read(SETTINGS))
+    nemo_weights = archive.read_weights()
+    settings = resolve_interpolations(raw_settings)
+    kind = find_kind(settings)
+    hybrid = kind != "ctc" and has_ctc_head(settings, nemo_weights)
     unknown = check_settings(settings, is_transducer=kind != "ctc", has_ctc_head=hybrid)
     if unknown:
         logger.warning(
-            "%s has settings that are not known here. They cannot change inference and are ignored: %s",
+            "%s has unknown settings. They cannot change the result of inference and are ignored: %s",
             archive.path,
             ", ".join(unknown),
         )
-    settings = with_sizes(settings, {key: tensor.shape for key, tensor in state.items()})
-    tokenizer = read_tokenizer(settings, archive.artifact, kind)
+    settings = fill_missing_sizes(settings, {name: tensor.shape for name, tensor in nemo_weights.items()})
+    tokenizer = read_tokenizer(settings, archive.read_artifact, kind)
     labels = len(tokenizer) - 1
     check_vocabulary(settings, labels)
     config = MODELS[kind].config_class(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
-        nemo_config=without_pieces(raw, tokenizer.convert_ids_to_tokens(range(labels))),
+        nemo_config=dump_without_pieces(raw_settings, tokenizer.convert_ids_to_tokens(range(labels))),
         **({} if kind == "ctc" else {"blank_token_id": labels, "forced_blanks": True}),
-        **config_fields(settings, kind, hybrid),
+        **read_config_fields(settings, kind, hybrid),
     )
     try:
         with torch.device("meta"):
             model = MODELS[kind](config)
     except RuntimeError as error:
         raise NemoError(f"a size in {SETTINGS} is too large for any model: {error}") from error
-    load_weights(model, state, archive, dtype)
-    # after the weights, whose shapes bound the sizes
-    extractor = ParakeetFeatureExtractor(**extractor_fields(settings))
+    load_weights(model, nemo_weights, archive, dtype)
+    # after the weights: `preprocessor.features` is then known to have the size of a weight
+    extractor = ParakeetFeatureExtractor(**read_extractor_fields(settings))
     return model.eval(), ParakeetProcessor(extractor, tokenizer, decoder_type=kind)
 
 
-def read_tokenizer(settings: Mapping[str, Any], artifact: Callable[[str], bytes], kind: str) -> ParakeetTokenizer:
-    """Convert the SentencePiece model, or those of an aggregate.
+def read_tokenizer(settings: Settings, read_artifact: Callable[[str], bytes], kind: str) -> ParakeetTokenizer:
+    """Build the tokenizer from the SentencePiece model in a `.nemo` file, or from one model per language.
 
     Args:
         settings: the resolved settings.
-        artifact: returns the file that a value of the YAML refers to.
+        read_artifact: `read_artifact(reference)` returns the file that a setting names.
         kind: `"ctc"`, `"rnnt"` or `"tdt"`.
+
+    Raises:
+        NemoError: a setting is not implemented, or a model is missing or damaged.
+        KeyError: the section `tokenizer` is incomplete.
     """
     section = settings["tokenizer"]
-    parts = {"": section}
+    language_sections = [section]
     if section["type"].lower() == "agg":
-        parts = section.get("langs") or {}
-        for lang, part in parts.items():
-            check_section(part, f"tokenizer.langs.{lang}", SECTIONS["tokenizer"])
-    if not parts:
-        raise NemoError("`tokenizer.langs` must name at least one language, it names none: save the file again")
-    return build_tokenizer([artifact(part["model_path"]) for part in parts.values()], kind)
+        languages = section.get("langs") or {}
+        for language, language_section in languages.items():
+            check_section(language_section, f"tokenizer.langs.{language}", SECTIONS["tokenizer"])
+        language_sections = list(languages.values())
+    if not language_sections:
+        raise NemoError("`tokenizer.langs` must have at least one language, it has none: save the file again")
+    models = [read_artifact(language_section["model_path"]) for language_section in language_sections]
+    return build_tokenizer(models, kind)
 
 
-def without_pieces(raw: Mapping[str, Any], names: list[str]) -> str:
-    """Return the YAML for `config.nemo_config` without the tokenizer's pieces; as text, because JSON would sort it."""
-    plain = plain_pieces(names)
+def dump_without_pieces(raw_settings: Settings, pieces: list[str]) -> str:
+    """Return the settings as YAML for `config.nemo_config`, without the lists that repeat the tokenizer's pieces.
 
-    def visit(value: Any, path: str) -> Any:
+    The configuration stores text, because JSON would sort the keys.
+
+    Args:
+        raw_settings: the settings before interpolations are resolved.
+        pieces: the tokens before the blank, in the order of their ids.
+    """
+    nemo_pieces = remove_duplicate_marks(pieces)
+
+    def replace_pieces(value: Any, path: str) -> Any:
+        """Return a part of the settings, given its dotted path, with `PIECES` in place of the lists."""
         if isinstance(value, dict):
-            return {key: visit(item, f"{path}.{key}" if path else str(key)) for key, item in value.items()}
-        return PIECES if path in LISTS and value == plain else value
+            return {key: replace_pieces(item, f"{path}.{key}" if path else str(key)) for key, item in value.items()}
+        return PIECES if path in VOCABULARY_LISTS and value == nemo_pieces else value
 
-    return dump_settings(visit(raw, "")).decode()
+    return dump_settings(replace_pieces(raw_settings, "")).decode()
 
 
 def load_weights(
     model: ParakeetPreTrainedModel,
-    state: Mapping[str, Tensor],
+    nemo_weights: Mapping[str, Tensor],
     archive: Archive,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Move NeMo's weights into a model on the meta device; every key must find its place, and every parameter a key.
+    """Put the weights of a `.nemo` file into a model; every weight must have a parameter, and every parameter a weight.
 
     Args:
-        model: the model.
-        state: weights of `archive`.
-        archive: where the memory of weights goes back to once they are checked.
-        dtype: of the model; default that of each weight.
+        model: a model on the meta device; changed in place.
+        nemo_weights: the weights under NeMo's names, views of the mapped file.
+        archive: the file; the memory of each weight is released after it is checked, and read again when it is used.
+        dtype: type of the weights; None for the type in the file.
+
+    Raises:
+        NemoError: names, shapes or types do not match, or a weight is not finite.
     """
-    renamed = {rename(key): tensor for key, tensor in state.items() if key not in DROPPED_KEYS}
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - renamed.keys()), sorted(renamed.keys() - own.keys())
-    if missing or unexpected:
-        raise NemoError(f"the weights do not fit the settings: missing {missing[:5]}, left over {unexpected[:5]}")
-    shapes = [
-        f"{k}: {list(renamed[k].shape)}, not {list(v.shape)}" for k, v in own.items() if renamed[k].shape != v.shape
-    ]
-    if shapes:
-        raise NemoError(f"the weights do not fit the settings: {'; '.join(shapes[:5])}")
-    places: set[int] = set()
-    for key, tensor in renamed.items():
-        if tensor.is_floating_point() != own[key].is_floating_point():
-            raise NemoError(f"{key!r} is {tensor.dtype}: quantised weights are not implemented, save them in float32")
-        check_finite(key, tensor)
-        # weights that NeMo ties share their bytes; here each is on its own
-        shared = tensor.data_ptr() in places
-        places.add(tensor.data_ptr())
-        cast = tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=shared)
-        archive.release(tensor)
-        renamed[key] = cast
-    model.load_state_dict(renamed, assign=True)
-    materialise_buffers(model)
+    weights = {from_nemo_name(key): tensor for key, tensor in nemo_weights.items() if key not in FEATURE_BUFFER_KEYS}
+    parameters = model.state_dict()
+    check_names_and_shapes(weights, parameters)
+    addresses: set[int] = set()
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() != parameters[name].is_floating_point():
+            raise NemoError(f"{name!r} is {tensor.dtype}: quantised weights are not implemented, save them in float32")
+        check_finite(name, tensor)
+        # NeMo stores tied weights once; here each parameter needs its own memory
+        is_tied = tensor.data_ptr() in addresses
+        addresses.add(tensor.data_ptr())
+        target_dtype = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        weights[name] = tensor.to(target_dtype, copy=is_tied)
+        archive.release_memory(tensor)
+    model.load_state_dict(weights, assign=True)
+    compute_buffers(model)
     if dtype is not None:
         model.config.dtype = dtype
 
 
-def check_finite(key: str, tensor: Tensor) -> None:
-    """Refuse weights that are not numbers."""
-    if tensor.is_floating_point() and not all(bool(bound.isfinite()) for bound in tensor.aminmax()):
-        raise NemoError(f"the weight {key!r} holds NaN or infinity: the file is damaged, copy or save it again")
+def check_names_and_shapes(weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse weights whose names or shapes differ from those of the model's state dict.
 
-
-def materialise_buffers(model: ParakeetPreTrainedModel) -> None:
-    """Compute the buffers that no checkpoint holds."""
-    for module in model.modules():
-        lost = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name in lost:
-            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
-        if lost:
-            model._init_weights(module)
-
-
-def rename(key: str) -> str:
-    """Return our name of one of NeMo's weights.
-
-    Raises:
-        NemoError: the weight belongs to something that is not implemented.
+    Args:
+        weights: the weights of the file under our names.
+        parameters: state dict of the model.
     """
-    for theirs, ours in NAMES:
-        match = re.fullmatch(pattern(theirs), key)
-        if match:
-            return ours.format(**match.groupdict())
-    for start, kind in OTHER_WEIGHTS.items():
-        if key.startswith(start):
-            raise NemoError(f"the weight {key!r} belongs to {kind}: {ELSE}")
-    advice = "merge or remove the adapters in NeMo and save again" if "adapter" in key else ELSE
-    raise NemoError(f"the weight {key!r} belongs to nothing that is implemented here: {advice}")
+    missing, unexpected = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
+    if missing or unexpected:
+        raise NemoError(f"the weights do not match the settings: missing {missing[:5]}, unexpected {unexpected[:5]}")
+    differences = [
+        f"{name}: {list(weights[name].shape)}, not {list(parameter.shape)}"
+        for name, parameter in parameters.items()
+        if weights[name].shape != parameter.shape
+    ]
+    if differences:
+        raise NemoError(f"the weights do not match the settings: {'; '.join(differences[:5])}")
 
 
-@cache
-def pattern(template: str) -> str:
-    """Return the regular expression of a template of `NAMES`."""
-    parts = re.split(r"\{(\w+)\}", template)
-    return "".join(f"(?P<{part}>{PLACEHOLDERS[part]})" if i % 2 else re.escape(part) for i, part in enumerate(parts))
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a weight that contains NaN or infinity; both appear in its minimum or maximum."""
+    if tensor.is_floating_point() and not all(bool(bound.isfinite()) for bound in tensor.aminmax()):
+        raise NemoError(f"the weight {name!r} contains NaN or infinity: the file is damaged, copy or save it again")
+
+
+def compute_buffers(model: ParakeetPreTrainedModel) -> None:
+    """Compute the buffers that are still on the meta device, because no checkpoint contains them."""
+    for module in model.modules():
+        meta_names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in meta_names:
+            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
+        if meta_names:
+            model._init_weights(module)
 
 
 __all__ = ["NemoError", "load_nemo"]

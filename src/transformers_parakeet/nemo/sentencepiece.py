@@ -1,6 +1,6 @@
-"""SentencePiece models: to tokenizers of this package, and back.
+"""Converts SentencePiece models to tokenizers of this package, and tokenizers to SentencePiece models.
 
-Where the models lie in a `.nemo` file is for `nemo.py`; a vocabulary that changes is for `vocabulary.py`.
+`reader.py` finds the models in a `.nemo` file, and `training/vocabulary.py` adds pieces to them.
 """
 
 import base64
@@ -15,43 +15,49 @@ from tokenizers.models import BPE, Unigram
 from ..tokenization_parakeet import BLANK, WORD_START, ParakeetTokenizer
 from .archive import NemoError
 
-# marks the pieces of a second language that the first one has, too; a private-use character
+# appended to a piece of a further language that an earlier language also has; a private-use character
 DUPLICATE = "\ue000"
 
-# the tokenizer's keyword, and so the field of tokenizer_config.json, that keeps the models it was made from, in base64
+# keyword of the tokenizer, and so key of tokenizer_config.json, that stores the original models in base64
 MODELS = "sentencepiece_models"
 
-# pattern of the spaces that SentencePiece makes one, and of the start of a text that is not empty
-SPACES, START = " {2,}", r"\A(?=[\s\S])"
+# several spaces, which SentencePiece replaces by one, and the start of a text that is not empty
+SPACES, TEXT_START = " {2,}", r"\A(?=[\s\S])"
+
+# pieces such as `<en>` and `<|endoftext|>`
+MARKUP = "<.*>"
 
 
 def build_tokenizer(models: Sequence[bytes], kind: str) -> ParakeetTokenizer:
-    """Convert a SentencePiece model, or those of an aggregate, and append the blank.
+    """Convert SentencePiece models to a tokenizer, and add the blank as its last token.
 
-    An aggregate encodes with its first language; it decodes all of them.
+    The tokenizer of several languages (NeMo's aggregate tokenizer) encodes with the first and decodes with all of them.
 
     Args:
-        models: serialised models, one per language.
+        models: serialised SentencePiece models, one per language.
         kind: `"ctc"`, `"rnnt"` or `"tdt"`.
 
     Returns:
-        A tokenizer whose last id is the blank; it keeps the models for `sentencepiece_models`.
+        A tokenizer that also stores the models for `sentencepiece_models`.
 
     Raises:
         NemoError: a model is damaged, or its pieces are not distinct.
     """
     protos = [parse_sentencepiece(content) for content in models]
-    more = [piece.piece for proto in protos[1:] for piece in proto.pieces]
+    further_pieces = [piece.piece for proto in protos[1:] for piece in proto.pieces]
     try:
-        backend = sentencepiece_backend(protos[0], more)
+        backend = build_backend(protos[0], further_pieces)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise NemoError(f"the SentencePiece model cannot be used: {error}") from error
-    blank = "<pad>" if kind == "ctc" and backend.token_to_id("<pad>") is None else BLANK
-    pad = "<pad>" if kind != "ctc" and backend.token_to_id("<pad>") is not None else blank
+    has_pad_piece = backend.token_to_id("<pad>") is not None
+    blank = "<pad>" if kind == "ctc" and not has_pad_piece else BLANK
+    pad = "<pad>" if kind != "ctc" and has_pad_piece else blank
     backend.add_special_tokens([AddedToken(blank, special=True, normalized=False)])
-    count = len(protos[0].pieces) + len(more)
-    if backend.token_to_id(blank) != count:
-        raise NemoError(f"the {count} pieces of the SentencePiece model must be distinct, and none of them {blank!r}")
+    num_pieces = len(protos[0].pieces) + len(further_pieces)
+    if backend.token_to_id(blank) != num_pieces:
+        raise NemoError(
+            f"the {num_pieces} pieces of the SentencePiece model must be distinct and not include {blank!r}"
+        )
     return ParakeetTokenizer(
         tokenizer_object=backend,
         unk_token=protos[0].trainer_spec.unk_piece,
@@ -62,7 +68,17 @@ def build_tokenizer(models: Sequence[bytes], kind: str) -> ParakeetTokenizer:
 
 
 def parse_sentencepiece(content: bytes) -> Any:
-    """Return the protocol buffer of a SentencePiece model."""
+    """Parse a serialised SentencePiece model.
+
+    Args:
+        content: the model, the bytes of `tokenizer.model`.
+
+    Returns:
+        Its protocol buffer, a `ModelProto`.
+
+    Raises:
+        NemoError: the content is not a SentencePiece model, or has no pieces.
+    """
     from transformers.convert_slow_tokenizer import import_protobuf
 
     proto = import_protobuf().ModelProto()
@@ -75,165 +91,216 @@ def parse_sentencepiece(content: bytes) -> Any:
     return proto
 
 
-def sentencepiece_backend(proto: Any, more: list[str]) -> Tokenizer:
-    """Build a tokenizer that splits as SentencePiece does.
+def build_backend(proto: Any, further_pieces: Sequence[str]) -> Tokenizer:
+    """Build a tokenizer of the tokenizers library that splits text as a SentencePiece model does.
 
     Args:
-        proto: the model.
-        more: pieces of further languages, appended for decoding.
+        proto: `ModelProto` of the model.
+        further_pieces: pieces of other languages, which are used in decoding only.
     """
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    seen = {piece for piece, _ in pieces}
-    for piece in more:
-        while piece in seen:
-            piece += DUPLICATE
-        seen.add(piece)
-        pieces.append((piece, float("-inf")))
     spec = proto.trainer_spec
-    # single characters are never split
-    user_defined = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.USER_DEFINED) and len(p.piece) > 1]
-    texts = [piece for piece in user_defined if not re.fullmatch("<.*>", piece)]
+    # pieces that are matched before the model runs; a single character is never split anyway
+    fixed_pieces = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.USER_DEFINED) and len(p.piece) > 1]
+    fixed_words = [piece for piece in fixed_pieces if not re.fullmatch(MARKUP, piece)]
+    scored_pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    distinct_pieces = mark_duplicates([piece for piece, _ in scored_pieces], further_pieces)
+    # a score of minus infinity prevents their use in encoding
+    scored_pieces += [(piece, float("-inf")) for piece in distinct_pieces]
     if spec.model_type == spec.BPE:
-        vocabulary = {piece: index for index, (piece, _) in enumerate(pieces)}
         model: BPE | Unigram = BPE(
-            vocabulary,
-            merges(proto),
+            {piece: index for index, (piece, _) in enumerate(scored_pieces)},
+            list_merges(proto),
             unk_token=spec.unk_piece,
             fuse_unk=True,
             byte_fallback=spec.byte_fallback,
-            # no merge leads to a piece that its user defines
-            ignore_merges=bool(texts),
+            # no sequence of merges produces a user-defined piece
+            ignore_merges=bool(fixed_words),
         )
     else:
-        model = Unigram(pieces, spec.unk_id, spec.byte_fallback)
+        model = Unigram(scored_pieces, spec.unk_id, spec.byte_fallback)
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = sentencepiece_normalizer(proto.normalizer_spec)
-    byte_steps = [decoders.ByteFallback(), decoders.Fuse()] if spec.byte_fallback else []
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace(DUPLICATE, ""),
-            *byte_steps,
-            decoders.Metaspace(replacement=WORD_START, prepend_scheme="always"),
-        ]
-    )
-    # an added token cuts the text before it is normalised: right for markup, but words would lose the spaces at them
-    markup = [AddedToken(piece, normalized=False, special=False) for piece in user_defined if piece not in texts]
-    tokenizer.add_tokens(markup)
-    if texts:
-        longest_first = "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+    tokenizer.normalizer = build_normalizer(proto.normalizer_spec)
+    tokenizer.decoder = build_decoder(spec.byte_fallback)
+    # the text is cut at an added token before it is normalised, which would remove the spaces around a word
+    markup = [piece for piece in fixed_pieces if piece not in fixed_words]
+    tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in markup])
+    if fixed_words:
+        longest_first = "|".join(map(re.escape, sorted(fixed_words, key=len, reverse=True)))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), "isolated")
     return tokenizer
 
 
-def merges(proto: Any) -> list[tuple[str, str]]:
-    """Return the merges of a BPE model in their order."""
+def mark_duplicates(first_pieces: Sequence[str], further_pieces: Sequence[str]) -> list[str]:
+    """Return the pieces of further languages, with `DUPLICATE` appended until each differs from all before it.
+
+    Args:
+        first_pieces: the pieces of the first language.
+        further_pieces: the pieces of the other languages, in order.
+    """
+    seen = set(first_pieces)
+    distinct_pieces = []
+    for piece in further_pieces:
+        while piece in seen:
+            piece += DUPLICATE
+        seen.add(piece)
+        distinct_pieces.append(piece)
+    return distinct_pieces
+
+
+def build_decoder(byte_fallback: bool) -> Any:
+    """Build the decoder of a tokenizer: it removes the mark of duplicates, joins bytes, and restores spaces."""
+    byte_steps = [decoders.ByteFallback(), decoders.Fuse()] if byte_fallback else []
+    spaces = decoders.Metaspace(replacement=WORD_START, prepend_scheme="always")
+    return decoders.Sequence([decoders.Replace(DUPLICATE, ""), *byte_steps, spaces])
+
+
+def list_merges(proto: Any) -> list[tuple[str, str]]:
+    """Return the merges of a BPE model in the order in which they are applied."""
     from transformers.convert_slow_tokenizer import generate_merges
 
     ids = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-    return [(left, right) for left, right in generate_merges(ids, [(p.piece, p.score) for p in proto.pieces])]
+    scores = [(piece.piece, piece.score) for piece in proto.pieces]
+    return [(left, right) for left, right in generate_merges(ids, scores)]
 
 
-def sentencepiece_normalizer(spec: Any) -> Any:
-    """Build what SentencePiece does before it splits: its table, its spaces, the word start before the first word."""
+def build_normalizer(spec: Any) -> Any:
+    """Build the normaliser of a tokenizer from the `NormalizerSpec` of a SentencePiece model.
+
+    It applies the character map, removes superfluous spaces, and puts the word start before the first word and in place
+    of every space.
+    """
     steps: list[Any] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(SPACES), " "), normalizers.Strip()]
     if spec.add_dummy_prefix:
-        steps.append(normalizers.Replace(Regex(START), WORD_START))
+        steps.append(normalizers.Replace(Regex(TEXT_START), WORD_START))
     return normalizers.Sequence([*steps, normalizers.Replace(" ", WORD_START)])
 
 
-def plain_pieces(names: Sequence[str]) -> list[str]:
-    """Return tokens as their SentencePiece models spell them, without the mark of a second language."""
-    return [name.rstrip(DUPLICATE) for name in names]
+def remove_duplicate_marks(pieces: Sequence[str]) -> list[str]:
+    """Return pieces as their SentencePiece models spell them, without the mark of duplicates."""
+    return [piece.rstrip(DUPLICATE) for piece in pieces]
 
 
-def sentencepiece_models(tokenizer: Any, labels: int) -> list[bytes]:
-    """Return the SentencePiece models of a tokenizer: those it was made from, else one that splits as it does.
+def sentencepiece_models(tokenizer: Any, num_labels: int) -> list[bytes]:
+    """Return the SentencePiece models of a tokenizer.
+
+    They are the models that it was built from. If there are none, or its pieces have changed since, the result is one
+    new model that splits text as the tokenizer does.
 
     Args:
         tokenizer: a `ParakeetTokenizer`.
-        labels: number of its tokens before the blank.
+        num_labels: number of its tokens before the blank.
+
+    Returns:
+        Serialised models, one per language.
 
     Raises:
-        NemoError: no SentencePiece model splits as the tokenizer does.
+        NemoError: no SentencePiece model splits text as the tokenizer does.
     """
-    kept = [base64.b64decode(text) for text in tokenizer.init_kwargs.get(MODELS) or []]
-    pieces = [piece.piece for content in kept for piece in parse_sentencepiece(content).pieces]
-    names = tokenizer.convert_ids_to_tokens(range(labels))
-    if pieces and pieces == plain_pieces(names):
-        return kept
-    return [rebuilt_model(json.loads(tokenizer.backend_tokenizer.to_str()), names)]
+    models = [base64.b64decode(text) for text in tokenizer.init_kwargs.get(MODELS) or []]
+    model_pieces = [piece.piece for content in models for piece in parse_sentencepiece(content).pieces]
+    pieces = tokenizer.convert_ids_to_tokens(range(num_labels))
+    if model_pieces and model_pieces == remove_duplicate_marks(pieces):
+        return models
+    return [build_sentencepiece(json.loads(tokenizer.backend_tokenizer.to_str()), pieces)]
 
 
-def rebuilt_model(backend: dict[str, Any], names: list[str]) -> bytes:
-    """Write a SentencePiece model for a tokenizer that came without one.
+def build_sentencepiece(backend: dict[str, Any], pieces: list[str]) -> bytes:
+    """Build a SentencePiece model that splits text as a tokenizer does.
 
     Args:
-        backend: contents of its tokenizer.json.
-        names: tokens before the blank in the order of their ids.
+        backend: content of the tokenizer's tokenizer.json.
+        pieces: its tokens before the blank, in the order of their ids.
+
+    Returns:
+        The serialised model.
+
+    Raises:
+        NemoError: SentencePiece cannot split text like this tokenizer.
     """
     from transformers.convert_slow_tokenizer import import_protobuf
 
     proto = import_protobuf().ModelProto()
     model, spec = backend["model"], proto.trainer_spec
-    if (backend["pre_tokenizer"] or {}).get("type", "Metaspace") != "Metaspace":
-        raise NemoError(f"SentencePiece has no splitter {backend['pre_tokenizer']['type']}: train a model with it")
+    splitter = (backend["pre_tokenizer"] or {}).get("type", "Metaspace")
+    if splitter != "Metaspace":
+        raise NemoError(f"SentencePiece has no splitter {splitter}: train a SentencePiece model")
     if model["type"] not in ("BPE", "Unigram"):
         raise NemoError(
-            f"a tokenizer for NeMo must be BPE or Unigram, got {model['type']}: train one with SentencePiece"
+            f"a tokenizer for NeMo must be BPE or Unigram, got {model['type']}: train a SentencePiece model"
         )
     is_bpe = model["type"] == "BPE"
+    unknown_piece = model["unk_token"] if is_bpe else pieces[model["unk_id"]]
     spec.model_type = spec.BPE if is_bpe else spec.UNIGRAM
     spec.byte_fallback = bool(model.get("byte_fallback"))
-    unknown = model["unk_token"] if is_bpe else names[model["unk_id"]]
-    spec.unk_piece, spec.unk_id, spec.vocab_size = unknown, names.index(unknown), len(names)
+    spec.unk_piece, spec.unk_id, spec.vocab_size = unknown_piece, pieces.index(unknown_piece), len(pieces)
     spec.bos_id = spec.eos_id = spec.pad_id = -1
-    given = [tuple(pair) for pair in model["merges"]] if is_bpe else []
-    scores = {left + right: -float(rank) for rank, (left, right) in reversed(list(enumerate(given)))}
-    scores |= {} if is_bpe else dict(model["vocab"])
-    added = {token["content"] for token in backend["added_tokens"]}
-    for name in names:
-        piece = proto.pieces.add(piece=name, score=scores.get(name, -float(len(given))))
-        if name == unknown:
+    merges = [tuple(pair) for pair in model["merges"]] if is_bpe else []
+    scores = rank_merges(merges) if is_bpe else dict(model["vocab"])
+    user_defined = {token["content"] for token in backend["added_tokens"]}
+    for text in pieces:
+        # pieces that no merge produces come after all merges
+        piece = proto.pieces.add(piece=text, score=scores.get(text, -float(len(merges))))
+        if text == unknown_piece:
             piece.type, piece.score = piece.UNKNOWN, 0.0
-        elif name in added:
+        elif text in user_defined:
             piece.type, piece.score = piece.USER_DEFINED, 0.0
-        elif spec.byte_fallback and name.startswith("<0x"):
+        elif spec.byte_fallback and text.startswith("<0x"):
             piece.type = piece.BYTE
-    read_normalizer(backend, proto.normalizer_spec)
-    if is_bpe and merges(proto) != given:
-        raise NemoError(
-            "the tokenizer's merges are not those of a SentencePiece model: train one and replace it by that"
-        )
+    fill_normalizer_spec(backend, proto.normalizer_spec)
+    if is_bpe and list_merges(proto) != merges:
+        raise NemoError("the tokenizer's merges are not those of a SentencePiece model: train a SentencePiece model")
     return bytes(proto.SerializeToString())
 
 
-def read_normalizer(backend: dict[str, Any], spec: Any) -> None:
-    """Tell SentencePiece what a tokenizer does before it splits; the reverse of `sentencepiece_normalizer`."""
-    step = backend["normalizer"] or {"type": "Sequence", "normalizers": []}
-    steps = step["normalizers"] if step["type"] == "Sequence" else [step]
-    known = {"Precompiled", "Replace", "Strip", "Prepend"}
-    if strange := {step["type"] for step in steps} - known:
-        raise NemoError(
-            f"SentencePiece has no normalizer {', '.join(sorted(strange))}: train a model with it and replace"
-        )
+def rank_merges(merges: Sequence[tuple[str, ...]]) -> dict[str, float]:
+    """Return the score of each piece that merges produce: minus the rank of its first merge, as in SentencePiece."""
+    scores: dict[str, float] = {}
+    for rank, pair in enumerate(merges):
+        scores.setdefault("".join(pair), -float(rank))
+    return scores
+
+
+def fill_normalizer_spec(backend: dict[str, Any], spec: Any) -> None:
+    """Set the `NormalizerSpec` of a SentencePiece model to a tokenizer's normaliser; the reverse of `build_normalizer`.
+
+    Args:
+        backend: content of the tokenizer's tokenizer.json.
+        spec: changed in place.
+
+    Raises:
+        NemoError: SentencePiece has no such normaliser.
+    """
+    normalizer = backend["normalizer"] or {"type": "Sequence", "normalizers": []}
+    steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+    unsupported = {step["type"] for step in steps} - {"Precompiled", "Replace", "Strip", "Prepend"}
+    if unsupported:
+        names = ", ".join(sorted(unsupported))
+        raise NemoError(f"SentencePiece has no normalizer {names}: train a SentencePiece model")
     spec.precompiled_charsmap = b"".join(
         base64.b64decode(step["precompiled_charsmap"]) for step in steps if step["type"] == "Precompiled"
     )
     patterns = [step["pattern"].get("Regex") for step in steps if step["type"] == "Replace"]
     spec.remove_extra_whitespaces = SPACES in patterns
-    prepends = any(step["type"] == "Prepend" for step in steps)
-    scheme = (backend["pre_tokenizer"] or {}).get("prepend_scheme", "never")
-    spec.add_dummy_prefix = START in patterns or prepends or scheme != "never"
+    has_prepend_step = any(step["type"] == "Prepend" for step in steps)
+    prepend_scheme = (backend["pre_tokenizer"] or {}).get("prepend_scheme", "never")
+    spec.add_dummy_prefix = TEXT_START in patterns or has_prepend_step or prepend_scheme != "never"
 
 
 def vocabulary_files(model: bytes) -> tuple[bytes, bytes]:
-    """Return the `vocab.txt` and the `tokenizer.vocab` that NeMo keeps beside a SentencePiece model."""
+    """Return the two text files that NeMo stores with a SentencePiece model.
+
+    Args:
+        model: the serialised model.
+
+    Returns:
+        `vocab.txt`, with one WordPiece-like piece per line, and `tokenizer.vocab`, with pieces and their scores.
+    """
     pieces = parse_sentencepiece(model).pieces
-    normal = [piece.piece for piece in pieces if piece.type not in (piece.UNKNOWN, piece.CONTROL)]
-    words = [name[1:] if name.startswith(WORD_START) and len(name) > 1 else f"##{name}" for name in normal]
+    texts = [piece.piece for piece in pieces if piece.type not in (piece.UNKNOWN, piece.CONTROL)]
+    words = [text[1:] if text.startswith(WORD_START) and len(text) > 1 else f"##{text}" for text in texts]
     scores = "".join(f"{piece.piece}\t{piece.score:g}\n" for piece in pieces)
     return "\n".join(words).encode(), scores.encode()
