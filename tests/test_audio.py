@@ -23,14 +23,14 @@ def test_path_bytes_file_object_and_dict_give_the_same_samples(tmp_path: Path) -
     data = encoded(44_100, samples=stereo(44_100))
     path = tmp_path / "a.wav"
     path.write_bytes(data)
-    want = load_audio(path)
+    expected = load_audio(path)
     for source in (data, bytearray(data), memoryview(data), io.BytesIO(data), {"bytes": data, "path": None}):
-        np.testing.assert_array_equal(load_audio(source), want)
-    np.testing.assert_array_equal(load_audio({"bytes": None, "path": str(path)}), want)
+        np.testing.assert_array_equal(load_audio(source), expected)
+    np.testing.assert_array_equal(load_audio({"bytes": None, "path": str(path)}), expected)
     with path.open("rb") as file:
-        np.testing.assert_array_equal(load_audio(file), want)
+        np.testing.assert_array_equal(load_audio(file), expected)
     # the rate in the file takes precedence over the argument
-    np.testing.assert_array_equal(load_audio(path, 8_000), want)
+    np.testing.assert_array_equal(load_audio(path, 8_000), expected)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="/dev/fd exists on Unix only")
@@ -51,8 +51,8 @@ def test_a_pipe_can_be_read() -> None:
 )
 def test_integer_samples_are_scaled(dtype: str, scale: int, offset: int) -> None:
     values = np.array([-scale, -scale // 2, 0, scale // 4, scale - 1], dtype=np.int64) + offset
-    want = np.array([-1, -0.5, 0, 0.25, (scale - 1) / scale])
-    np.testing.assert_allclose(load_audio(values.astype(dtype)), want, atol=1e-7)
+    expected = np.array([-1, -0.5, 0, 0.25, (scale - 1) / scale])
+    np.testing.assert_allclose(load_audio(values.astype(dtype)), expected, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4", "<f8"])
@@ -71,11 +71,11 @@ def test_other_sample_types_are_refused(dtype: str) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 3, 8])
 def test_channels_on_either_axis_are_averaged(channels: int) -> None:
     samples = np.random.default_rng(0).standard_normal((channels, 1000)).astype(np.float32)
-    want = samples.mean(axis=0)
-    np.testing.assert_allclose(load_audio(samples), want, atol=1e-6)
-    np.testing.assert_allclose(load_audio(samples.T), want, atol=1e-6)
-    np.testing.assert_allclose(load_audio(samples.tolist()), want, atol=1e-6)
-    np.testing.assert_allclose(load_audio(list(samples)), want, atol=1e-6)
+    expected = samples.mean(axis=0)
+    np.testing.assert_allclose(load_audio(samples), expected, atol=1e-6)
+    np.testing.assert_allclose(load_audio(samples.T), expected, atol=1e-6)
+    np.testing.assert_allclose(load_audio(samples.tolist()), expected, atol=1e-6)
+    np.testing.assert_allclose(load_audio(list(samples)), expected, atol=1e-6)
 
 
 def test_int16_channels_are_scaled_before_they_are_averaged() -> None:
@@ -157,11 +157,11 @@ def test_the_rate_in_a_dict_is_used(key: str) -> None:
 
 def test_tensors_are_read() -> None:
     torch = pytest.importorskip("torch")
-    want = chirp()
-    for tensor in (torch.tensor(want), torch.tensor(want, requires_grad=True), torch.tensor(want)[None]):
-        np.testing.assert_array_equal(load_audio(tensor), want)
-    np.testing.assert_allclose(load_audio(torch.tensor(want).bfloat16()), want, atol=2**-9)
-    np.testing.assert_array_equal(load_audio([torch.tensor(want), torch.tensor(want)]), want)
+    expected = chirp()
+    for tensor in (torch.tensor(expected), torch.tensor(expected, requires_grad=True), torch.tensor(expected)[None]):
+        np.testing.assert_array_equal(load_audio(tensor), expected)
+    np.testing.assert_allclose(load_audio(torch.tensor(expected).bfloat16()), expected, atol=2**-9)
+    np.testing.assert_array_equal(load_audio([torch.tensor(expected), torch.tensor(expected)]), expected)
     assert load_audio(torch.tensor([16384, -32768], dtype=torch.int16)).tolist() == [0.5, -1.0]
 
 

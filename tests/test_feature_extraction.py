@@ -36,8 +36,8 @@ def test_features_equal_those_of_nemo(golden, bins):
     out = tp.ParakeetFeatureExtractor(feature_size=bins)(clips, sampling_rate=16000, return_tensors="pt")
     assert out["attention_mask"].sum(1).tolist() == truth["feature_lengths"].tolist()
     mask = out["attention_mask"][..., None]
-    wanted = truth[f"features{bins}"].transpose(1, 2) * mask
-    torch.testing.assert_close(out["input_features"], wanted, atol=TOLERANCE, rtol=0)
+    expected = truth[f"features{bins}"].transpose(1, 2) * mask
+    torch.testing.assert_close(out["input_features"], expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("bins", [80, 128])
@@ -96,12 +96,12 @@ def test_samples_that_are_not_finite_are_refused(value):
 
 def test_all_forms_of_a_clip_give_the_same_features():
     clip = noise(0.5)
-    wanted = extract(clip)["input_features"]
+    expected = extract(clip)["input_features"]
     stereo = np.stack([clip, clip])
     forms = [[clip], clip.tolist(), [clip.tolist()], torch.from_numpy(clip), clip.astype(np.float64), [stereo],
              [stereo.T], stereo.T, np.stack([clip] * 3, axis=1), [torch.from_numpy(stereo)]]  # fmt: skip
     for form in forms:
-        torch.testing.assert_close(extract(form)["input_features"], wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(extract(form)["input_features"], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_int16_is_scaled():

@@ -44,7 +44,7 @@ class _SourceAudio:
     Args:
         samples: (S,) mono.
         rate: samples per second.
-        name: what messages call the source.
+        name: name of the source for messages.
     """
 
     samples: FloatArray
@@ -65,7 +65,7 @@ def load_audio(source: Any, sampling_rate: int | None = None, *, target_rate: in
             - a NumPy array or torch tensor (S,), (S, C) or (C, S) of int8, uint8, int16, int32 or floats. In two
               dimensions an axis of length 1 is removed; otherwise the shorter axis contains the channels if it has at
               most 8 entries and the longer axis has more than 8. Any other shape is refused;
-            - a list or tuple of numbers, or of such channels;
+            - a list or tuple of numbers, or of channels that are lists, arrays or tensors;
             - a dict with "array" or "raw" and usually "sampling_rate", or with "bytes" or "path" (`datasets`);
             - a torchcodec `AudioDecoder`.
         sampling_rate: Rate in Hz of an array without a rate; None means `target_rate`. Files, decoders and dicts with
@@ -90,14 +90,17 @@ def load_audio(source: Any, sampling_rate: int | None = None, *, target_rate: in
 
 
 def _read_source(source: Any, default_rate: int) -> _SourceAudio:
-    """Read any source that `load_audio` accepts.
+    """Read the mono samples of any source that `load_audio` accepts, at the sampling rate of the source.
 
     Args:
-        source: see `load_audio`.
-        default_rate: rate in Hz of an array that does not state one.
+        source: a path or URL, the content of a file, a binary file object, an array, tensor or list of samples, a dict
+            with one of these, or a torchcodec decoder.
+        default_rate: rate in Hz of an array, which has no sampling rate.
 
     Raises:
-        ValueError, TypeError, OSError, ImportError: see `load_audio`.
+        AudioError: A file or URL cannot be read as audio.
+        ValueError: A rate, shape or dict is invalid.
+        TypeError: The type of the source, or of its samples, is not supported.
     """
     if isinstance(source, (str, os.PathLike)):
         return _read_path_or_url(os.fspath(source))

@@ -50,7 +50,7 @@ class _TooManySamplesError(Exception):
 
 @dataclass(frozen=True)
 class _DecodedFile:
-    """What one decoder read from a file.
+    """The samples that one decoder read from a file.
 
     Args:
         samples: (S,) mono.
@@ -210,7 +210,7 @@ def _decode_with_libsndfile(source: str | bytes) -> _DecodedFile:
         source: path of the file, or its content.
 
     Returns:
-        What could be read, with the problem if there was one.
+        The samples that could be read, their rate, and why reading stopped early if it did.
 
     Raises:
         _TooManySamplesError: The file contains more than `MAX_SAMPLES` samples.
@@ -241,7 +241,7 @@ def _decode_with_ffmpeg(source: str | bytes) -> _DecodedFile:
         source: path of the file, or its content.
 
     Returns:
-        What could be read, with the problem if there was one.
+        The samples that could be read, their rate, and why reading stopped early if it did.
 
     Raises:
         _TooManySamplesError: The file contains more than `MAX_SAMPLES` samples.
@@ -268,7 +268,7 @@ def _decode_track(av: ModuleType, container: Any, buffer: _SampleBuffer) -> tupl
         buffer: receives the samples.
 
     Returns:
-        The sampling rate in Hz (0 if there is no track that can be decoded), and what went wrong, or None.
+        The sampling rate in Hz (0 if there is no track that can be decoded), and a description of the problem, or None.
     """
     if not container.streams.audio:
         return 0, "the file has no audio track"
@@ -291,7 +291,7 @@ def _decode_packets(av: ModuleType, container: Any, track: Any, buffer: _SampleB
         buffer: receives the samples; empty at the start.
 
     Returns:
-        The sampling rate in Hz, and what went wrong, or None.
+        The sampling rate in Hz, and a description of the problem, or None.
     """
     rate, num_damaged = int(track.rate or 0), 0
     try:

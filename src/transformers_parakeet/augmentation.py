@@ -73,14 +73,16 @@ def spec_augment(
     Args:
         features: (B, T, F) normalised log-mel features; not changed.
         lengths: (B,) number of valid frames.
-        settings: see `check_spec_augment`.
+        settings: number and maximum width of the masks on each axis, and the value of masked features; see
+            `check_spec_augment`.
         generator: source of randomness; None means torch's default generator for the device.
 
     Returns:
         (B, T, F) features with the masks applied.
 
     Raises:
-        ValueError, TypeError: see `check_spec_augment`.
+        ValueError: A setting is not implemented, or its value is invalid.
+        TypeError: `mask_value` is not a number.
     """
     settings = check_spec_augment(settings)
     num_frames, num_bins = features.shape[1:]

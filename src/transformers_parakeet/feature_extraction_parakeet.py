@@ -1,4 +1,4 @@
-"""Computes log-mel features from samples with the numbers of NVIDIA NeMo, for a whole batch at once.
+"""Computes the log-mel features of a batch of clips, equal to those of NVIDIA NeMo.
 
 Reading files and resampling are in `audio.py`.
 """
@@ -91,7 +91,7 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
         """Compute the features of one clip or of a list of clips.
 
         Args:
-            raw_speech: see `split_batch`.
+            raw_speech: one clip (S,), a list of clips, or an array (B, S); see `split_batch`.
             truncation: shorten clips to `max_length`.
             pad_to_multiple_of: round the padded length up to a multiple of this number of samples.
             return_tensors: `"pt"` (also if None) or `"np"`.
@@ -164,7 +164,14 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
         truncation: bool,
         pad_to_multiple_of: int | None,
     ) -> Tensor:
-        """Pad or shorten clips (S,) to one length and stack them; see `__call__` for the arguments.
+        """Pad or shorten clips to one length and stack them.
+
+        Args:
+            clips: (S,) float32 samples each.
+            padding: `"longest"`, or `"max_length"` to pad to `max_length`.
+            max_length: length in samples to pad or shorten to.
+            truncation: shorten clips to `max_length`.
+            pad_to_multiple_of: round the padded length up to a multiple of this number of samples.
 
         Returns:
             (B, S) float32 samples.

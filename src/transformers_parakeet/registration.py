@@ -65,7 +65,7 @@ def _replace_class_names() -> None:
     """Set the classes as attributes of `transformers` and `transformers.models.parakeet`.
 
     `AutoProcessor` and `AutoFeatureExtractor` look up the class name that a checkpoint contains in
-    `transformers.models.parakeet` before they look at what is registered.
+    `transformers.models.parakeet` before they look at the registered classes.
     """
     classes = [ParakeetFeatureExtractor, ParakeetPreTrainedModel, ParakeetProcessor, ParakeetTokenizer]
     for config, model, _ in MODELS:

@@ -44,7 +44,7 @@ class ParakeetTokenizer(TokenizersBackend):
         Args:
             token_ids: token ids; for CTC one per frame.
             skip_special_tokens: leave special tokens out of the text.
-            clean_up_tokenization_spaces: see the base class.
+            clean_up_tokenization_spaces: remove spaces before punctuation; None means the setting of the tokenizer.
             group_tokens: merge consecutive repeats; None merges them only for a CTC vocabulary.
             output_char_offsets: return offsets in addition to the text.
             **kwargs: further arguments of the base class.
