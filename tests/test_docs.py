@@ -112,10 +112,20 @@ def test_the_examples_on_the_model_page_agree_with_each_other(workplace, monkeyp
     assert fused_loss == loss
 
 
-def test_links_point_to_existing_files():
+def anchors(page):
+    """Return the anchors of the headings of a Markdown page: lower case, without punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_point_to_existing_files_and_headings():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+            if target.startswith("http"):
+                continue
+            linked_page = page.parent / target if target else page
+            assert linked_page.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(linked_page), f"{page.name}: {target}#{anchor}"
 
 
 def test_the_tree_in_the_readme_matches_the_source():
