@@ -1,4 +1,4 @@
-"""Fixtures: tiny models and tokenizers, golden files, and stock transformers in a process of its own."""
+"""Fixtures and helpers: tiny models and tokenizers, golden files, and programs that run in a separate process."""
 
 import os
 import re
@@ -17,10 +17,10 @@ import transformers_parakeet as tp
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# on models this small a second thread costs more than it brings
+# models this small run slower with two threads than with one
 torch.set_num_threads(1)
 
-# run by test_neighbours.py in a process of its own
+# test_neighbours.py runs this folder in a separate process
 collect_ignore = ["neighbours"]
 
 TESTS = Path(__file__).parent
@@ -29,19 +29,23 @@ WORDS = ["the quick brown fox jumps over the lazy dog", "she sells sea shells by
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of NeMo's own numbers."""
+    """Return the folder of `.nemo` files and of what NeMo computes from them."""
     return TESTS / "golden"
 
 
 def pytest_collection_modifyitems(items):
-    """Refuse names of tests that differ between two runs: pytest-xdist compares those of its processes."""
-    changing = [item.nodeid for item in items if re.search(r"\b0x[0-9a-f]{6,}", item.nodeid)]
-    if changing:
-        raise pytest.UsageError(f"a test's id must not hold the address of an object, give ids: {changing[:3]}")
+    """Refuse test ids that contain the address of an object: pytest-xdist needs the same ids in all its processes."""
+    with_address = [item.nodeid for item in items if re.search(r"\b0x[0-9a-f]{6,}", item.nodeid)]
+    if with_address:
+        raise pytest.UsageError(f"a test id must not contain the address of an object, got {with_address[:3]}: set ids")
 
 
 def encoder_fields(**changes):
-    """Fields of an encoder that runs in milliseconds."""
+    """Return configuration fields of an encoder that runs in milliseconds.
+
+    Args:
+        **changes: fields with other values than the default ones here.
+    """
     fields = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -56,24 +60,34 @@ def encoder_fields(**changes):
 
 
 def tiny_tokenizer(kind="ctc", size=120):
-    """A trained BPE tokenizer in the layout of the released checkpoints."""
+    """Train a BPE tokenizer whose special tokens have the same order as in the released checkpoints.
+
+    Args:
+        kind: "ctc", whose blank is "<pad>"; or a transducer, whose blank is "<blank>".
+        size: number of tokens with the blank.
+    """
     backend = Tokenizer(BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
     backend.decoder = decoders.Metaspace(replacement="\u2581", prepend_scheme="always")
-    special = ["<unk>"] if kind == "ctc" else ["<unk>", "<|nospeech|>", "<pad>"]
-    trainer = trainers.BpeTrainer(vocab_size=size - 1, special_tokens=special, show_progress=False)
+    special_tokens = ["<unk>"] if kind == "ctc" else ["<unk>", "<|nospeech|>", "<pad>"]
+    trainer = trainers.BpeTrainer(vocab_size=size - 1, special_tokens=special_tokens, show_progress=False)
     backend.train_from_iterator(WORDS, trainer)
     backend.add_special_tokens(["<pad>" if kind == "ctc" else "<blank>"])
     return tp.ParakeetTokenizer(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
 
 
 def noise(seconds, seed=0):
-    """A clip of noise, 16 kHz."""
+    """Generate white noise at 16 kHz, (S,) float32."""
     return (0.1 * np.random.default_rng(seed).standard_normal(int(16000 * seconds))).astype(np.float32)
 
 
 def ctc_model(seed=0, **changes):
-    """A random CTC model that fits `tiny_tokenizer()`."""
+    """Create a random CTC model and its processor with `tiny_tokenizer()`.
+
+    Args:
+        seed: seed of the weights.
+        **changes: see `encoder_fields`.
+    """
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     config = tp.ParakeetCTCConfig(
@@ -83,12 +97,27 @@ def ctc_model(seed=0, **changes):
 
 
 def run_stock(code, *arguments):
-    """Run a program with stock transformers, in a process that never imports this package; return what it prints."""
+    """Run a program in a separate process that does not import this package, and return its standard output.
+
+    Args:
+        code: Python source.
+        *arguments: command line arguments of the program.
+    """
     return run_program(code, *arguments, PYTHONPATH="")
 
 
 def run_program(code, *arguments, status=0, **environment):
-    """Run a program in a process of its own; return what it prints, with another status than 0 also its errors."""
+    """Run a program in a separate process and check its exit status.
+
+    Args:
+        code: Python source.
+        *arguments: command line arguments of the program.
+        status: expected exit status.
+        **environment: environment variables to set.
+
+    Returns:
+        Its standard output; if `status` is not 0, a pair of standard output and standard error.
+    """
     program = textwrap.dedent(code)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", **environment}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The layout in docs/design.md, compared with the imports in the source."""
+"""Tests of the layout: allowed imports as in docs/design.md, import depth, lengths of files and functions."""
 
 import ast
 import re
@@ -13,94 +13,98 @@ ROOT = TESTS.parent
 SOURCE = ROOT / "src" / "transformers_parakeet"
 FILES = sorted(path for path in SOURCE.rglob("*.py"))
 PACKAGES = sorted(path.parent.name for path in SOURCE.glob("*/__init__.py"))
-STOCK = re.compile(r"models\.parakeet|loss_tdt|loss_rnnt")
+STOCK_PARAKEET = re.compile(r"models\.parakeet|loss_tdt|loss_rnnt")
 
 
-def table():
-    """Allowed imports of every module and sub-package, read from docs/design.md."""
+def read_import_table():
+    """Read from docs/design.md which modules and sub-packages each module or sub-package may import."""
     allowed = {}
     rows = re.findall(
         r"^\| `([a-z_]+)/?` \|.*\|([^|]*)\|$", (ROOT / "docs" / "design.md").read_text("utf-8"), re.MULTILINE
     )
     for name, imports in rows:
-        every = set(allowed) if imports.strip().startswith("every module above") else set()
-        named = set(re.findall(r"`([a-z_]+)`", imports))
-        allowed[name] = every - named if every else named
+        names = set(re.findall(r"`([a-z_]+)`", imports))
+        # a row can also say "every module above", or "every module above except" some names
+        allowed[name] = set(allowed) - names if imports.strip().startswith("every module above") else names
     return allowed
 
 
-ALLOWED = table()
+ALLOWED = read_import_table()
 
 
-def name_of(path):
-    """Module name relative to the package, such as `nemo.reader`; a sub-package is named after its folder."""
+def module_name(path):
+    """Return the name of a source file relative to the package: `nemo.reader`, and `nemo` for `nemo/__init__.py`."""
     parts = path.relative_to(SOURCE).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
 
-MODULES = {name_of(path): path for path in FILES}
+MODULES = {module_name(path): path for path in FILES}
 
 
 @cache
-def imports(module):
-    """(module, names) of each import statement of a source file; modules of this package are relative to it."""
+def find_imports(module):
+    """Return (imported module, imported names) for each import statement of a source file.
+
+    The name of a module of this package starts with a dot and is relative to the package, such as `.nemo.reader`.
+    """
     path = MODULES[module]
     package = list(path.relative_to(SOURCE).parts[:-1])
-    found = []
+    statements = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [(alias.name, ()) for alias in node.names]
+            statements += [(alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.append((node.module, ()))
+            statements.append((node.module, ()))
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1]
             target = ".".join([*base, *([node.module] if node.module else [])])
-            found.append((f".{target}", tuple(alias.name for alias in node.names)))
-    return found
+            statements.append((f".{target}", tuple(alias.name for alias in node.names)))
+    return statements
 
 
 def defining_module(package, name):
-    """The file that defines a name which the `__init__` of a sub-package re-exports."""
-    for target, names in imports(package):
+    """Return the module from which the `__init__` of a sub-package re-exports a name."""
+    for target, names in find_imports(package):
         if name in names:
             return target.strip(".")
     return package
 
 
-def own_imports(module):
-    """Modules of this package that a module imports; a name from a sub-package counts as an import of its file."""
+def imported_modules(module):
+    """Return the modules of this package that a module imports; a re-exported name counts for its defining module."""
     targets = set()
-    for target, names in imports(module):
+    for target, names in find_imports(module):
         if not target.startswith("."):
             continue
         base = target.strip(".")
         for name in names:
-            inside = f"{base}.{name}".strip(".")
+            submodule = f"{base}.{name}".strip(".")
             if base in PACKAGES:
                 targets.add(defining_module(base, name))
             else:
-                targets.add(inside if inside in MODULES else base)
+                targets.add(submodule if submodule in MODULES else base)
     return targets
 
 
-def part_of(module):
-    """The row of the table to which a module belongs."""
+def table_row(module):
+    """Return the name of the row of the import table that applies to a module: the first part of its name."""
     return module.partition(".")[0]
 
 
 def test_every_module_has_a_row_in_the_table():
-    assert {part_of(module) for module in MODULES} - {""} == ALLOWED.keys()
+    assert {table_row(module) for module in MODULES} - {""} == ALLOWED.keys()
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {""}))
 def test_a_module_imports_only_what_the_table_allows(module):
-    own = part_of(module)
-    others = {target.strip(".") for target, _ in imports(module) if target.startswith(".")}
-    others = {target for target in others if part_of(target) != own}
-    # the command may use the public names of the package
-    assert {part_of(target) for target in others} - ({""} if own == "cli" else set()) <= ALLOWED[own]
-    # another sub-package is imported by its `__init__`, not by its files
-    assert not {target for target in others if "." in target}
+    row = table_row(module)
+    targets = {target.strip(".") for target, _ in find_imports(module) if target.startswith(".")}
+    targets = {target for target in targets if table_row(target) != row}
+    # only the command may import the public names of the package itself, whose name is empty here
+    public_package = {""} if row == "cli" else set()
+    assert {table_row(target) for target in targets} - public_package <= ALLOWED[row]
+    # names of another sub-package are imported from its `__init__`, not from its files
+    assert not {target for target in targets if "." in target}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -113,35 +117,40 @@ def test_the_init_of_a_sub_package_only_re_exports(package):
 
 
 def longest_chain(module, importers=()):
-    """The longest chain of imports that ends at a module."""
-    assert module not in importers, f"a circle of imports: {' -> '.join([*importers, module])}"
-    chains = [longest_chain(target, (*importers, module)) for target in own_imports(module) if target]
+    """Return the longest chain of imports that ends at a module, as a list that starts with the imported module.
+
+    Args:
+        module: the module.
+        importers: the modules that lead to it, to detect a circle.
+    """
+    assert module not in importers, f"circular import: {' -> '.join([*importers, module])}"
+    chains = [longest_chain(target, (*importers, module)) for target in imported_modules(module) if target]
     return [*max(chains, default=[], key=len), module]
 
 
-def test_imports_have_no_circle_and_at_most_seven_levels():
+def test_imports_are_not_circular_and_at_most_seven_modules_deep():
     chains = [longest_chain(module) for module in MODULES if module and module not in PACKAGES]
     longest = max(chains, key=len)
     assert len(longest) <= 7, longest
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_no_source_file_is_long_or_imports_stock_parakeet(module):
+def test_no_source_file_is_too_long_or_imports_stock_parakeet(module):
     assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 500
-    stock = {target for target, _ in imports(module) if STOCK.search(target)}
+    stock = {target for target, _ in find_imports(module) if STOCK_PARAKEET.search(target)}
     assert stock <= ({"transformers.models.parakeet"} if module == "registration" else set())
 
 
-def test_no_function_is_over_fifty_lines():
-    long = []
+def test_no_function_is_longer_than_fifty_lines():
+    too_long = []
     for module, path in MODULES.items():
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-        long += [f"{module}.{node.name}" for node in functions if node.end_lineno - node.lineno + 1 > 50]
-    assert long == []
+        too_long += [f"{module}.{node.name}" for node in functions if node.end_lineno - node.lineno + 1 > 50]
+    assert too_long == []
 
 
-def test_the_tests_have_the_layout_of_the_source():
+def test_every_sub_package_has_a_folder_of_tests():
     folders = {path.parent.name for path in TESTS.glob("*/test_*.py")} - {"neighbours"}
     assert folders == set(PACKAGES)
 

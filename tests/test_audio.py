@@ -1,178 +1,43 @@
-"""Checks what `audio.load_audio` makes of every kind of source, sound or hostile; it generates its own files."""
+"""Tests of `load_audio` with every kind of source: files, URLs, bytes, arrays, lists and dicts."""
 
 import http.server
 import io
-import json
 import os
 import re
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from audio_files import SECONDS, chirp, encoded, stereo
 
 from transformers_parakeet import audio
 from transformers_parakeet.audio import AudioError, load_audio
 
-sf = pytest.importorskip("soundfile")
-av = pytest.importorskip("av")
-pytest.importorskip("soxr")
 
-SMOKE_CLIPS = Path(__file__).resolve().parents[2] / "shared" / "data" / "smoke_clips"
-SECONDS = 2.0
-
-
-def chirp(rate: int = 16_000, seconds: float = SECONDS) -> np.ndarray:
-    """A sweep from 200 to 3200 Hz, below the band edge of every codec used here."""
-    t = np.arange(round(seconds * rate)) / rate
-    phase = 2 * np.pi * (200 * t + (3000 / seconds) * t**2 / 2)
-    return (0.5 * np.sin(phase)).astype(np.float32)
-
-
-def likeness(got: np.ndarray, want: np.ndarray) -> float:
-    length = min(len(got), len(want))
-    return float(np.corrcoef(got[:length], want[:length])[0, 1])
-
-
-def stereo(rate: int) -> np.ndarray:
-    """Two channels (S, 2) whose mean is the chirp, and neither of which is."""
-    mono = chirp(rate)
-    return np.stack([1.5 * mono, 0.5 * mono], axis=1)
-
-
-def write_with_ffmpeg(
-    path: Path, codec: str, rate: int, video: bool = False, sound: bool = True, **options: str
-) -> None:
-    with av.open(str(path), "w", options=options) as container:
-        if video:
-            pictures = container.add_stream("mpeg4", rate=10)
-            pictures.width = pictures.height = 64
-        if sound:
-            stream = container.add_stream(codec, rate=rate, layout="stereo")
-            write_sound(container, stream, rate)
-        if video:
-            for _ in range(5):
-                container.mux(pictures.encode(av.VideoFrame(64, 64, "yuv420p")))
-            container.mux(pictures.encode(None))
-
-
-def write_sound(container: Any, stream: Any, rate: int) -> None:
-    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(stereo(rate).T), format="fltp", layout="stereo")
-    frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
-    # each encoder takes frames of one length only
-    size = {"aac": 1024, "libopus": 960, "libmp3lame": 1152}[stream.codec_context.name]
-    resampler = av.AudioResampler(format=stream.format, layout="stereo", rate=rate, frame_size=size)
-    for piece in [*resampler.resample(frame), *resampler.resample(None)]:
-        container.mux(stream.encode(piece))
-    container.mux(stream.encode(None))
-
-
-def encoded(rate: int = 16_000, container: str = "WAV", samples: np.ndarray | None = None, **options: str) -> bytes:
-    file = io.BytesIO()
-    sf.write(file, chirp(rate) if samples is None else samples, rate, format=container, **options)
-    return file.getvalue()
-
-
-# name, subtype, rate, least correlation: lossless codecs are near exact, lossy ones were measured at 0.995 and more
-SOUNDFILE_CASES = [
-    ("a.wav", "PCM_16", 16_000, 0.99999),
-    ("a.wav", "PCM_24", 44_100, 0.99999),
-    ("a.wav", "PCM_U8", 44_100, 0.999),
-    ("a.wav", "FLOAT", 22_050, 0.99999),
-    ("a.wav", "ULAW", 8_000, 0.99),
-    ("a.au", "ALAW", 8_000, 0.99),
-    ("a.aiff", "PCM_16", 44_100, 0.99999),
-    ("a.flac", "PCM_16", 48_000, 0.99999),
-    ("a.mp3", "MPEG_LAYER_III", 44_100, 0.99),
-    ("a.ogg", "VORBIS", 48_000, 0.99),
-    ("a.opus", "OPUS", 48_000, 0.99),
-]
-
-
-@pytest.mark.parametrize(("name", "subtype", "rate", "least"), SOUNDFILE_CASES)
-def test_files_that_libsndfile_writes(tmp_path: Path, name: str, subtype: str, rate: int, least: float) -> None:
-    path = tmp_path / name
-    sf.write(path, stereo(rate), rate, format="OGG" if name == "a.opus" else None, subtype=subtype)
-    got = load_audio(path)
-    assert got.dtype == np.float32
-    # libsndfile and FFmpeg both remove the padding of the codecs
-    assert abs(len(got) - SECONDS * 16_000) <= 1
-    assert likeness(got, chirp()) > least
-    assert np.abs(got).max() == pytest.approx(0.5, abs=0.1)
-
-
-FFMPEG_CASES = [
-    ("a.m4a", "aac", 44_100),
-    ("a.mp4", "aac", 16_000),
-    ("a.webm", "libopus", 48_000),
-    ("a.aac", "aac", 16_000),
-]
-
-
-@pytest.mark.parametrize(("name", "codec", "rate"), FFMPEG_CASES)
-def test_files_that_only_ffmpeg_reads(tmp_path: Path, name: str, codec: str, rate: int) -> None:
-    path = tmp_path / name
-    write_with_ffmpeg(path, codec, rate)
-    got = load_audio(str(path))
-    # an AAC frame has 1024 samples, and raw AAC cannot say how much of its padding to drop
-    lead = 1024 if name == "a.aac" else 0
-    assert 0 <= len(got) / 16_000 - SECONDS < 3 * 1024 / rate
-    assert likeness(got[lead:], chirp()) > 0.99
-
-
-def test_eight_planes_are_read(tmp_path: Path) -> None:
-    # 7.1 surround: `to_ndarray` of PyAV 18.1 reads wild memory here
-    samples = np.tile(chirp(48_000)[:, None], 8)
-    with av.open(str(tmp_path / "a.m4a"), "w") as container:
-        stream = container.add_stream("aac", rate=48_000, layout="7.1")
-        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="flt", layout="7.1")
-        frame.sample_rate, frame.pts = 48_000, 0
-        resampler = av.AudioResampler(format="fltp", layout="7.1", rate=48_000, frame_size=1024)
-        for piece in [*resampler.resample(frame), *resampler.resample(None), None]:
-            container.mux(stream.encode(piece))
-    # one of the eight channels is the low-frequency one, which AAC cuts
-    assert likeness(load_audio(tmp_path / "a.m4a"), chirp()) > 0.95
-
-
-def test_video_with_and_without_sound(tmp_path: Path) -> None:
-    write_with_ffmpeg(tmp_path / "talk.mp4", "aac", 48_000, video=True)
-    assert likeness(load_audio(tmp_path / "talk.mp4"), chirp()) > 0.99
-    write_with_ffmpeg(tmp_path / "mute.mp4", "aac", 48_000, video=True, sound=False)
-    with pytest.raises(AudioError, match=r"mute\.mp4 .*no audio track"):
-        load_audio(tmp_path / "mute.mp4")
-
-
-def test_encoded_sources_agree(tmp_path: Path) -> None:
+def test_path_bytes_file_object_and_dict_give_the_same_samples(tmp_path: Path) -> None:
     data = encoded(44_100, samples=stereo(44_100))
     path = tmp_path / "a.wav"
     path.write_bytes(data)
-    want = load_audio(path)
+    expected = load_audio(path)
     for source in (data, bytearray(data), memoryview(data), io.BytesIO(data), {"bytes": data, "path": None}):
-        np.testing.assert_array_equal(load_audio(source), want)
-    np.testing.assert_array_equal(load_audio({"bytes": None, "path": str(path)}), want)
+        np.testing.assert_array_equal(load_audio(source), expected)
+    np.testing.assert_array_equal(load_audio({"bytes": None, "path": str(path)}), expected)
     with path.open("rb") as file:
-        np.testing.assert_array_equal(load_audio(file), want)
-    # a file states its own rate
-    np.testing.assert_array_equal(load_audio(path, 8_000), want)
-
-
-def test_a_name_that_misleads_does_not_matter(tmp_path: Path) -> None:
-    for name in ("wav.raw", "wav.mp3", "wav"):
-        (tmp_path / name).write_bytes(encoded())
-        np.testing.assert_allclose(load_audio(tmp_path / name), chirp(), atol=2 / 32768)
+        np.testing.assert_array_equal(load_audio(file), expected)
+    # the rate in the file takes precedence over the argument
+    np.testing.assert_array_equal(load_audio(path, 8_000), expected)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="/dev/fd exists on Unix only")
 def test_a_pipe_can_be_read() -> None:
     data = encoded(samples=chirp(seconds=0.5))
     read_end, write_end = os.pipe()
-    # shorter than the buffer of a pipe, so that this does not block
+    # shorter than the buffer of a pipe, so this does not block
     os.write(write_end, data)
     os.close(write_end)
     got = load_audio(f"/dev/fd/{read_end}")
@@ -186,12 +51,12 @@ def test_a_pipe_can_be_read() -> None:
 )
 def test_integer_samples_are_scaled(dtype: str, scale: int, offset: int) -> None:
     values = np.array([-scale, -scale // 2, 0, scale // 4, scale - 1], dtype=np.int64) + offset
-    want = np.array([-1, -0.5, 0, 0.25, (scale - 1) / scale])
-    np.testing.assert_allclose(load_audio(values.astype(dtype)), want, atol=1e-7)
+    expected = np.array([-1, -0.5, 0, 0.25, (scale - 1) / scale])
+    np.testing.assert_allclose(load_audio(values.astype(dtype)), expected, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4", "<f8"])
-def test_float_samples_are_taken_as_they_are(dtype: str) -> None:
+def test_float_samples_are_not_scaled(dtype: str) -> None:
     got = load_audio(np.array([0.5, -0.25, 1000.0], dtype=dtype))
     assert got.dtype == np.dtype("=f4")
     np.testing.assert_array_equal(got, [0.5, -0.25, 1000.0])
@@ -206,11 +71,11 @@ def test_other_sample_types_are_refused(dtype: str) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 3, 8])
 def test_channels_on_either_axis_are_averaged(channels: int) -> None:
     samples = np.random.default_rng(0).standard_normal((channels, 1000)).astype(np.float32)
-    want = samples.mean(axis=0)
-    np.testing.assert_allclose(load_audio(samples), want, atol=1e-6)
-    np.testing.assert_allclose(load_audio(samples.T), want, atol=1e-6)
-    np.testing.assert_allclose(load_audio(samples.tolist()), want, atol=1e-6)
-    np.testing.assert_allclose(load_audio(list(samples)), want, atol=1e-6)
+    expected = samples.mean(axis=0)
+    np.testing.assert_allclose(load_audio(samples), expected, atol=1e-6)
+    np.testing.assert_allclose(load_audio(samples.T), expected, atol=1e-6)
+    np.testing.assert_allclose(load_audio(samples.tolist()), expected, atol=1e-6)
+    np.testing.assert_allclose(load_audio(list(samples)), expected, atol=1e-6)
 
 
 def test_int16_channels_are_scaled_before_they_are_averaged() -> None:
@@ -245,7 +110,7 @@ def test_silence_stays_silent() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused(bad: float) -> None:
+def test_samples_that_are_not_finite_are_refused(bad: float) -> None:
     samples = np.zeros(500)
     samples[[123, 200]] = bad
     message = rf"2 of 500 in the array are NaN or infinite, the first at position 123 \({bad}\)"
@@ -253,7 +118,7 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
         load_audio(samples, 44_100)
     with pytest.raises(ValueError, match="2 of 500"):
         load_audio(encoded(samples=samples, subtype="FLOAT"))
-    # beyond float32
+    # overflows float32
     with pytest.raises(ValueError, match="1 of 1"):
         load_audio(np.array([1e300]))
 
@@ -262,27 +127,27 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
 def test_resampling_keeps_the_signal(rate: int) -> None:
     got = load_audio(chirp(rate), rate)
     assert len(got) == SECONDS * 16_000
-    # away from the ends, where the filter sees no signal; measured 3e-5 at most
+    # without the ends, where the filter extends beyond the signal; measured 3e-5 at most
     np.testing.assert_allclose(got[200:-200], chirp()[200:-200], atol=1e-3)
 
 
-def test_resampling_removes_what_the_target_rate_cannot_hold() -> None:
+def test_resampling_removes_frequencies_above_half_the_target_rate() -> None:
     tone = np.sin(2 * np.pi * 10_000 * np.arange(48_000) / 48_000)
     assert np.abs(load_audio(tone, 48_000)[200:-200]).max() < 1e-4
 
 
 @pytest.mark.parametrize("rate", [0, -16_000, 16_000.0, "16000", True, 1, 10**9])
 def test_wrong_rates_are_refused(rate: Any) -> None:
-    with pytest.raises(ValueError, match="sampling_rate must be a whole number of Hz"):
+    with pytest.raises(ValueError, match="sampling_rate must be an integer number of Hz"):
         load_audio(np.zeros(10), rate)
-    with pytest.raises(ValueError, match="target_rate must be a whole number of Hz"):
+    with pytest.raises(ValueError, match="target_rate must be an integer number of Hz"):
         load_audio(np.zeros(10), target_rate=rate)
     with pytest.raises(ValueError, match="sampling_rate"):
         load_audio({"array": np.zeros(10), "sampling_rate": rate})
 
 
 @pytest.mark.parametrize("key", ["array", "raw"])
-def test_dicts_state_their_rate(key: str) -> None:
+def test_the_rate_in_a_dict_is_used(key: str) -> None:
     got = load_audio({key: chirp(44_100), "sampling_rate": np.int64(44_100), "path": None}, 8_000)
     assert len(got) == SECONDS * 16_000
     assert len(load_audio({key: chirp(8_000)}, 8_000)) == SECONDS * 16_000
@@ -292,22 +157,22 @@ def test_dicts_state_their_rate(key: str) -> None:
 
 def test_tensors_are_read() -> None:
     torch = pytest.importorskip("torch")
-    want = chirp()
-    for tensor in (torch.tensor(want), torch.tensor(want, requires_grad=True), torch.tensor(want)[None]):
-        np.testing.assert_array_equal(load_audio(tensor), want)
-    np.testing.assert_allclose(load_audio(torch.tensor(want).bfloat16()), want, atol=2**-9)
-    np.testing.assert_array_equal(load_audio([torch.tensor(want), torch.tensor(want)]), want)
+    expected = chirp()
+    for tensor in (torch.tensor(expected), torch.tensor(expected, requires_grad=True), torch.tensor(expected)[None]):
+        np.testing.assert_array_equal(load_audio(tensor), expected)
+    np.testing.assert_allclose(load_audio(torch.tensor(expected).bfloat16()), expected, atol=2**-9)
+    np.testing.assert_array_equal(load_audio([torch.tensor(expected), torch.tensor(expected)]), expected)
     assert load_audio(torch.tensor([16384, -32768], dtype=torch.int16)).tolist() == [0.5, -1.0]
 
 
 def test_torchcodec_decoders_are_read() -> None:
-    # (2, 2) would be ambiguous as an array; a decoder says that channels come first
+    # (2, 2) would be ambiguous as an array; a decoder always returns channels first
     decoded = SimpleNamespace(data=np.array([[0.5, 0.0], [0.25, 0.5]], dtype=np.float32), sample_rate=16_000)
     got = load_audio(SimpleNamespace(get_all_samples=lambda: decoded))
     np.testing.assert_array_equal(got, [0.375, 0.25])
 
 
-def test_lists_hold_amplitudes() -> None:
+def test_numbers_in_a_list_are_amplitudes() -> None:
     assert load_audio([0, 1, -0.5]).tolist() == [0.0, 1.0, -0.5]
     assert load_audio((0, 2, 0)).tolist() == [0.0, 2.0, 0.0]
     with pytest.raises(ValueError, match="same length"):
@@ -320,7 +185,7 @@ def test_other_types_are_refused(source: Any) -> None:
         load_audio(source)
 
 
-def test_files_that_are_no_audio_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_audio_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_audio(tmp_path / "nowhere.wav")
     with pytest.raises(AudioError, match="directory"):
@@ -336,92 +201,11 @@ def test_files_that_are_no_audio_are_refused(tmp_path: Path) -> None:
         load_audio(io.StringIO("text"))
 
 
-def test_playlists_open_no_other_file(tmp_path: Path) -> None:
-    (tmp_path / "secret.mp3").write_bytes(encoded(44_100, "MP3"))
-    (tmp_path / "list.wav").write_text("ffconcat version 1.0\nfile 'secret.mp3'\n")
-    with pytest.raises(AudioError, match=r"list\.wav cannot be read"):
-        load_audio(tmp_path / "list.wav")
-
-
-@pytest.mark.parametrize(
-    ("container", "options", "rate"),
-    [
-        ("MP3", {}, 44_100),
-        ("FLAC", {}, 44_100),
-        ("WAV", {"subtype": "PCM_16"}, 44_100),
-        ("OGG", {"subtype": "VORBIS"}, 44_100),
-    ],
-)
-def test_truncated_files_give_what_is_there(container: str, options: dict[str, str], rate: int) -> None:
-    data = encoded(rate, container, np.tile(chirp(rate), 10), **options)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        got = load_audio(data[: len(data) // 2])
-    # an Ogg page, about 4 s long here, comes whole or not at all
-    assert 0.3 < len(got) / (10 * SECONDS * 16_000) < 0.55
-    assert likeness(got, np.tile(chirp(), 10)) > 0.99
-    # a cut WAV or Ogg file does not show that it is cut
-    assert len(caught) == (container in ("MP3", "FLAC"))
-    assert all("damaged" in str(warning.message) and str(len(data) // 2) in str(warning.message) for warning in caught)
-
-
-def test_damage_in_the_middle_loses_only_the_damaged_part() -> None:
-    data = bytearray(encoded(44_100, "FLAC", np.tile(chirp(44_100), 5)))
-    data[len(data) // 2 : len(data) // 2 + 500] = bytes(500)
-    with pytest.warns(UserWarning, match=r"damaged, 9\.\d+ s of it were read \(libsndfile: .*lost sync"):
-        got = load_audio(bytes(data))
-    assert 9.7 < len(got) / 16_000 <= 10
-
-
-def test_what_libsndfile_would_cut_in_silence_is_read_whole(tmp_path: Path) -> None:
-    # joined Ogg and MP3 streams
-    for container in ("OGG", "MP3"):
-        data = encoded(48_000, container)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert len(load_audio(data + data)) / 16_000 == pytest.approx(2 * SECONDS, abs=0.1)
-    # an MP3 of changing bit rate whose header states no length
-    path = tmp_path / "vbr.mp3"
-    write_with_ffmpeg(path, "libmp3lame", 44_100, write_xing="0")
-    assert len(load_audio(path)) / 16_000 == pytest.approx(SECONDS, abs=0.1)
-    # a FLAC that was written to a pipe states no length: 36 bits at byte 21
-    flac = bytearray(encoded(44_100, "FLAC"))
-    flac[21] &= 0xF0
-    flac[22:26] = bytes(4)
-    assert len(load_audio(bytes(flac))) == SECONDS * 16_000
-    # a recorder that was cut off leaves the lengths of a WAV at 0
-    wav = bytearray(encoded())
-    wav[4:8] = wav[40:44] = bytes(4)
-    np.testing.assert_allclose(load_audio(bytes(wav)), chirp(), atol=2 / 32768)
-
-
-def test_a_header_that_states_a_wild_rate_is_refused() -> None:
-    wav = bytearray(encoded())
-    wav[24:28] = (1).to_bytes(4, "little")
-    with pytest.raises(AudioError, match="states a rate of 1 Hz"):
-        load_audio(bytes(wav))
-
-
-def test_corrupt_files_never_crash() -> None:
-    rng = np.random.default_rng(0)
-    files = [encoded(), encoded(44_100, "FLAC"), encoded(44_100, "MP3"), encoded(48_000, "OGG")]
-    outcomes = set()
-    for trial in range(80):
-        data = np.frombuffer(files[trial % 4], dtype=np.uint8).copy()
-        data[rng.integers(0, 200, 20)] = rng.integers(0, 256, 20)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                outcomes.add(load_audio(data.tobytes()).dtype.name)
-            except ValueError:
-                outcomes.add("refused")
-    assert outcomes == {"float32", "refused"}
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves one WAV, one that ends early, and nothing else."""
+    """Serves a complete WAV file and one that ends early; any other path is not found."""
 
     def do_GET(self) -> None:
+        """Answer one request."""
         data = encoded()
         if self.path not in ("/a%20b.wav?x=1", "/short.wav"):
             self.send_error(404)
@@ -437,6 +221,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run a local HTTP server and give its address."""
     monkeypatch.setenv("no_proxy", "*")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -444,7 +229,7 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         server.shutdown()
 
 
-def test_urls_are_fetched(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_are_downloaded(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(load_audio(f"{address}/a b.wav?x=1"), chirp(), atol=2 / 32768)
     with pytest.raises(AudioError, match=r"could not download 'http://127.*missing\.wav'.*404"):
         load_audio(f"{address}/missing.wav")
@@ -456,7 +241,7 @@ def test_urls_are_fetched(address: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("url", ["http://", "http://127.0.0.1:1/a.wav", "https://[bad/a.wav"])
-def test_urls_that_lead_nowhere_are_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_that_cannot_be_downloaded_are_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(AudioError, match="could not download"):
         load_audio(url)
@@ -475,56 +260,3 @@ def test_arrays_at_the_target_rate_need_no_decoder(monkeypatch: pytest.MonkeyPat
     for package in ("soundfile", "av", "soxr"):
         monkeypatch.setitem(sys.modules, package, None)
     np.testing.assert_array_equal(load_audio(chirp()), chirp())
-
-
-def smoke_manifest() -> list[dict[str, Any]]:
-    manifest = SMOKE_CLIPS / "manifest.jsonl"
-    return [json.loads(line) for line in manifest.read_text().splitlines()] if manifest.is_file() else []
-
-
-@pytest.mark.skipif(not smoke_manifest(), reason="the smoke clips do not lie beside this checkout")
-@pytest.mark.parametrize("clip", smoke_manifest(), ids=lambda clip: clip["audio"])
-def test_smoke_clips_load_whole(clip: dict[str, Any]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        got = load_audio(SMOKE_CLIPS / clip["audio"])
-    # the manifest is rounded to 1 ms
-    assert abs(len(got) / 16_000 - clip["duration"]) < 0.002
-    if clip["audio"].startswith("fmt_"):
-        want = load_audio(SMOKE_CLIPS / "libri_2412-153948-0000.flac")
-        # the second channel of the Vorbis clip holds noise (0.82); all others were measured at 0.989 or more
-        assert likeness(got, want) > (0.81 if "vorbis" in clip["audio"] else 0.98)
-
-
-@pytest.mark.parametrize("count", [100, 1_600, 1_700, 16_000, 17_777])
-def test_ogg_vorbis_is_read_to_the_sample(count: int, tmp_path: Path) -> None:
-    """FFmpeg gives blocks as they are encoded, up to 248 samples more, and fewer at some rates."""
-    samples = chirp()[:count]
-    data = encoded(16_000, "OGG", samples, subtype="VORBIS")
-    (tmp_path / "a.ogg").write_bytes(data)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for source in (data, tmp_path / "a.ogg"):
-            got = load_audio(source)
-            assert len(got) == count
-            np.testing.assert_array_equal(got, sf.read(io.BytesIO(data), dtype="float32")[0])
-        # joined streams are for FFmpeg, which reads them all
-        assert len(load_audio(data + data)) >= 2 * count
-
-
-def test_opus_shorter_than_its_delay_is_no_damage() -> None:
-    data = encoded(48_000, "OGG", chirp(48_000)[:480], subtype="OPUS")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert len(load_audio(data)) == 160
-
-
-@pytest.mark.parametrize(("container", "rate"), [("FLAC", 16_000), ("OGG", 16_000), ("MP3", 16_000)])
-def test_a_small_file_cannot_hold_any_number_of_samples(
-    container: str, rate: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = encoded(rate, container, np.zeros(5 * rate, np.float32))
-    assert len(data) < 10_000 * (1 + (container == "MP3"))
-    monkeypatch.setattr(audio, "MAX_SAMPLES", 4 * rate)
-    with pytest.raises(AudioError, match=r"bytes> must hold at most 64000 samples"):
-        load_audio(data)

@@ -1,4 +1,4 @@
-"""Runs every Python snippet of README and docs, each page from top to bottom, on small models."""
+"""Tests of README and docs: the snippets run and print what the pages say, links work, the tree is complete."""
 
 import re
 import shutil
@@ -19,12 +19,20 @@ PAGES = [
 
 
 def small_model(kind, folder):
-    """Write a random checkpoint with the given head."""
+    """Write a small random checkpoint.
+
+    Args:
+        kind: "ctc", "rnnt" or "tdt".
+        folder: folder to write.
+    """
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(kind)
-    extra = {} if kind == "ctc" else {"blank_token_id": len(tokenizer) - 1, "decoder_hidden_size": 16}
+    transducer_fields = {"blank_token_id": len(tokenizer) - 1, "decoder_hidden_size": 16}
     config = getattr(tp, f"Parakeet{kind.upper()}Config")(
-        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, encoder_config=encoder_fields(), **extra
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        encoder_config=encoder_fields(),
+        **({} if kind == "ctc" else transducer_fields),
     )
     getattr(tp, f"ParakeetFor{kind.upper()}")(config).save_pretrained(folder)
     tp.ParakeetProcessor(tp.ParakeetFeatureExtractor(), tokenizer, decoder_type=kind).save_pretrained(folder)
@@ -32,7 +40,7 @@ def small_model(kind, folder):
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, golden):
-    """A folder with what the pages name: checkpoints, a `.nemo` file, a recording."""
+    """Create a folder with the files that the pages use: checkpoints, a `.nemo` file and a recording."""
     folder = tmp_path_factory.mktemp("docs")
     for kind, name in (("ctc", "parakeet-ctc-1.1b"), ("tdt", "parakeet-tdt-0.6b-v3")):
         small_model(kind, folder / "nvidia" / name)
@@ -41,42 +49,109 @@ def workplace(tmp_path_factory, golden):
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_snippets_run(page, workplace, monkeypatch, capsys):
-    monkeypatch.chdir(workplace)
-    # tracing is what the page shows; the compiler behind it takes a minute
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: real(model, backend="eager", **kwargs))
+def run_snippets(page, folder, monkeypatch, capsys):
+    """Run the Python snippets of a page from top to bottom.
+
+    Args:
+        page: path of the page.
+        folder: folder to run in.
+        monkeypatch, capsys: fixtures of pytest.
+
+    Returns:
+        (snippet, printed text) for each snippet.
+    """
+    monkeypatch.chdir(folder)
+    # the page shows that the model can be traced to one graph; generating code for the graph takes a minute
+    compile_model = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compile_model(model, backend="eager", **kwargs))
     names = {}
-    snippets = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    for snippet in snippets:
+    results = []
+    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        capsys.readouterr()
         exec(compile(snippet, page.name, "exec"), names)
-    printed = capsys.readouterr().out
-    assert printed.count("\n") >= sum(snippet.count("print(") > 0 for snippet in snippets) > 0
+        results.append((snippet, capsys.readouterr().out))
+    return results
 
 
-def test_links_lead_somewhere():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_snippets_run_and_print_what_the_page_says(page, workplace, monkeypatch, capsys):
+    results = run_snippets(page, workplace, monkeypatch, capsys)
+    assert any("print(" in snippet for snippet, _ in results)
+    for snippet, printed in results:
+        # every `print` prints at least one line with something on it
+        lines = [line for line in printed.splitlines() if line.strip()]
+        assert len(lines) >= len(re.findall(r"^ *print\(", snippet, re.MULTILINE)), snippet
+        claims = re.findall(r"# prints (.*)", snippet)
+        if claims:
+            assert lines == claims
+
+
+def test_usage_states_what_its_examples_print():
+    claims = re.findall(r"# prints (.*)", (ROOT / "docs" / "usage.md").read_text(encoding="utf-8"))
+    assert len(claims) == 9
+
+
+def test_the_examples_on_the_model_page_agree_with_each_other(workplace, monkeypatch, capsys):
+    results = run_snippets(ROOT / "docs" / "parakeet.md", workplace, monkeypatch, capsys)
+
+    def printed_by(text):
+        """Return the lines that the snippet with this text prints."""
+        (lines,) = [printed.splitlines() for snippet, printed in results if text in snippet]
+        return lines
+
+    (pipeline_text,) = printed_by('out["text"]')
+    assert len(pipeline_text) > 10
+    # the same checkpoint by pipeline, and by model and processor; the latter also prints times
+    assert printed_by("durations=output.durations")[0].startswith(pipeline_text)
+    (ctc_texts,) = printed_by("outputs = model.generate(**inputs)")
+    (compiled_ctc_texts,) = printed_by("torch.compile")
+    assert compiled_ctc_texts == ctc_texts
+    assert len(ctc_texts) > 10
+    # the loss with and without the joint network
+    fused_loss, loss = printed_by("transducer_loss(")
+    assert fused_loss == loss
+
+
+def anchors(page):
+    """Return the anchors of the headings of a Markdown page: lower case, without punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_point_to_existing_files_and_headings():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+            if target.startswith("http"):
+                continue
+            linked_page = page.parent / target if target else page
+            assert linked_page.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(linked_page), f"{page.name}: {target}#{anchor}"
 
 
-def test_the_readmes_tree_is_the_source():
-    tree = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in (ROOT / "src" / "transformers_parakeet").glob("*.py"):
-        assert path.name in tree or path.name == "__init__.py", path.name
+def test_the_tree_in_the_readme_matches_the_source():
+    source = ROOT / "src" / "transformers_parakeet"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = re.search(r"```\nsrc/transformers_parakeet/\n(.*?)```", text, re.DOTALL).group(1)
+    # entries below src/transformers_parakeet are indented by two spaces
+    listed = set(re.findall(r"^  (\S+)", tree, re.MULTILINE))
+    modules = {path.name for path in source.glob("*.py")} - {"__init__.py"}
+    packages = {f"{path.parent.name}/" for path in source.glob("*/__init__.py")}
+    assert listed == modules | packages | {"demo_model/"}
+    for folder in re.findall(r"^([a-z]\S*/)", tree, re.MULTILINE):
+        assert (ROOT / folder).is_dir(), folder
 
 
-def test_no_text_tells_to_install_this_package_from_an_index():
+def test_no_text_says_to_install_this_package_from_an_index():
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("src/**/*.py"), *ROOT.glob("examples/*")]
-    wrong = [str(page) for page in pages if "pip install transformers-parakeet" in page.read_text(encoding="utf-8")
-             or "'transformers-parakeet[" in page.read_text(encoding="utf-8")]  # fmt: skip
     assert len(pages) > 30
-    assert wrong == []
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert "pip install transformers-parakeet" not in text, page
+        assert "'transformers-parakeet[" not in text, page
 
 
-def test_what_an_example_writes_is_ignored_by_git():
+def test_git_ignores_the_output_of_the_examples():
     if not (ROOT / ".git").exists():
-        pytest.skip("no git repository")
+        pytest.skip("needs a git checkout")
     done = subprocess.run(["git", "check-ignore", "from-scratch/model.safetensors"], cwd=ROOT, capture_output=True)
     assert done.returncode == 0

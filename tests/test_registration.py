@@ -1,4 +1,4 @@
-"""Checkpoints between stock transformers and this package, both ways, and what the import registers."""
+"""Tests of checkpoints between stock transformers and this package, in both directions, and of the registration."""
 
 import json
 import subprocess
@@ -29,7 +29,8 @@ AUTO = {"ctc": AutoModelForCTC, "rnnt": AutoModelForRNNT, "tdt": AutoModelForTDT
 MODELS = {"ctc": tp.ParakeetForCTC, "rnnt": tp.ParakeetForRNNT, "tdt": tp.ParakeetForTDT}
 CONFIGS = {"ctc": tp.ParakeetCTCConfig, "rnnt": tp.ParakeetRNNTConfig, "tdt": tp.ParakeetTDTConfig}
 
-# the heads of stock's checkpoints behave like trained ones once blank and short durations are favoured
+# writes a checkpoint with stock transformers; biases that favour the blank and short durations make a random transducer
+# emit a realistic number of tokens
 WRITE = """
 import sys, torch, numpy as np, json
 import transformers as t
@@ -60,6 +61,7 @@ truth = dict(features=batch["input_features"], logits=logits, sequences=out.sequ
 torch.save({**truth, "durations": getattr(out, "durations", None)}, folder + "/stock.pt")
 """
 
+# reads a checkpoint of ours with stock transformers and writes the logits
 READ = """
 import sys, torch, numpy as np, transformers as t
 kind, folder = sys.argv[1:]
@@ -70,12 +72,12 @@ assert type(model).__module__.startswith("transformers.models.parakeet"), type(m
 processor = t.AutoProcessor.from_pretrained(folder)
 inputs = dict(processor([np.load(folder + "/clip.npy")], sampling_rate=16000))
 truth = torch.load(folder + "/inputs.pt")
-torch.testing.assert_close(inputs["input_features"], truth["input_features"], atol=2e-3, rtol=0)
+torch.testing.assert_close(inputs["input_features"], truth["input_features"], atol=4e-4, rtol=0)
 with torch.no_grad():
     torch.save(model.eval()(**truth).logits, folder + "/read.pt")
 """
 
-# the uses that stock's documentation shows: pipeline, generate, timestamps, training; a head is CTC, RNNT or TDT
+# the programs of stock's documentation: pipeline, generate, timestamps, training; {head} is CTC, RNNT or TDT
 PROGRAM = """
 import json, sys
 import numpy as np
@@ -111,7 +113,7 @@ print(json.dumps(results))
 
 @pytest.fixture(scope="module", params=["ctc", "rnnt", "tdt"])
 def stock_folder(request, tmp_path_factory):
-    """A checkpoint that stock wrote, with what stock computes from it."""
+    """Write a checkpoint with stock transformers, and what stock computes from it; give the head and the folder."""
     kind, folder = request.param, tmp_path_factory.mktemp(request.param)
     tiny_tokenizer(kind).save_pretrained(folder / "tokens")
     np.save(folder / "clip.npy", noise(4.0))
@@ -119,10 +121,10 @@ def stock_folder(request, tmp_path_factory):
     return kind, folder
 
 
-def emitted(sequence, durations, blank):
-    """Tokens and their frames."""
+def tokens_and_frames(sequence, durations, blank_id):
+    """Return (token, frame) of every token of a decoded sequence, without blanks."""
     frames = durations.cumsum(0) - durations
-    return [(int(t), int(f)) for t, f in zip(sequence, frames, strict=True) if t != blank]
+    return [(int(token), int(frame)) for token, frame in zip(sequence, frames, strict=True) if token != blank_id]
 
 
 def test_stock_checkpoints_load_into_our_classes(stock_folder):
@@ -139,8 +141,8 @@ def test_stock_checkpoints_load_into_our_classes(stock_folder):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     inputs = dict(processor([np.load(folder / "clip.npy")], sampling_rate=16000))
-    # the mel filters are float64 numbers rounded in another order
-    torch.testing.assert_close(inputs["input_features"], truth["features"], atol=2e-3, rtol=0)
+    # FLOAT32_ERROR in test_feature_extraction.py, on both sides; measured 2.2e-6
+    torch.testing.assert_close(inputs["input_features"], truth["features"], atol=4e-4, rtol=0)
     inputs["input_features"] = truth["features"]
     extra = {} if kind == "ctc" else {"decoder_input_ids": torch.tensor([[model.config.blank_token_id, 5, 9, 7]])}
     with torch.no_grad():
@@ -151,24 +153,29 @@ def test_stock_checkpoints_load_into_our_classes(stock_folder):
     if kind == "ctc":
         assert out.sequences.tolist() == truth["sequences"].tolist()
     else:
-        blank = model.config.blank_token_id
-        wanted = emitted(truth["sequences"][0], truth["durations"][0], blank)
-        assert len(wanted) > 3
-        assert emitted(out.sequences[0], out.durations[0], blank) == wanted
+        blank_id = model.config.blank_token_id
+        expected = tokens_and_frames(truth["sequences"][0], truth["durations"][0], blank_id)
+        assert len(expected) > 3
+        assert tokens_and_frames(out.sequences[0], out.durations[0], blank_id) == expected
 
 
-def test_pipeline_takes_a_stock_folder(stock_folder):
+def test_pipeline_loads_a_stock_folder(stock_folder):
     kind, folder = stock_folder
     pipe = pipeline("automatic-speech-recognition", model=str(folder))
     assert type(pipe) is tp.ParakeetASRPipeline
     assert type(pipe.model) is MODELS[kind]
-    assert pipe(np.load(folder / "clip.npy"))["text"]
+    model, processor = pipe.model, AutoProcessor.from_pretrained(folder)
+    clip = np.load(folder / "clip.npy")
+    generated = model.generate(**processor([clip], sampling_rate=16000))
+    expected = processor.batch_decode(getattr(generated, "sequences", generated), skip_special_tokens=True)[0]
+    assert pipe(clip)["text"] == expected
+    assert len(expected) > 10
 
 
 def test_a_program_written_for_stock_runs_unchanged(stock_folder):
     kind, folder = stock_folder
     program = PROGRAM.replace("{head}", kind.upper())
-    # stock leaves the last bits of a product in its seconds: 3.7600000000000002
+    # stock's times in seconds have rounding errors such as 3.7600000000000002
     stock, ours = (
         json.loads(printed, parse_float=lambda number: round(float(number), 6))
         for printed in (run_stock(program, folder), run_program("import transformers_parakeet\n" + program, folder))
@@ -177,7 +184,7 @@ def test_a_program_written_for_stock_runs_unchanged(stock_folder):
     # gradients of the same loss, summed in another order
     assert ours.pop("training", []) == pytest.approx(stock.pop("training", []), rel=1e-4)
     if Version(transformers.__version__) < Version("5.23"):
-        # stock's pipeline dropped the attention mask and heard the padding: the text is that of `generate`
+        # the pipeline of stock before 5.23 drops the attention mask and decodes padding, so compare with `generate`
         stock["pipeline"] = stock["generate"][0]
     assert ours == stock
 
@@ -203,7 +210,7 @@ def test_our_checkpoints_load_into_stock(stock_folder, tmp_path):
     torch.testing.assert_close(logits[:, :frames], torch.load(tmp_path / "read.pt")[:, :frames], atol=1e-5, rtol=1e-5)
 
 
-def test_names_of_transformers_are_ours():
+def test_class_names_in_transformers_refer_to_our_classes():
     import transformers.models.parakeet as package
 
     for name in ("ParakeetForCTC", "ParakeetForTDT", "ParakeetProcessor", "ParakeetEncoderConfig"):
@@ -221,14 +228,14 @@ def test_registering_twice_changes_nothing():
     assert task["pt"].count(AutoModelForRNNT) == 1
 
 
-def test_other_families_keep_their_classes():
+def test_other_model_families_keep_their_classes():
     from transformers import NemotronAsrStreamingConfig, Wav2Vec2Config
 
     for config in (Wav2Vec2Config, NemotronAsrStreamingConfig):
         assert AutoConfig.for_model(config.model_type).__class__.__module__.startswith("transformers.")
 
 
-def test_the_import_brings_nothing_that_stock_does_not():
+def test_the_import_loads_no_optional_package_that_stock_does_not_load():
     optional = {"soundfile", "av", "soxr", "typer", "rich", "jiwer", "peft", "datasets", "librosa", "sentencepiece"}
     report = f"; import json, sys; print(json.dumps(sorted({optional} & sys.modules.keys())))"
     stock = run_stock("from transformers import ParakeetForCTC, ParakeetProcessor, pipeline" + report)

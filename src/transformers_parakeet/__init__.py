@@ -1,6 +1,6 @@
 """Parakeet speech recognition for Hugging Face Transformers.
 
-Importing this package registers its classes with transformers: the Auto classes and `pipeline` then use them.
+Importing this package registers its classes with transformers, so that the Auto classes and `pipeline` use them.
 """
 
 from pathlib import Path
@@ -33,12 +33,22 @@ register()
 
 
 def demo_model_path() -> Path:
-    """Return the folder of the bundled demo model, which recognises spoken English digits."""
+    """Return the path of the bundled demo model, which recognises spoken English digits."""
     return Path(__file__).parent / "demo_model"
 
 
 def __getattr__(name: str) -> Any:
-    """Import the training package on first use: it imports `Trainer`, which recognition does not need."""
+    """Import two public functions of `training` on first use, because `training` imports the large `Trainer`.
+
+    Args:
+        name: name of the attribute that was requested.
+
+    Returns:
+        The function.
+
+    Raises:
+        AttributeError: The package has no such name.
+    """
     if name in ("extend_vocabulary", "replace_tokenizer"):
         from . import training
 

@@ -1,6 +1,6 @@
-"""What training does to audio: SpecAugment on features and dither on samples, with NeMo's settings.
+"""Augments training audio as NeMo does: SpecAugment on features, and dither (faint noise) on samples.
 
-When they apply is decided in `modeling_parakeet.py` (SpecAugment, in training) and `training.py` (dither).
+`modeling_parakeet.py` applies SpecAugment in training; the data collator of `training` applies dither.
 """
 
 from __future__ import annotations
@@ -17,36 +17,45 @@ from torch import Tensor
 # NeMo's defaults: nemo/collections/asr/parts/submodules/spectr_augment.py
 DEFAULTS: dict[str, Any] = {"freq_masks": 0, "time_masks": 0, "freq_width": 10, "time_width": 10, "mask_value": 0.0}
 
-# settings of a `.nemo` file that only choose between implementations, or say how large masks are that it may not have
-WITHOUT_EFFECT = {"use_vectorized_spec_augment", "use_vectorized_code", "use_numba_spec_augment", "rect_time",
-                  "rect_freq", "rng"}  # fmt: skip
+# settings that a `.nemo` file can contain and that change no result here: the first three choose between NeMo's
+# implementations, `rect_time` and `rect_freq` are sizes of cutout masks, whose number must be 0, `rng` is a generator
+IGNORED_SETTINGS = {
+    "use_vectorized_spec_augment",
+    "use_vectorized_code",
+    "use_numba_spec_augment",
+    "rect_time",
+    "rect_freq",
+    "rng",
+}
 
 
 def check_spec_augment(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete SpecAugment settings with NeMo's defaults.
+    """Check SpecAugment settings and add NeMo's defaults for those that are missing.
 
     Args:
-        settings: `freq_masks` and `time_masks`, numbers of bands; `freq_width`, mel bins; `time_width`, frames, or as a
-            float a share of the clip; `mask_value`.
+        settings: `freq_masks` and `time_masks`: number of masks; `freq_width`: maximum width in mel bins; `time_width`:
+            maximum width in frames if an int, or as a fraction of the clip if a float; `mask_value`: value of masked
+            features.
 
     Returns:
         All five settings.
 
     Raises:
-        ValueError: a setting that is not implemented, or a value that cannot be.
-        TypeError: `mask_value` is no number.
+        ValueError: A setting is not implemented, or its value is invalid.
+        TypeError: `mask_value` is not a number.
     """
     known = {**DEFAULTS, **{name: value for name, value in settings.items() if name in DEFAULTS}}
-    others = {k: v for k, v in settings.items() if k not in DEFAULTS and k not in WITHOUT_EFFECT}
-    if others.pop("rect_masks", 0):
+    unknown = {name: value for name, value in settings.items() if name not in DEFAULTS and name not in IGNORED_SETTINGS}
+    if unknown.pop("rect_masks", 0):
         raise ValueError(f"`rect_masks` must be 0, got {settings['rect_masks']}: cutout is not implemented, remove it")
-    if others:
+    if unknown:
         raise ValueError(
-            f"SpecAugment knows {', '.join(DEFAULTS)}, got {', '.join(sorted(others))}: remove it from `spec_augment`"
+            f"`spec_augment` must contain only {', '.join(DEFAULTS)}, got {', '.join(sorted(unknown))}: remove the rest"
         )
     if isinstance(known["time_width"], float) and not 0 <= known["time_width"] <= 1:
         raise ValueError(
-            f"`time_width` as a float is a share and must lie in [0, 1], got {known['time_width']}: frames are an int"
+            f"`time_width` as a float is a fraction of the clip and must be in [0, 1], got {known['time_width']}: "
+            "pass an int for a number of frames"
         )
     if not isinstance(known["mask_value"], (int, float)):
         raise TypeError(f"`mask_value` must be a number, got {known['mask_value']!r}: NeMo's default is 0.0")
@@ -56,52 +65,75 @@ def check_spec_augment(settings: Mapping[str, Any]) -> dict[str, Any]:
 def spec_augment(
     features: Tensor, lengths: Tensor, settings: Mapping[str, Any], generator: torch.Generator | None = None
 ) -> Tensor:
-    """Blank random bands in time and in frequency (arXiv 1904.08779), drawn as NeMo draws them.
+    """Mask random bands of frames and of mel bins (SpecAugment, arXiv 1904.08779), with NeMo's distribution.
 
-    A band's width is uniform below the given one, its start uniform where the whole band fits into the clip.
+    The width of a mask is uniform below its maximum, and its start is uniform over the positions where the mask lies
+    inside the clip.
 
     Args:
         features: (B, T, F) normalised log-mel features; not changed.
-        lengths: (B,) valid frames.
-        settings: see `check_spec_augment`.
-        generator: source of randomness; default torch's own for the device, which `set_seed` seeds.
+        lengths: (B,) number of valid frames.
+        settings: number and maximum width of the masks on each axis, and the value of masked features; see
+            `check_spec_augment`.
+        generator: source of randomness; None means torch's default generator for the device.
 
     Returns:
-        (B, T, F) features.
+        (B, T, F) features with the masks applied.
+
+    Raises:
+        ValueError: A setting is not implemented, or its value is invalid.
+        TypeError: `mask_value` is not a number.
     """
-    known = check_spec_augment(settings)
-    frames, bins = features.shape[1:]
+    settings = check_spec_augment(settings)
+    num_frames, num_bins = features.shape[1:]
     lengths = lengths.to(features.device, torch.float32)
-    width = known["time_width"]
-    widths = width * lengths if isinstance(width, float) else torch.full_like(lengths, width)
-    time = _bands(frames, known["time_masks"], widths, lengths, generator)
-    everywhere = torch.full_like(lengths, bins)
-    frequency = _bands(bins, known["freq_masks"], torch.full_like(lengths, known["freq_width"]), everywhere, generator)
-    return features.masked_fill(time[:, :, None] | frequency[:, None, :], known["mask_value"])
+    time_width = settings["time_width"]
+    # a float is a fraction of the clip, an int a number of frames
+    max_time_widths = time_width * lengths if isinstance(time_width, float) else torch.full_like(lengths, time_width)
+    is_masked_frame = _draw_masks(num_frames, settings["time_masks"], max_time_widths, lengths, generator)
+    max_bin_widths = torch.full_like(lengths, settings["freq_width"])
+    bin_counts = torch.full_like(lengths, num_bins)
+    is_masked_bin = _draw_masks(num_bins, settings["freq_masks"], max_bin_widths, bin_counts, generator)
+    is_masked = is_masked_frame[:, :, None] | is_masked_bin[:, None, :]
+    return features.masked_fill(is_masked, settings["mask_value"])
 
 
-def _bands(size: int, number: int, widths: Tensor, extent: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw (B, size) marks of `number` bands per clip, narrower than `widths` (B,) and inside `extent` (B,)."""
-    shape = (len(extent), number)
-    drawn = torch.rand((2, *shape), device=extent.device, generator=generator)
-    # a clip shorter than the widest band can be blanked as a whole, not beyond
-    width = torch.minimum((drawn[0] * widths[:, None]).floor(), extent[:, None])
-    start = (drawn[1] * (extent[:, None] - width)).floor()
-    position = torch.arange(size, device=extent.device)
-    inside = (position >= start[..., None]) & (position < (start + width)[..., None])
-    return inside.any(dim=1)
+def _draw_masks(
+    size: int, num_masks: int, max_widths: Tensor, lengths: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Draw random masks along one axis, time or frequency, for every clip of a batch.
+
+    Args:
+        size: number of positions on the axis.
+        num_masks: masks per clip.
+        max_widths: (B,) every mask of a clip is narrower than this.
+        lengths: (B,) number of positions that are valid; masks lie inside them.
+        generator: source of randomness; None means torch's default generator.
+
+    Returns:
+        (B, size), true where a position is masked.
+    """
+    # (2, B, num_masks): one uniform number in [0, 1) for the width and one for the start
+    uniform = torch.rand((2, len(lengths), num_masks), device=lengths.device, generator=generator)
+    # a short clip can be masked completely
+    width = torch.minimum((uniform[0] * max_widths[:, None]).floor(), lengths[:, None])
+    start = (uniform[1] * (lengths[:, None] - width)).floor()
+    position = torch.arange(size, device=lengths.device)
+    # (B, num_masks, size)
+    is_inside = (position >= start[..., None]) & (position < (start + width)[..., None])
+    return is_inside.any(dim=1)
 
 
 def dither(samples: npt.NDArray[np.float32], amount: float, seed: int) -> npt.NDArray[np.float32]:
-    """Add faint noise, so that digital silence has a spectrum; as NeMo's features do in training, with 1e-5.
+    """Add faint Gaussian noise, so that digital silence has a spectrum; NeMo adds 1e-5 in training.
 
-    The noise follows from the seed and the samples alone: it is the same in any worker, process and order, and after
-    an interruption.
+    The noise depends only on the seed and the samples, so it is the same in any worker process, in any order of the
+    clips, and after training is resumed.
 
     Args:
         samples: (S,) float32.
-        amount: standard deviation.
-        seed: of the noise.
+        amount: standard deviation of the noise; 0 returns `samples` itself.
+        seed: seed of the noise.
 
     Returns:
         (S,) float32.

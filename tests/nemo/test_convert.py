@@ -37,7 +37,7 @@ def test_the_command_converts_to_a_folder_and_back(kind, tmp_path):
     source, folder, back = GOLDEN / kind / "model.nemo", tmp_path / "folder", tmp_path / "back.nemo"
     result = run("convert", source, folder)
     assert result.exit_code == 0, result.output
-    assert result.stdout.strip() == f"{folder}: written, and equal to {source} on noise"
+    assert result.stdout.strip() == f"wrote {folder}; on random noise its output equals that of {source}"
     assert {path.name for path in folder.iterdir()} == FILES
     assert run("convert", folder, back).exit_code == 0
     original, _ = load_nemo(source)

@@ -1,6 +1,6 @@
-"""The command `parakeet`: transcribe, convert, fine-tune, evaluate, and show the bundled demo.
+"""The command `parakeet` with its subcommands transcribe, demo, convert, finetune and evaluate.
 
-Only arguments and output live here; the work is done by the pipeline, `conversion.py` and `finetuning.py`.
+This file handles arguments and output; the pipeline, `nemo` and `training` do the work.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import Annotated, Any
 
-import jiwer
 import typer
 from rich.console import Console
 from rich.table import Column, Table
@@ -24,44 +23,56 @@ from ..nemo import convert_checkpoint
 logger = logging.get_logger(__name__)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speech recognition with NVIDIA Parakeet models.")
-# columns of a table that is not printed to a terminal
-PIPE_WIDTH = 200
+# characters; width of a table that is not printed to a terminal
+DEFAULT_TABLE_WIDTH = 200
 
 console = Console()
-errors = Console(stderr=True)
+error_console = Console(stderr=True)
 
 
 class Format(str, Enum):
-    """How transcripts are written."""
+    """Output format of `parakeet transcribe`."""
 
     txt = "txt"
     json = "json"
 
 
-def complain(text: str) -> None:
-    """Print an error, without wrapping: it may be read by a program."""
-    errors.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+def print_error(message: str) -> None:
+    """Print an error message in red to stderr, without wrapping, because another program may read it."""
+    error_console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
-def message_of(error: Exception, name: str = "") -> str:
-    """Return the text of an error in one line, with the name of its file before it where the text lacks the name."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if name in text else f"{name}: {text}"
+def error_message(error: Exception, file: str = "") -> str:
+    """Return the message of an error in one line.
+
+    Args:
+        error: the error; if it has no message, the name of its class is used.
+        file: name of the file that caused it; put before the message unless the message contains it.
+    """
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if file in message else f"{file}: {message}"
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn an error that the user can mend into one line and status 1; verbosity "debug" shows where it came from."""
+    """Print an error that the user can correct in one line and exit with status 1.
+
+    Other errors keep their traceback. With transformers' verbosity "debug" the traceback is logged for all errors.
+    """
     try:
         yield
     except (OSError, ValueError, ImportError, MemoryError) as error:
         logger.debug("the command failed", exc_info=True)
-        complain(message_of(error))
+        print_error(error_message(error))
         raise typer.Exit(1) from error
 
 
 def load_pipeline(model: str | None) -> Any:
-    """Return the pipeline of a Hub id, a folder, a `.nemo` file, or the demo model."""
+    """Create a speech recognition pipeline.
+
+    Args:
+        model: Hub id, folder or `.nemo` file; None means the bundled demo model.
+    """
     logging.disable_progress_bar()
     loaded, processor = load_nemo(model or demo_model_path())
     return pipeline(
@@ -78,95 +89,146 @@ def transcribe(
     model: Annotated[
         str | None, typer.Option(help="Hub id, folder or .nemo file; default: the bundled demo model (spoken digits).")
     ] = None,
-    output: Annotated[Format, typer.Option("--format", help="txt: the text; json: with word times.")] = Format.txt,
+    output: Annotated[
+        Format, typer.Option("--format", help="txt: text only; json: text and word times in seconds.")
+    ] = Format.txt,
 ) -> None:
-    """Write down what is said in audio files; one that fails is named on stderr, and the others are still done."""
+    """Transcribe audio files.
+
+    An error in one file is printed to stderr, and the other files are still transcribed; the exit status is then 1.
+    """
     with one_line_errors():
         pipe = load_pipeline(model)
-    failures: list[str] = []
-    results = recognised(pipe, files, failures)
+    failed_files: list[str] = []
+    results = transcribe_files(pipe, files, failed_files)
     if output is Format.json:
-        print_list(results)
+        print_json_list(results)
     else:
         for result in results:
             print_text(f"{result['file']}: {result['text']}" if len(files) > 1 else result["text"])
-    raise typer.Exit(int(bool(failures)))
+    raise typer.Exit(int(bool(failed_files)))
 
 
-def recognised(pipe: Any, files: list[str], failures: list[str]) -> Iterator[dict[str, Any]]:
-    """Recognise files one by one; print the error of each that fails and add its name to `failures`."""
+def transcribe_files(pipe: Any, files: list[str], failed_files: list[str]) -> Iterator[dict[str, Any]]:
+    """Transcribe files one by one; print the error of a file that fails and continue with the next one.
+
+    Args:
+        pipe: the speech recognition pipeline.
+        files: names or URLs of the files.
+        failed_files: receives the names of the files that fail.
+
+    Yields:
+        `{"file", "text", "words"}` for each file that does not fail; see `word_entry` for the words.
+    """
     for file in files:
         try:
             result = pipe(file, return_timestamps="word")
-        except Exception as error:  # whatever goes wrong with one file, the next may be good
+        except Exception as error:  # an error of any kind in one file must not stop the other files
             logger.debug("%s failed", file, exc_info=True)
-            complain(message_of(error, file))
-            failures.append(file)
+            print_error(error_message(error, file))
+            failed_files.append(file)
             continue
-        yield {"file": file, "text": result["text"], "words": [word(chunk) for chunk in result["chunks"]]}
+        yield {"file": file, "text": result["text"], "words": [word_entry(chunk) for chunk in result["chunks"]]}
 
 
-def print_list(results: Iterator[dict[str, Any]]) -> None:
-    """Print a JSON list, every entry as soon as it is known; close the list also when the command is interrupted."""
+def word_entry(chunk: dict[str, Any]) -> dict[str, Any]:
+    """Convert a word from the pipeline to `{"text", "start", "end"}` with times in seconds."""
+    start, end = chunk["timestamp"]
+    return {"text": chunk["text"], "start": start, "end": end}
+
+
+def print_json_list(results: Iterator[dict[str, Any]]) -> None:
+    """Print results as a JSON list, each one as soon as it is available.
+
+    The list is closed even if the program is interrupted, so that the output is always valid JSON.
+    """
     separator = "[\n"
     try:
         for result in results:
-            text = separator + json.dumps(result, ensure_ascii=False, indent=2)
+            entry = json.dumps(result, ensure_ascii=False, indent=2)
+            print_text(separator + entry, end="")
             separator = ",\n"
-            print_text(text, end="")
     finally:
         print_text("[]" if separator == "[\n" else "\n]")
 
 
 @app.command()
 def demo() -> None:
-    """Transcribe the bundled clips with both heads of the bundled model and compare with what was said."""
+    """Transcribe the bundled clips with the TDT and the CTC head of the demo model, and compare with the references."""
     folder = demo_model_path()
     with one_line_errors():
         pipe = load_pipeline(None)
     clips = json.loads((folder / "clips" / "manifest.json").read_text(encoding="utf-8"))
     files = [str(folder / "clips" / clip["file"]) for clip in clips]
-    heard = pipe(files, return_timestamps="word", return_confidence=True)
-    second = pipe(files, generate_kwargs={"decoder": "ctc"})
-    words = Column("TDT: seconds, confidence", no_wrap=True)
-    table = Table("clip", "said", words, "CTC", title="Parakeet demo model: spoken English digits")
-    for clip, tdt, ctc in zip(clips, heard, second, strict=True):
-        table.add_row(
-            clip["file"], clip["text"], "\n".join(map(timed_word, tdt["chunks"])), ctc["text"], end_section=True
-        )
-    # a pipe has no width of its own: the table gets what it needs
-    wide = console if console.file.isatty() else Console(file=console.file, width=PIPE_WIDTH)
-    wide.print(table)
-    said = [clip["text"] for clip in clips]
-    for head, results in (("TDT", heard), ("CTC", second)):
-        rate = jiwer.wer(said, [result["text"] for result in results])
-        console.print(f"word error rate, {head}: {rate:.1%} on {len(clips)} clips", highlight=False)
+    tdt_results = pipe(files, return_timestamps="word", return_confidence=True)
+    ctc_results = pipe(files, generate_kwargs={"decoder": "ctc"})
+    print_demo_table(clips, tdt_results, ctc_results)
+    references = [clip["text"] for clip in clips]
+    for head, results in (("TDT", tdt_results), ("CTC", ctc_results)):
+        rate = word_error_rate(references, [result["text"] for result in results])
+        text = "not computed, it needs jiwer (in the extra `cli`)" if rate is None else f"{rate:.1%}"
+        console.print(f"word error rate, {head}: {text} on {len(clips)} clips", highlight=False)
 
 
-def timed_word(chunk: dict[str, Any]) -> str:
-    """Write a word with its times in seconds and its confidence."""
+def print_demo_table(
+    clips: list[dict[str, Any]], tdt_results: list[dict[str, Any]], ctc_results: list[dict[str, Any]]
+) -> None:
+    """Print a table with one row per clip: file, reference, words with times and confidence, and CTC text.
+
+    Args:
+        clips: `{"file", "text"}` for each clip; the text is the reference.
+        tdt_results: result of the pipeline with word times and confidence, for each clip.
+        ctc_results: result of the pipeline with the CTC head, for each clip.
+    """
+    words_column = Column("TDT: seconds, confidence", no_wrap=True)
+    table = Table("clip", "reference", words_column, "CTC", title="Parakeet demo model: spoken English digits")
+    for clip, tdt, ctc in zip(clips, tdt_results, ctc_results, strict=True):
+        words = "\n".join(map(format_word, tdt["chunks"]))
+        table.add_row(clip["file"], clip["text"], words, ctc["text"], end_section=True)
+    # a file or pipe has no width, so rich would assume 80 characters and truncate the table
+    is_terminal = console.file.isatty()
+    table_console = console if is_terminal else Console(file=console.file, width=DEFAULT_TABLE_WIDTH)
+    table_console.print(table)
+
+
+def format_word(chunk: dict[str, Any]) -> str:
+    """Format a word from the pipeline with its start and end in seconds and its confidence."""
     start, end = chunk["timestamp"]
     return f"{chunk['text'].strip():5} {start:.2f}-{end:.2f}  {chunk['confidence']:.2f}"
 
 
+def word_error_rate(references: list[str], hypotheses: list[str]) -> float | None:
+    """Compute the word error rate over all clips together; return None if jiwer is not installed."""
+    try:
+        import jiwer
+    except ImportError:
+        return None
+    return float(jiwer.wer(references, hypotheses))
+
+
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A .nemo file, a folder, or the Hub id of either.")],
-    target: Annotated[str, typer.Argument(help="A folder to write, or a .nemo file; with --push-to-hub the Hub id.")],
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: as it is.")] = None,
-    push_to_hub: Annotated[bool, typer.Option(help="Upload the folder to the Hub as well.")] = False,
+    source: Annotated[str, typer.Argument(help="A .nemo file, a folder, or a Hub id.")],
+    target: Annotated[str, typer.Argument(help="Folder or .nemo file to write; with --push-to-hub a Hub id.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; default: that of the source.")
+    ] = None,
+    push_to_hub: Annotated[bool, typer.Option(help="Also upload the folder to the Hub.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
 ) -> None:
-    """Convert a .nemo file to a folder of transformers, or a folder to a .nemo file, and check the result on noise."""
+    """Convert a .nemo file to a transformers folder, or a folder to a .nemo file.
+
+    The result is loaded and compared with the source on random noise.
+    """
     logging.disable_progress_bar()
     with one_line_errors():
         written = convert_checkpoint(source, target, dtype=dtype, push_to_hub=push_to_hub, revision=revision)
-    print_text(f"{written}: written, and equal to {source} on noise")
+    print_text(f"wrote {written}; on random noise its output equals that of {source}")
 
 
 @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def finetune(context: typer.Context) -> None:
-    """Train a model further on audio with transcripts; `parakeet finetune --help` lists the options."""
+    """Fine-tune a model on audio with transcripts; `parakeet finetune --help` lists the options."""
     with one_line_errors():
         from ..training import finetune_main
 
@@ -177,12 +239,12 @@ def finetune(context: typer.Context) -> None:
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id, folder or .nemo file.")],
     data: Annotated[str, typer.Argument(help="NeMo manifest, folder, or name of a Hub dataset.")],
-    split: Annotated[str | None, typer.Option(help="Split of data that has splits; default: test.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the dataset; default: test.")] = None,
     name: Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Clips recognised together.")] = 8,
-    decoder: Annotated[str | None, typer.Option(help="ctc: the CTC head of a hybrid.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Number of clips per batch.")] = 8,
+    decoder: Annotated[str | None, typer.Option(help="ctc: use the CTC head of a hybrid.")] = None,
     output: Annotated[
-        str | None, typer.Option(help="File for references and hypotheses, one JSON object a line.")
+        str | None, typer.Option(help="File for references and hypotheses, one JSON object per line.")
     ] = None,
 ) -> None:
     """Measure the word error rate of a model on audio with transcripts."""
@@ -199,19 +261,13 @@ def evaluate(
     )
 
 
-def word(chunk: dict[str, Any]) -> dict[str, Any]:
-    """Return a word with its times in seconds."""
-    start, end = chunk["timestamp"]
-    return {"text": chunk["text"], "start": start, "end": end}
-
-
 def print_text(text: str, end: str = "\n") -> None:
-    """Print without markup, colours or wrapping, for other programs to read, and at once."""
+    """Print text at once and without colours or wrapping, because another program may read it."""
     typer.echo(text + end, nl=False)
 
 
 def main() -> None:
-    """Run the command."""
+    """Run the command `parakeet`."""
     app()
 
 
