@@ -29,7 +29,7 @@ from .configuration_parakeet import (
     check_attention_context,
 )
 from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin, frame_lengths
-from .losses import compact_labels, ctc_loss, select_loss
+from .losses import TransducerLoss, compact_labels, ctc_loss, select_loss
 from .networks import (
     ParakeetEncoderAttention,
     ParakeetEncoderBlock,
@@ -396,11 +396,15 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         self, frames: Tensor, prefixes: Tensor, labels: Tensor, lengths: Tensor, label_lengths: Tensor
     ) -> Tensor:
         config = self.config
-        loss = select_loss(config.kernel, frames, config.hidden_act)
+        weight, bias = self.joint.output_layer(frames)
+        options = self._duration_options()
+        durations = options.get("durations")
+        loss = select_loss(config.kernel, TransducerLoss(), frames, weight, durations, config.hidden_act)
         return loss(
             frames,
             prefixes,
-            *self.joint.output_layer(frames),
+            weight,
+            bias,
             labels,
             lengths,
             label_lengths,
@@ -409,7 +413,7 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
             activation=config.hidden_act,
             reduction=config.loss_reduction,
             dropout=config.joint_dropout if self.training else 0.0,
-            **self._duration_options(),
+            **options,
         )
 
     def _duration_options(self) -> dict[str, Any]:

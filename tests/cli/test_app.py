@@ -17,7 +17,7 @@ from conftest import run_program
 from typer.testing import CliRunner
 
 import transformers_parakeet as tp
-from transformers_parakeet.cli import app
+from transformers_parakeet.cli.app import app
 
 CLIPS = tp.demo_model_path() / "clips"
 MANIFEST = json.loads((CLIPS / "manifest.json").read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import transformers_parakeet as tp
 from transformers_parakeet import load_nemo
-from transformers_parakeet.cli import app
+from transformers_parakeet.cli.app import app
 from transformers_parakeet.training.finetune import FinetuneArguments, load_data
 
 EXAMPLES = TESTS.parent / "examples"
@@ -337,7 +337,7 @@ def test_faulty_data_and_options_are_one_line(command, fault, message, tmp_path,
 WITHOUT_DATASETS = """
 import sys
 sys.modules["datasets"] = None
-from transformers_parakeet.cli import app
+from transformers_parakeet.cli.app import app
 app(sys.argv[1:])
 """
 
