@@ -21,10 +21,11 @@ def main() -> None:
     try:
         from .app import app
     except ModuleNotFoundError as error:
-        if error.name not in CLI_MODULES:
+        package = (error.name or "").partition(".")[0]
+        if package not in CLI_MODULES:
             raise
         sys.stderr.write(
-            f"the command `parakeet` needs the package {error.name}: install transformers-parakeet with its extra "
+            f"the command `parakeet` needs the package {package}: install transformers-parakeet with its extra "
             "`cli`, for example by `pip install '.[cli]'` in a checkout\n"
         )
         raise SystemExit(1) from None

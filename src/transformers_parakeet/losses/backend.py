@@ -30,8 +30,8 @@ KERNEL_VERSION = 1
 # module that holds the kernel in a wheel and in an editable installation
 KERNEL_MODULE = f"{__package__}.transducer_kernel"
 # the kernel's source in a checkout of the repository; an installed wheel has no such file
-KERNEL_SOURCE = Path(__file__).parents[3].joinpath(
-    "hub_kernels", "transducer-loss", "torch-ext", "transducer_loss", "__init__.py"
+KERNEL_SOURCE = (
+    Path(__file__).parents[3].joinpath("hub_kernels", "transducer-loss", "torch-ext", "transducer_loss", "__init__.py")
 )
 ACTIVATIONS = ("relu", "tanh", "sigmoid")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
