@@ -11,9 +11,9 @@ pytest.importorskip("triton")
 
 from reference import joint_logits, reference_loss
 from transducer_loss import lattice, layers, transducer_loss, transducer_loss_from_logits
-from transducer_loss import loss as loss_file
-from transducer_loss.joint import Joint, chunk_cells, compute_logits, prepare
-from transducer_loss.lattice import lay_cells
+from transducer_loss import loss as loss_module
+from transducer_loss.joint import JointSettings, prepare_inputs, split_into_chunks, write_logits
+from transducer_loss.lattice import number_nodes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # measured: 8e-8 for losses and 5e-7 for gradients, relative to the largest, over the cases below
@@ -260,26 +260,26 @@ def test_only_what_is_asked_for_gets_a_gradient():
         gradient.sum().backward()
 
 
-def test_cells_left_out_do_not_show(monkeypatch):
+def test_skipped_nodes_do_not_change_the_gradients(monkeypatch):
     tensors, labels = inputs(frames=6, count=3)
-    # a model that is sure of itself
+    # large logits: most nodes have a negligible posterior
     leaves = [tensor.mul_(3).requires_grad_() for tensor in tensors]
     arguments = (labels, lengths(6, 6), lengths(3, 3), 6)
-    kept = []
+    relevant_counts = []
 
-    def count(*args):
-        weights = lattice.weigh(*args)
-        kept.append(int(weights.kept.sum()))
-        return weights
+    def count_relevant(*args):
+        posteriors = lattice.run_posteriors(*args)
+        relevant_counts.append(int(posteriors.is_relevant.sum()))
+        return posteriors
 
-    monkeypatch.setattr(loss_file, "weigh", count)
-    some = torch.autograd.grad(transducer_loss(*leaves, *arguments, reduction="sum"), leaves)
-    monkeypatch.setattr(loss_file, "NEGLIGIBLE", -1.0)
-    every = torch.autograd.grad(transducer_loss(*leaves, *arguments, reduction="sum"), leaves)
-    assert kept[0] < kept[1] == 48
-    for one, other in zip(some, every, strict=True):
-        # sums in another order: measured 5e-8
-        assert_close(one, other, 2.0**-22)
+    monkeypatch.setattr(loss_module, "run_posteriors", count_relevant)
+    skipping = torch.autograd.grad(transducer_loss(*leaves, *arguments, reduction="sum"), leaves)
+    monkeypatch.setattr(loss_module, "NEGLIGIBLE", -1.0)
+    complete = torch.autograd.grad(transducer_loss(*leaves, *arguments, reduction="sum"), leaves)
+    assert relevant_counts[0] < relevant_counts[1] == 48
+    for gradient, complete_gradient in zip(skipping, complete, strict=True):
+        # the order of the sums differs: measured 5e-8
+        assert_close(gradient, complete_gradient, 2.0**-22)
 
 
 def test_omega_draws_plain_rnnt():
@@ -302,28 +302,29 @@ def test_omega_draws_plain_rnnt():
 
 def test_dropout_is_the_same_in_both_directions():
     tensors, labels = inputs(size=40)
-    rest = (labels, lengths(4, 3), lengths(3, 2), 6)
+    arguments = (labels, lengths(4, 3), lengths(3, 2), 6)
     torch.manual_seed(3)
     seed = int(torch.randint(2**31 - 1, ()).item())
-    # hidden units of all cells, sigmoid of which none is zero by itself
-    cells = lay_cells(*rest[:3], ([4, 3], [3, 2]), 4, padded_rows=False)
-    states = prepare(*tensors)
-    every = torch.arange(cells.count, dtype=torch.int32, device=DEVICE)
-    (chunk,) = chunk_cells(every, states, Joint("sigmoid", 0.25, seed, 2**20), slopes=False)
-    compute_logits(chunk, states, cells, Joint("sigmoid", 0.25, seed, 2**20))
-    kept = chunk.hidden != 0
-    # 25 cells of 40 units: three standard deviations are 0.04
-    assert abs(kept.float().mean().item() - 0.75) < 0.05
+    # hidden units of all nodes; no sigmoid is zero without dropout
+    nodes = number_nodes(*arguments[:3], ([4, 3], [3, 2]), 4, has_rows=False)
+    joint_inputs = prepare_inputs(*tensors)
+    joint = JointSettings("sigmoid", 0.25, seed, 2**20)
+    all_nodes = torch.arange(nodes.num_nodes, dtype=torch.int32, device=DEVICE)
+    (chunk,) = split_into_chunks(all_nodes, joint_inputs, joint, needs_hidden_gradient=False)
+    write_logits(chunk, joint_inputs, nodes, joint)
+    is_kept = chunk.hidden != 0
+    # 25 nodes of 40 units: three standard deviations are 0.04
+    assert abs(is_kept.float().mean().item() - 0.75) < 0.05
     mask = torch.zeros(2, 4, 4, 40, dtype=torch.float64, device=DEVICE)
-    mask[0] = kept[:16].view(4, 4, 40)
-    mask[1, :3, :3] = kept[16:].view(3, 3, 40)
+    mask[0] = is_kept[:16].view(4, 4, 40)
+    mask[1, :3, :3] = is_kept[16:].view(3, 3, 40)
     exact = [tensor.double().requires_grad_() for tensor in tensors]
     hidden = torch.sigmoid(exact[0][:, :, None] + exact[1][:, None]) * mask / 0.75
-    truth = expected(hidden @ exact[2].t() + exact[3], *rest).sum()
+    truth = expected(hidden @ exact[2].t() + exact[3], *arguments).sum()
     truth.backward()
     leaves = [tensor.requires_grad_() for tensor in tensors]
     torch.manual_seed(3)
-    loss = transducer_loss(*leaves, *rest, activation="sigmoid", reduction="sum", dropout=0.25)
+    loss = transducer_loss(*leaves, *arguments, activation="sigmoid", reduction="sum", dropout=0.25)
     loss.backward()
     assert_close(loss, truth, LOSS_ERROR)
     for found, wanted in zip(leaves, exact, strict=True):
@@ -362,7 +363,7 @@ REFUSED = {
     "labels too long": ({"label_lengths": torch.tensor([4, 0])}, ValueError, "label_lengths.*between 0 and 3"),
     "blank as label": ({"labels": torch.tensor([[0, 1, 2], [3, 6, 0]])}, ValueError, "row 1.*6"),
     "unknown label": ({"labels": torch.tensor([[0, 1, 2], [3, 7, 0]])}, ValueError, "other than the blank"),
-    "blank": ({"blank_id": 7}, ValueError, "blank_id.*7 tokens"),
+    "blank": ({"blank_id": 7}, ValueError, "blank_id.*0 to 6, got 7"),
     "no duration moves": ({"durations": (0,), "blank_id": 5}, ValueError, "durations.*above 0"),
     "durations twice": ({"durations": (1, 1), "blank_id": 4}, ValueError, "different"),
     "activation": ({"activation": "gelu"}, ValueError, "activation.*gelu"),
