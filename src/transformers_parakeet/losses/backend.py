@@ -35,8 +35,8 @@ KERNEL_SOURCE = (
 )
 ACTIVATIONS = ("relu", "tanh", "sigmoid")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# (frames, labels) of the utterances that a kernel is checked on. The kernel has tiles of 16 frames, 1024 labels and 1024
-# tokens: one utterance has several tiles of frames, one has several tiles of labels, one has no labels.
+# (frames, labels) of the utterances that a kernel is checked on. The kernel's tiles hold 16 frames, 1024 labels or 1024
+# tokens. The first utterance has several tiles of frames, the second several tiles of labels, the last has no labels.
 CHECK_LENGTHS = ((48, 20), (3, 1100), (17, 0))
 # the same for Triton's interpreter on the CPU, which needs minutes for the lengths above
 INTERPRETER_CHECK_LENGTHS = ((5, 3), (4, 2))
