@@ -20,13 +20,8 @@ ROOT = Path(__file__).parent.parent
 TORCH = "torch==2.13.0"
 # what the tests need in addition to the extras `cli`, `kernels` and `train`
 TEST_PACKAGES = ("pytest>=8", "pytest-xdist>=3.6", "librosa>=0.10", "parameterized>=0.9", "pillow>=10", "torchao>=0.12")
-# kernel, import and command
-TESTS = (
-    "tests/losses/test_backend.py",
-    "tests/test_registration.py",
-    "tests/cli",
-    "hub_kernels/transducer-loss/tests",
-)
+# kernel, import and command; the first also runs the kernel's own tests
+TESTS = ("tests/losses/test_backend.py", "tests/test_registration.py", "tests/cli")
 # tests of the source tree, which an installed wheel does not have
 SOURCE_TESTS = ("tests/test_architecture.py", "tests/test_docs.py", "tests/test_packaging.py")
 COPIED_FOLDERS = ("benchmarks", "conversion", "docs", "examples", "hub_kernels", "tests")
