@@ -45,7 +45,7 @@ CHECK_WORKSPACE_BYTES = 2**24
 # The kernel's largest error against float64 may be this multiple of PyTorch's largest error in the same dtype. Measured
 # with Triton's interpreter at V = 9 and 1025, J = 8 and 640: at most 2.2 in float32, 1.8 in bfloat16, 0.7 in float16.
 ERROR_RATIO = 4.0
-# smallest allowed error: PyTorch's own is 6e-7 in float32, the exponentials of a GPU are approximations
+# smallest allowed error; PyTorch's own is 1e-6 in float32, and a GPU approximates exponentials
 MIN_TOLERANCE = 1e-5
 # the results that are compared: the loss and its gradients
 RESULT_NAMES = (
