@@ -5,8 +5,8 @@
     python tests/matrix.py --releases 5.17.0 5.24.0
 
 Each Python gets a virtual environment in a temporary folder with torch and this package. The releases of transformers
-are installed in it one after the other, then the folder is deleted. Interpreters are searched on PATH, in PYENV_ROOT and
-in ~/.pyenv. An environment with a CUDA build of torch takes about 8 GB.
+are installed in it one after the other, then the folder is deleted. Interpreters are searched on PATH, in PYENV_ROOT
+and in ~/.pyenv. An environment with a CUDA build of torch takes about 8 GB.
 """
 
 import argparse
