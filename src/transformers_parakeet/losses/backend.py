@@ -43,7 +43,7 @@ INTERPRETER_CHECK_LENGTHS = ((5, 3), (4, 2))
 # memory for the logits of the check, in bytes: at V = 8192 they are computed in several chunks
 CHECK_WORKSPACE_BYTES = 2**24
 # The kernel's largest error against float64 may be this multiple of PyTorch's largest error in the same dtype. Measured
-# with Triton's interpreter at V = 9 and 1025, J = 8 and 640: at most 2.2 in float32, 1.8 in bfloat16, 0.7 in float16.
+# with Triton's interpreter at V = 9 and 1025, J = 8 and 640: at most 2.2 in float32, 1.8 in bfloat16, 1.0 in float16.
 ERROR_RATIO = 4.0
 # smallest allowed error; PyTorch's own is 1e-6 in float32, and a GPU approximates exponentials
 MIN_TOLERANCE = 1e-5
@@ -206,7 +206,16 @@ def check_kernel_once(repository: str, settings: JointSettings, pytorch_loss: nn
 
 
 def check_kernel(repository: str, settings: JointSettings, pytorch_loss: nn.Module) -> CheckedKernel:
-    """Load a kernel and compare it with PyTorch; see `check_kernel_once` for the arguments."""
+    """Load a kernel and compare it with PyTorch.
+
+    Args:
+        repository: Hub id of the kernel; empty for the kernel that travels with the package.
+        settings: the joint network to check the kernel for.
+        pytorch_loss: layer that computes the loss in PyTorch.
+
+    Returns:
+        The kernel's layer, or why the kernel cannot be used.
+    """
     problem = find_unsupported(settings)
     if problem is not None:
         return CheckedKernel(None, problem)
@@ -224,7 +233,7 @@ def check_kernel(repository: str, settings: JointSettings, pytorch_loss: nn.Modu
 
 
 def find_unsupported(settings: JointSettings) -> str | None:
-    """Return why the kernel has no code for a joint network, or None if it has."""
+    """Return why a kernel cannot compute the loss of a joint network, or None if it has code for it."""
     if settings.activation not in ACTIVATIONS:
         return f"its activations are {', '.join(ACTIVATIONS)}, the joint network has {settings.activation!r}"
     if settings.dtype not in DTYPES:
