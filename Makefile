@@ -1,7 +1,7 @@
 # every target works as the first command on a fresh clone
 PYTHON ?= python3
 BIN = .venv/bin
-.PHONY: setup demo test test-slow test-gpu test-matrix check bench docs
+.PHONY: setup demo test test-slow test-gpu test-matrix wheel-test check bench kernel
 
 setup: .venv/done
 
@@ -22,9 +22,13 @@ test-slow: setup
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
-# every supported Python and transformers release, each in an environment of its own: some 10 GB of downloads
+# every supported Python and transformers release, each in an environment of its own: about 10 GB of downloads
 test-matrix:
 	$(PYTHON) tests/matrix.py
+
+# an sdist, a wheel built from it, and tests of the wheel in an empty environment
+wheel-test: setup
+	$(BIN)/python tests/wheel.py
 
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -32,5 +36,6 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/encoder.py && $(BIN)/python benchmarks/decoding.py && $(BIN)/python benchmarks/loss.py
 
-docs: setup
-	$(BIN)/python -m pytest tests/test_docs.py
+# the kernel as the library `kernels` loads it: dist/transducer-loss/build/torch-cpu and torch-cuda
+kernel: setup
+	$(BIN)/python hub_kernels/transducer-loss/build_layout.py dist/transducer-loss

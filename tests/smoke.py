@@ -1,8 +1,8 @@
-"""One program for every supported release: load, generate, pipeline, save, train a step.
+"""A short test for every supported release: load, generate, pipeline, save, train one step.
 
     python tests/smoke.py
 
-It needs the package with its extra `train` and no test tools. `tests/matrix.py` runs it for each Python and release.
+It needs the package with its extra `train`, and no pytest. `tests/matrix.py` runs it for each Python and release.
 """
 
 import json
@@ -27,21 +27,21 @@ CLIP = next(
 SAMPLES = tp.load_audio(FOLDER / "clips" / CLIP["file"])
 
 
-def expect(what, given, wanted):
-    """Raise when a result is not the expected one."""
-    if given != wanted:
-        raise SystemExit(f"{what} must give {wanted!r}, it gave {given!r}")
+def check(name, result, expected):
+    """Exit if a result is not the expected one."""
+    if result != expected:
+        raise SystemExit(f"{name} must be {expected!r}, got {result!r}")
 
 
 def generated_text(model, processor):
-    """Recognise the clip by `generate`."""
+    """Transcribe the clip by `generate`."""
     inputs = processor([SAMPLES], sampling_rate=16000)
     output = model.generate(**inputs)
     return processor.batch_decode(output.sequences, skip_special_tokens=True)[0]
 
 
-def train_a_step(model, processor, folder):
-    """Take one step on two rows; return the loss before and after it."""
+def train_one_step(model, processor, folder):
+    """Train on two rows for one step; return the loss and the number of weight tensors that changed."""
     rows = [{"audio": {"array": SAMPLES, "sampling_rate": 16000}, "text": CLIP["text"]}] * 2
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=1, per_device_train_batch_size=2, learning_rate=1e-3, report_to=[],
@@ -50,28 +50,30 @@ def train_a_step(model, processor, folder):
     trainer = ParakeetTrainer(model=model, args=arguments, train_dataset=rows, processing_class=processor)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     loss = trainer.train().training_loss
-    moved = sum(not torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    return loss, moved
+    num_changed = sum(not torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    return loss, num_changed
 
 
 def main():
-    """Do all of it and print one line."""
+    """Run all checks and print one line."""
     transformers.logging.set_verbosity_error()
     model, processor = AutoModelForTDT.from_pretrained(FOLDER).eval(), AutoProcessor.from_pretrained(FOLDER)
-    expect("AutoModelForTDT", type(model), tp.ParakeetForTDT)
-    expect("generate", generated_text(model, processor), CLIP["text"])
-    pipe = pipeline("automatic-speech-recognition", model=str(FOLDER))
-    result = pipe(str(FOLDER / "clips" / CLIP["file"]), return_timestamps="word")
-    expect("the pipeline", result["text"], CLIP["text"])
-    expect("the words", [chunk["text"].strip() for chunk in result["chunks"]], CLIP["text"].split())
+    check("the class of AutoModelForTDT", type(model), tp.ParakeetForTDT)
+    check("the text of generate", generated_text(model, processor), CLIP["text"])
+    recogniser = pipeline("automatic-speech-recognition", model=str(FOLDER))
+    result = recogniser(str(FOLDER / "clips" / CLIP["file"]), return_timestamps="word")
+    check("the text of the pipeline", result["text"], CLIP["text"])
+    check("the words", [chunk["text"].strip() for chunk in result["chunks"]], CLIP["text"].split())
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        again = AutoModelForTDT.from_pretrained(folder).eval()
-        expect("the saved model", generated_text(again, AutoProcessor.from_pretrained(folder)), CLIP["text"])
-        loss, moved = train_a_step(model, processor, Path(folder) / "training")
-        expect("a finite loss", bool(np.isfinite(loss)), True)
-        expect("the number of weights that a step moves, above 0", moved > 0, True)
+        reloaded = AutoModelForTDT.from_pretrained(folder).eval()
+        check(
+            "the text of the saved model", generated_text(reloaded, AutoProcessor.from_pretrained(folder)), CLIP["text"]
+        )
+        loss, num_changed = train_one_step(model, processor, Path(folder) / "training")
+        check("whether the loss is finite", bool(np.isfinite(loss)), True)
+        check("whether a step changes weights", num_changed > 0, True)
     python = ".".join(map(str, sys.version_info[:3]))
     print(f"ok: Python {python}, torch {torch.__version__}, transformers {transformers.__version__}")
 

@@ -29,7 +29,7 @@ from .configuration_parakeet import (
     check_attention_context,
 )
 from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin, frame_lengths
-from .losses import compact_labels, ctc_loss, select_loss
+from .losses import TransducerLoss, compact_labels, ctc_loss, select_loss
 from .networks import (
     ParakeetEncoderAttention,
     ParakeetEncoderBlock,
@@ -463,11 +463,15 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
             Scalar, or (B,) for the reduction `"none"`.
         """
         config = self.config
-        loss = select_loss(config.kernel, encoder_states, config.hidden_act)
+        weight, bias = self.joint.output_layer(encoder_states)
+        options = self._duration_options()
+        durations = options.get("durations")
+        loss = select_loss(config.kernel, TransducerLoss(), encoder_states, weight, durations, config.hidden_act)
         return loss(
             encoder_states,
             predictor_states,
-            *self.joint.output_layer(encoder_states),
+            weight,
+            bias,
             labels,
             lengths,
             label_lengths,
@@ -476,7 +480,7 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
             activation=config.hidden_act,
             reduction=config.loss_reduction,
             dropout=config.joint_dropout if self.training else 0.0,
-            **self._duration_options(),
+            **options,
         )
 
     def _duration_options(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import transformers_parakeet as tp
 from transformers_parakeet import load_nemo
-from transformers_parakeet.cli import app
+from transformers_parakeet.cli.app import app
 from transformers_parakeet.training import FinetuneArguments
 from transformers_parakeet.training.finetune import load_data
 
@@ -404,7 +404,7 @@ def run_without(package, *arguments, status=0):
     program = f"""
     import sys
     sys.modules["{package}"] = None
-    from transformers_parakeet.cli import app
+    from transformers_parakeet.cli.app import app
     app(sys.argv[1:])
     """
     return run_program(program, *arguments, status=status)

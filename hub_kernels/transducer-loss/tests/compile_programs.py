@@ -1,7 +1,7 @@
-"""Compile every program for NVIDIA GPUs, which needs none: `python compile_programs.py [--quick] [80 90 ...]`.
+"""Compiles every Triton program for NVIDIA GPUs; needs no GPU: `python compile_programs.py [--quick] [80 90 ...]`.
 
-Prints one line per program: the sizes of its binaries for float32, float16, bfloat16 and for arguments of 1, or with
-`--quick` for bfloat16 alone. Run without TRITON_INTERPRET.
+Prints one line per program with the sizes of its binaries for float32, float16, bfloat16, and for integer arguments of
+1; with `--quick` for bfloat16 only. `TRITON_INTERPRET` must not be set.
 """
 
 import inspect
@@ -14,60 +14,73 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "torch-ext"))
 
-from transducer_loss import joint_programs, lattice_programs
+from transducer_loss import gradient_programs, joint_programs, lattice_programs
 
-# pointers by what they point to; what is not named here is an integer
-FLOAT32 = (
-    "normaliser blank_score label_score duration_score occupancy blank_weight label_weight duration_gradient "
-    "loss_gradient encoder_gradient predictor_gradient"
+# pointer arguments by the type that they point to; arguments that are not listed are integers
+FLOAT32_POINTERS = (
+    "log_normalizer blank_log_prob label_log_prob duration_log_prob node_posterior blank_posterior label_posterior "
+    "duration_gradient loss_gradient encoder_gradient predictor_gradient"
 )
-INT32 = (
-    "frame_lengths label_lengths labels encoder_row predictor_row next_label row_cell cells row_first position "
+INT32_POINTERS = (
+    "frame_lengths label_lengths labels encoder_row predictor_row next_label row_node nodes row_start list_index "
     "durations"
 )
-INPUTS = "encoder predictor hidden gradient token_logits duration_logits token_gradient duration_gradient_out"
+# pointers to tensors of the dtype of the inputs
+INPUT_POINTERS = "encoder predictor hidden gradient token_logits duration_logits token_gradient duration_gradient_rows"
 TYPES = {
-    **dict.fromkeys(FLOAT32.split(), "*fp32"),
-    **dict.fromkeys(INT32.split(), "*i32"),
-    **dict.fromkeys(("alpha", "beta"), "*fp64"),
+    **dict.fromkeys(FLOAT32_POINTERS.split(), "*fp32"),
+    **dict.fromkeys(INT32_POINTERS.split(), "*i32"),
+    **dict.fromkeys(("log_alpha", "log_beta"), "*fp64"),
     **dict.fromkeys(("sigma", "label_scale", "negligible", "dropout"), "fp32"),
-    "starts": "*i64",
-    "kept": "*i8",
+    "first_node": "*i64",
+    "is_relevant": "*i8",
 }
-TIMED, PLAIN = {"D": 5, "TIMED": True}, {"D": 2, "TIMED": False}
-TILE = {"BLOCK_N": 16, "BLOCK_J": 128}
-WIDE = {"BLOCK_V": 1024, "BLOCK_D": 8}
+TDT, RNNT = {"NUM_DURATIONS": 5, "HAS_DURATIONS": True}, {"NUM_DURATIONS": 2, "HAS_DURATIONS": False}
+JOINT_BLOCKS = {"BLOCK_N": 16, "BLOCK_J": 128}
+LOGIT_BLOCKS = {"BLOCK_V": 1024, "BLOCK_D": 8}
 ACTIVATIONS = [
-    {"ACTIVATION": "relu", "DROPOUT": False, **TILE},
-    {"ACTIVATION": "tanh", "DROPOUT": True, **TILE},
-    {"ACTIVATION": "sigmoid", "DROPOUT": True, **TILE},
+    {"ACTIVATION": "relu", "DROPOUT": False, **JOINT_BLOCKS},
+    {"ACTIVATION": "tanh", "DROPOUT": True, **JOINT_BLOCKS},
+    {"ACTIVATION": "sigmoid", "DROPOUT": True, **JOINT_BLOCKS},
 ]
 CASES = [
-    *((lattice_programs.describe_cells, {"DENSE": dense, "BLOCK": 128}) for dense in (False, True)),
-    *((joint_programs.join_states, options) for options in ACTIVATIONS),
-    *((joint_programs.unjoin_gradient, options) for options in ACTIVATIONS),
-    (joint_programs.sum_over_labels, TILE),
-    (joint_programs.sum_over_frames, TILE),
-    (lattice_programs.score_cells, {"V": 1025, **TIMED, **WIDE}),
-    (lattice_programs.score_cells, {"V": 8193, **PLAIN, **WIDE}),
-    (lattice_programs.sum_paths, {**TIMED, "ZERO": 0, "BLOCK": 128}),
-    (lattice_programs.sum_paths, {**PLAIN, "ZERO": 0, "BLOCK": 16}),
-    (lattice_programs.sum_paths, {**TIMED, "ZERO": -1, "BLOCK": 1024}),
-    (lattice_programs.weigh_arcs, {**TIMED, "BLOCK": 128}),
-    (lattice_programs.weigh_arcs, {**PLAIN, "BLOCK": 128}),
-    (lattice_programs.differentiate_logits, {"V": 1025, **TIMED, **WIDE}),
-    (lattice_programs.differentiate_logits, {"V": 8193, **PLAIN, **WIDE}),
+    *((lattice_programs.index_nodes, {"HAS_ROWS": has_rows, "BLOCK": 128}) for has_rows in (False, True)),
+    *((joint_programs.compute_hidden, constants) for constants in ACTIVATIONS),
+    *((joint_programs.differentiate_hidden, constants) for constants in ACTIVATIONS),
+    (joint_programs.sum_over_labels, JOINT_BLOCKS),
+    (joint_programs.sum_over_frames, JOINT_BLOCKS),
+    (lattice_programs.score_nodes, {"VOCAB_SIZE": 1025, **TDT, **LOGIT_BLOCKS}),
+    (lattice_programs.score_nodes, {"VOCAB_SIZE": 8193, **RNNT, **LOGIT_BLOCKS}),
+    (lattice_programs.sum_paths, {**TDT, "ZERO_INDEX": 0, "BLOCK": 128}),
+    (lattice_programs.sum_paths, {**RNNT, "ZERO_INDEX": 0, "BLOCK": 16}),
+    (lattice_programs.sum_paths, {**TDT, "ZERO_INDEX": -1, "BLOCK": 1024}),
+    (gradient_programs.compute_posteriors, {**TDT, "BLOCK": 128}),
+    (gradient_programs.compute_posteriors, {**RNNT, "BLOCK": 128}),
+    (gradient_programs.differentiate_logits, {"VOCAB_SIZE": 1025, **TDT, **LOGIT_BLOCKS}),
+    (gradient_programs.differentiate_logits, {"VOCAB_SIZE": 8193, **RNNT, **LOGIT_BLOCKS}),
 ]
 
 
-def compile_program(program, constants, dtype, capability, ones):
-    """Compile one program; with `ones` every integer argument is 1, which Triton turns into a constant."""
+def compile_program(program, constants, dtype, capability, integers_are_one):
+    """Compile one program.
+
+    Args:
+        program: the Triton function.
+        constants: values of its compile-time constants.
+        dtype: Triton's name of the dtype of the inputs, such as `bf16`.
+        capability: compute capability of the GPU, such as 90.
+        integers_are_one: whether integer arguments are 1, which Triton compiles to constants.
+
+    Returns:
+        The compiled program.
+    """
     signature = {}
     for name in inspect.signature(program.fn).parameters:
-        kind = TYPES.get(name, f"*{dtype}" if name in INPUTS.split() else "i32")
-        signature[name] = "constexpr" if name.isupper() or (ones and kind == "i32") else kind
+        kind = TYPES.get(name, f"*{dtype}" if name in INPUT_POINTERS.split() else "i32")
+        is_constant = name.isupper() or (integers_are_one and kind == "i32")
+        signature[name] = "constexpr" if is_constant else kind
     values = {
-        (place,): constants.get(name, 1) for place, (name, kind) in enumerate(signature.items()) if kind == "constexpr"
+        (index,): constants.get(name, 1) for index, (name, kind) in enumerate(signature.items()) if kind == "constexpr"
     }
     options = {}
     if program is lattice_programs.sum_paths:
@@ -77,17 +90,21 @@ def compile_program(program, constants, dtype, capability, ones):
 
 
 def main(capabilities, variants):
-    """Compile all cases in some variants: dtype, and whether integers are 1."""
+    """Compile all cases for GPUs of some compute capabilities, in variants (dtype, integers_are_one)."""
     for capability in capabilities:
         for program, constants in CASES:
-            binaries = [
-                compile_program(program, constants, dtype, capability, ones).asm["cubin"] for dtype, ones in variants
+            sizes = [
+                len(compile_program(program, constants, dtype, capability, integers_are_one).asm["cubin"])
+                for dtype, integers_are_one in variants
             ]
-            print(f"sm_{capability} {program.fn.__name__} {constants}: {[len(binary) for binary in binaries]} bytes")
+            print(f"sm_{capability} {program.fn.__name__} {constants}: {sizes} bytes")
 
 
 if __name__ == "__main__":
     arguments = set(sys.argv[1:])
-    quick = "--quick" in arguments
-    every = [("fp32", False), ("fp16", False), ("bf16", False), ("bf16", True)]
-    main(sorted(int(given) for given in arguments - {"--quick"}) or [80, 90], every[2:3] if quick else every)
+    is_quick = "--quick" in arguments
+    all_variants = [("fp32", False), ("fp16", False), ("bf16", False), ("bf16", True)]
+    main(
+        sorted(int(word) for word in arguments - {"--quick"}) or [80, 90],
+        all_variants[2:3] if is_quick else all_variants,
+    )

@@ -1,4 +1,4 @@
-"""Run the kernel on the CPU, by Triton's interpreter, where there is no GPU."""
+"""Puts the kernel on the path, and runs it by Triton's interpreter on the CPU where there is no GPU."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 if not torch.cuda.is_available():
-    # read when triton is imported
+    # Triton reads this variable on import
     os.environ["TRITON_INTERPRET"] = "1"
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "torch-ext")]
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent / "torch-ext")]

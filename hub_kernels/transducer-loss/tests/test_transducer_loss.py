@@ -1,7 +1,7 @@
-"""The kernel against a plain float64 loop: losses, gradients, odd sizes, refusals.
+"""The kernel against a plain float64 loop: losses, gradients, odd sizes, errors.
 
-With a GPU the tests run on it; without one, by Triton's interpreter on the CPU. All memory that the kernel takes is
-filled with NaN first.
+The tests run on a GPU if there is one, otherwise by Triton's interpreter on the CPU. All memory that the kernel
+allocates is filled with NaN first.
 """
 
 import pytest
@@ -11,62 +11,63 @@ pytest.importorskip("triton")
 
 from reference import joint_logits, reference_loss
 from transducer_loss import lattice, layers, transducer_loss, transducer_loss_from_logits
-from transducer_loss import loss as loss_file
-from transducer_loss.joint import Joint, chunk_cells, compute_logits, prepare
-from transducer_loss.lattice import lay_cells
+from transducer_loss import loss as loss_module
+from transducer_loss.joint import JointSettings, prepare_inputs, split_into_chunks, write_logits
+from transducer_loss.lattice import number_nodes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# measured: 8e-8 for losses and 5e-7 for gradients, relative to the largest, over the cases below
+# measured over the cases below, relative to the largest value: 8e-8 for losses and 5e-7 for gradients
 LOSS_ERROR, GRADIENT_ERROR = 1e-6, 3e-6
 
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """Fill new memory with what must not be read."""
-    plain, alike = torch.empty, torch.empty_like
+    """Fill new memory with values that a result must not depend on."""
+    empty, empty_like = torch.empty, torch.empty_like
 
     def fill(tensor):
         return tensor.fill_(torch.nan if tensor.dtype.is_floating_point else -77)
 
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: fill(plain(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: fill(alike(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: fill(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: fill(empty_like(*args, **kwargs)))
 
 
-def inputs(batch=2, frames=4, count=3, tokens=7, size=6, durations=None, seed=0, dtype=torch.float32):
-    """States, output layer and labels, the blank being the last token."""
-    generator = torch.Generator().manual_seed(seed)
-    outputs = tokens + (0 if durations is None else len(durations))
-    shapes = [(batch, frames, size), (batch, count + 1, size), (outputs, size), (outputs,)]
-    tensors = [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
-    labels = torch.randint(tokens - 1, (batch, count), generator=generator).to(DEVICE)
-    return tensors, labels
+def inputs(batch=2, frames=4, labels=3, vocab_size=7, joint_size=6, durations=None):
+    """Random encoder states, predictor states, weight and bias, and random labels; the last token is the blank."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = vocab_size + (0 if durations is None else len(durations))
+    shapes = [(batch, frames, joint_size), (batch, labels + 1, joint_size), (outputs, joint_size), (outputs,)]
+    tensors = [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+    label_ids = torch.randint(vocab_size - 1, (batch, labels), generator=generator).to(DEVICE)
+    return tensors, label_ids
 
 
 def lengths(*values):
+    """A tensor of lengths on the device."""
     return torch.tensor(values, device=DEVICE)
 
 
 def expected(logits, labels, frame_lengths, label_lengths, blank_id, *options):
-    """Losses (B,) by the reference."""
-    rows = zip(logits, labels.tolist(), frame_lengths.tolist(), label_lengths.tolist(), strict=True)
-    return torch.stack([reference_loss(row, *rest, blank_id, *options) for row, *rest in rows])
+    """The (B,) losses of the reference."""
+    utterances = zip(logits, labels.tolist(), frame_lengths.tolist(), label_lengths.tolist(), strict=True)
+    return torch.stack([reference_loss(*utterance, blank_id, *options) for utterance in utterances])
 
 
-def assert_close(found, truth, error):
-    """Compare relative to the largest true value."""
-    found, truth = found.detach().double(), truth.detach().double()
-    assert (found - truth).abs().max() <= error * truth.abs().max().clamp(min=1e-3)
+def assert_close(result, exact, error):
+    """Compare with the exact values; the error is relative to the largest of them."""
+    result, exact = result.detach().double(), exact.detach().double()
+    assert (result - exact).abs().max() <= error * exact.abs().max().clamp(min=1e-3)
 
 
 CASES = {
     "rnnt": ({}, None, (4, 2), (3, 3), {}),
-    "rnnt, one frame and no labels": ({"frames": 1, "count": 0}, None, (1, 1), (0, 0), {}),
-    "rnnt, more labels than frames": ({"frames": 2, "count": 6}, None, (2, 1), (6, 5), {"activation": "sigmoid"}),
-    "tdt": ({"frames": 5, "count": 2}, (0, 1, 2, 3, 4), (5, 4), (2, 1), {"sigma": 0.05}),
-    "tdt, more labels than frames": ({"frames": 3, "count": 5}, (0, 1, 2), (3, 2), (5, 3), {"activation": "tanh"}),
-    "tdt, gaps": ({"frames": 9, "count": 1}, (0, 1, 2, 4, 8), (9, 8), (1, 0), {}),
-    "tdt, labels must move": ({"frames": 5, "count": 2}, (1, 2), (5, 4), (2, 1), {"fastemit_lambda": 0.2}),
-    "tdt, durations out of order": ({"count": 2}, (2, 0, 1), (4, 3), (1, 2), {"fastemit_lambda": 0.2}),
+    "rnnt, one frame and no labels": ({"frames": 1, "labels": 0}, None, (1, 1), (0, 0), {}),
+    "rnnt, more labels than frames": ({"frames": 2, "labels": 6}, None, (2, 1), (6, 5), {"activation": "sigmoid"}),
+    "tdt": ({"frames": 5, "labels": 2}, (0, 1, 2, 3, 4), (5, 4), (2, 1), {"sigma": 0.05}),
+    "tdt, more labels than frames": ({"frames": 3, "labels": 5}, (0, 1, 2), (3, 2), (5, 3), {"activation": "tanh"}),
+    "tdt, gaps": ({"frames": 9, "labels": 1}, (0, 1, 2, 4, 8), (9, 8), (1, 0), {}),
+    "tdt, every label advances": ({"frames": 5, "labels": 2}, (1, 2), (5, 4), (2, 1), {"fastemit_lambda": 0.2}),
+    "tdt, durations out of order": ({"labels": 2}, (2, 0, 1), (4, 3), (1, 2), {"fastemit_lambda": 0.2}),
 }
 
 
@@ -81,13 +82,13 @@ def test_fused_loss_and_all_gradients(name):
         logits, labels, frame_lengths, label_lengths, 6, durations, options.get("sigma", 0.0),
         options.get("fastemit_lambda", 0.0),
     )  # fmt: skip
-    # what lies in the padding does not matter
-    for clip in range(2):
-        tensors[0][clip, frame_lengths[clip] :] = torch.nan
-        tensors[1][clip, label_lengths[clip] + 1 :] = torch.nan
-        labels[clip, label_lengths[clip] :] = -100
+    # padding must not be read
+    for utterance in range(2):
+        tensors[0][utterance, frame_lengths[utterance] :] = torch.nan
+        tensors[1][utterance, label_lengths[utterance] + 1 :] = torch.nan
+        labels[utterance, label_lengths[utterance] :] = -100
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    # 300 bytes: one to three cells at a time
+    # 300 bytes hold one to three nodes
     losses = transducer_loss(
         *leaves, labels, frame_lengths, label_lengths, 6, durations, reduction="none", workspace_bytes=300, **options
     )
@@ -96,30 +97,30 @@ def test_fused_loss_and_all_gradients(name):
     factors = torch.tensor([1.0, -0.5], device=DEVICE)
     losses.backward(factors)
     truth.backward(factors.double())
-    for found, wanted in zip(leaves, exact, strict=True):
-        assert_close(found.grad, wanted.grad, GRADIENT_ERROR)
+    for leaf, exact_leaf in zip(leaves, exact, strict=True):
+        assert_close(leaf.grad, exact_leaf.grad, GRADIENT_ERROR)
 
 
 @pytest.mark.parametrize(("name", "overwrite"), [("rnnt", False), ("rnnt", True), ("tdt", False), ("tdt", True)])
-def test_loss_of_logits_and_its_gradient(name, overwrite):
+def test_loss_from_logits_and_its_gradient(name, overwrite):
     sizes, durations, frame_lengths, label_lengths, options = CASES[name]
     tensors, labels = inputs(**sizes, durations=durations)
     frame_lengths, label_lengths = lengths(*frame_lengths), lengths(*label_lengths)
     exact = joint_logits(*tensors).double().requires_grad_()
     truth = expected(exact, labels, frame_lengths, label_lengths, 6, durations, options.get("sigma", 0.0))
     truth.sum().backward()
-    given = exact.detach().float()
-    for clip in range(2):
-        given[clip, frame_lengths[clip] :] = torch.nan
-        given[clip, :, label_lengths[clip] + 1 :] = torch.nan
-    leaves = [given[..., :7].clone().requires_grad_()]
+    padded_logits = exact.detach().float()
+    for utterance in range(2):
+        padded_logits[utterance, frame_lengths[utterance] :] = torch.nan
+        padded_logits[utterance, :, label_lengths[utterance] + 1 :] = torch.nan
+    leaves = [padded_logits[..., :7].clone().requires_grad_()]
     if durations is not None:
-        # rows with a stride of their own
-        leaves.append(given.clone()[..., 7:].requires_grad_())
-    kept = [leaf.detach().clone() for leaf in leaves]
-    pair = leaves if durations is not None else [*leaves, None]
+        # a slice, whose rows are not contiguous
+        leaves.append(padded_logits.clone()[..., 7:].requires_grad_())
+    originals = [leaf.detach().clone() for leaf in leaves]
+    token_and_duration_logits = leaves if durations is not None else [*leaves, None]
     losses = transducer_loss_from_logits(
-        *pair,
+        *token_and_duration_logits,
         labels,
         frame_lengths,
         label_lengths,
@@ -137,11 +138,11 @@ def test_loss_of_logits_and_its_gradient(name, overwrite):
         with pytest.raises(RuntimeError, match="once"):
             losses.sum().backward()
     else:
-        torch.testing.assert_close(leaves, kept, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(leaves, originals, rtol=0, atol=0, equal_nan=True)
 
 
 def test_labels_in_several_tiles(monkeypatch):
-    tensors, labels = inputs(batch=1, frames=3, count=9, durations=(0, 1, 2))
+    tensors, labels = inputs(batch=1, frames=3, labels=9, durations=(0, 1, 2))
     arguments = (labels, lengths(3), lengths(9), 6, (0, 1, 2))
     truth = expected(joint_logits(*[tensor.double() for tensor in tensors]), *arguments)
     monkeypatch.setattr(lattice, "BLOCK_U", 4)
@@ -150,30 +151,30 @@ def test_labels_in_several_tiles(monkeypatch):
     assert_close(losses, truth, LOSS_ERROR)
     tiled = torch.autograd.grad(losses.sum(), leaves)
     monkeypatch.undo()
-    whole = torch.autograd.grad(transducer_loss(*leaves, *arguments, reduction="sum"), leaves)
-    for one, other in zip(tiled, whole, strict=True):
-        assert_close(one, other, GRADIENT_ERROR)
+    untiled = torch.autograd.grad(transducer_loss(*leaves, *arguments, reduction="sum"), leaves)
+    for gradient, untiled_gradient in zip(tiled, untiled, strict=True):
+        assert_close(gradient, untiled_gradient, GRADIENT_ERROR)
 
 
-# the error of the inputs' own dtype: half of 2**-10 and of 2**-7 of the largest gradient
+# the rounding of the gradient in the dtype of the logits: half of 2**-10 and of 2**-7 of the largest gradient
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)])
-def test_half_precision_logits_are_read_as_they_are(dtype, error):
+def test_half_precision_logits_are_not_rounded_again(dtype, error):
     tensors, labels = inputs(durations=(0, 1, 2))
-    given = joint_logits(*tensors).to(dtype)
-    exact = given.double().requires_grad_()
+    logits = joint_logits(*tensors).to(dtype)
+    exact = logits.double().requires_grad_()
     arguments = (labels, lengths(4, 3), lengths(3, 2), 6, (0, 1, 2))
     truth = expected(exact, *arguments)
     truth.sum().backward()
-    tokens, timing = given[..., :7].clone().requires_grad_(), given[..., 7:].clone().requires_grad_()
-    losses = transducer_loss_from_logits(tokens, timing, *arguments, reduction="none")
+    tokens, durations = logits[..., :7].clone().requires_grad_(), logits[..., 7:].clone().requires_grad_()
+    losses = transducer_loss_from_logits(tokens, durations, *arguments, reduction="none")
     losses.sum().backward()
     assert losses.dtype == torch.float32
     assert tokens.grad.dtype == dtype
     assert_close(losses, truth, LOSS_ERROR)
-    assert_close(torch.cat([tokens.grad, timing.grad], -1), exact.grad, error)
+    assert_close(torch.cat([tokens.grad, durations.grad], -1), exact.grad, error)
 
 
-def test_autocast_chooses_the_dtype_and_gradients_keep_their_own():
+def test_autocast_sets_the_dtype_and_gradients_have_the_dtype_of_the_inputs():
     tensors, labels = inputs()
     leaves = [tensor.requires_grad_() for tensor in tensors]
     arguments = (labels, lengths(4, 4), lengths(3, 3), 6)
@@ -181,9 +182,9 @@ def test_autocast_chooses_the_dtype_and_gradients_keep_their_own():
         loss = transducer_loss(*leaves, *arguments, reduction="sum")
     loss.backward()
     rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in tensors]
-    other = transducer_loss(*rounded, *arguments, reduction="sum")
-    other.backward()
-    assert loss.item() == other.item()
+    loss_of_rounded = transducer_loss(*rounded, *arguments, reduction="sum")
+    loss_of_rounded.backward()
+    assert loss.item() == loss_of_rounded.item()
     assert [leaf.grad.dtype for leaf in leaves] == [torch.float32] * 4
     assert all(torch.equal(leaf.grad.bfloat16(), half.grad) for leaf, half in zip(leaves, rounded, strict=True))
 
@@ -192,19 +193,19 @@ def test_reductions():
     tensors, labels = inputs()
     arguments = (*tensors, labels, lengths(4, 3), lengths(3, 0), 6)
     losses = transducer_loss(*arguments, reduction="none")
-    wanted = {
+    reduced = {
         "sum": losses.sum(),
         "mean": (losses[0] / 3 + losses[1]) / 2,
         "mean_batch": losses.mean(),
         "mean_volume": losses.sum() / 3,
     }
-    for reduction, value in wanted.items():
+    for reduction, value in reduced.items():
         torch.testing.assert_close(transducer_loss(*arguments, reduction=reduction), value)
 
 
-def test_a_transcript_that_cannot_be_emitted():
-    # every label moves a frame, and the last blank needs one
-    tensors, labels = inputs(frames=3, count=3, durations=(1, 2))
+def test_a_transcript_without_a_path():
+    # every label advances a frame, and the last blank advances one
+    tensors, labels = inputs(frames=3, labels=3, durations=(1, 2))
     leaves = [tensor.requires_grad_() for tensor in tensors]
     arguments = (*leaves, labels, lengths(3, 3), lengths(3, 1), 6, (1, 2))
     losses = transducer_loss(*arguments, reduction="none")
@@ -221,18 +222,18 @@ def test_a_transcript_that_cannot_be_emitted():
 def test_an_utterance_without_frames():
     tensors, labels = inputs()
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    for lengths_given, alone in ((lengths(0, 4), 1), (lengths(4, 0), 0)):
-        losses = transducer_loss(*leaves, labels, lengths_given, lengths(3, 3), 6, reduction="none")
+    for frame_lengths, alone in ((lengths(0, 4), 1), (lengths(4, 0), 0)):
+        losses = transducer_loss(*leaves, labels, frame_lengths, lengths(3, 3), 6, reduction="none")
         assert losses[1 - alone].item() == torch.inf
         rows = [leaf[alone : alone + 1] for leaf in leaves[:2]]
-        other = transducer_loss(*rows, *leaves[2:], labels[alone : alone + 1], lengths(4), lengths(3), 6)
-        assert losses[alone].item() == pytest.approx(3 * other.item(), rel=LOSS_ERROR)
+        loss_per_label = transducer_loss(*rows, *leaves[2:], labels[alone : alone + 1], lengths(4), lengths(3), 6)
+        assert losses[alone].item() == pytest.approx(3 * loss_per_label.item(), rel=LOSS_ERROR)
         gradient = torch.autograd.grad(losses[alone], leaves[0])[0]
         assert not gradient[1 - alone].any()
         assert gradient.isfinite().all()
 
 
-def test_nan_is_not_hidden():
+def test_nan_reaches_the_loss_and_the_gradients():
     tensors, labels = inputs(durations=(0, 1))
     tensors[0][0, 1, 2] = torch.nan
     leaves = [tensor.requires_grad_() for tensor in tensors]
@@ -243,15 +244,15 @@ def test_nan_is_not_hidden():
     assert leaves[2].grad.isnan().any()
 
 
-def test_only_what_is_asked_for_gets_a_gradient():
+def test_only_tensors_that_require_a_gradient_get_one():
     tensors, labels = inputs()
     tensors[0].requires_grad_()
     arguments = (labels, lengths(4, 4), lengths(3, 3), 6)
     loss = transducer_loss(*tensors, *arguments)
     loss.backward(retain_graph=True)
-    once = tensors[0].grad.clone()
+    first_gradient = tensors[0].grad.clone()
     loss.backward()
-    assert torch.equal(tensors[0].grad, 2 * once)
+    assert torch.equal(tensors[0].grad, 2 * first_gradient)
     assert [tensor.grad for tensor in tensors[1:]] == [None] * 3
     weight = tensors[2].requires_grad_()
     squared = transducer_loss(*tensors, *arguments) ** 2
@@ -260,74 +261,75 @@ def test_only_what_is_asked_for_gets_a_gradient():
         gradient.sum().backward()
 
 
-def test_cells_left_out_do_not_show(monkeypatch):
-    tensors, labels = inputs(frames=6, count=3)
-    # a model that is sure of itself
+def test_skipped_nodes_do_not_change_the_gradients(monkeypatch):
+    tensors, labels = inputs(frames=6, labels=3)
+    # large logits: most nodes have a negligible posterior
     leaves = [tensor.mul_(3).requires_grad_() for tensor in tensors]
     arguments = (labels, lengths(6, 6), lengths(3, 3), 6)
-    kept = []
+    relevant_counts = []
 
-    def count(*args):
-        weights = lattice.weigh(*args)
-        kept.append(int(weights.kept.sum()))
-        return weights
+    def count_relevant(*args):
+        posteriors = lattice.run_posteriors(*args)
+        relevant_counts.append(int(posteriors.is_relevant.sum()))
+        return posteriors
 
-    monkeypatch.setattr(loss_file, "weigh", count)
-    some = torch.autograd.grad(transducer_loss(*leaves, *arguments, reduction="sum"), leaves)
-    monkeypatch.setattr(loss_file, "NEGLIGIBLE", -1.0)
-    every = torch.autograd.grad(transducer_loss(*leaves, *arguments, reduction="sum"), leaves)
-    assert kept[0] < kept[1] == 48
-    for one, other in zip(some, every, strict=True):
-        # sums in another order: measured 5e-8
-        assert_close(one, other, 2.0**-22)
+    monkeypatch.setattr(loss_module, "run_posteriors", count_relevant)
+    skipping = torch.autograd.grad(transducer_loss(*leaves, *arguments, reduction="sum"), leaves)
+    monkeypatch.setattr(loss_module, "NEGLIGIBLE", -1.0)
+    complete = torch.autograd.grad(transducer_loss(*leaves, *arguments, reduction="sum"), leaves)
+    assert relevant_counts[0] < relevant_counts[1] == 48
+    for gradient, complete_gradient in zip(skipping, complete, strict=True):
+        # the order of the sums differs: measured 5e-8
+        assert_close(gradient, complete_gradient, 2.0**-22)
 
 
-def test_omega_draws_plain_rnnt():
-    tensors, labels = inputs(frames=3, count=2, durations=(0, 1, 2))
-    rest = (labels, lengths(3, 2), lengths(2, 2), 6)
+def test_omega_draws_the_rnnt_loss():
+    tensors, labels = inputs(frames=3, labels=2, durations=(0, 1, 2))
+    arguments = (labels, lengths(3, 2), lengths(2, 2), 6)
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    drawn = transducer_loss(*leaves, *rest, (0, 1, 2), sigma=0.1, omega=1.0)
-    plain = transducer_loss(*leaves[:2], leaves[2][:7], leaves[3][:7], *rest)
-    assert drawn.item() == plain.item()
+    drawn = transducer_loss(*leaves, *arguments, (0, 1, 2), sigma=0.1, omega=1.0)
+    rnnt = transducer_loss(*leaves[:2], leaves[2][:7], leaves[3][:7], *arguments)
+    assert drawn.item() == rnnt.item()
     drawn.backward()
     assert leaves[2].grad[:7].any()
     assert not leaves[2].grad[7:].any()
-    timed = transducer_loss(*leaves, *rest, (0, 1, 2))
+    tdt = transducer_loss(*leaves, *arguments, (0, 1, 2))
     for seed in range(2):
         torch.manual_seed(seed)
-        wanted = plain if torch.rand(()) < 0.5 else timed
+        drawn = rnnt if torch.rand(()) < 0.5 else tdt
         torch.manual_seed(seed)
-        assert transducer_loss(*leaves, *rest, (0, 1, 2), omega=0.5).item() == wanted.item()
+        assert transducer_loss(*leaves, *arguments, (0, 1, 2), omega=0.5).item() == drawn.item()
 
 
 def test_dropout_is_the_same_in_both_directions():
-    tensors, labels = inputs(size=40)
-    rest = (labels, lengths(4, 3), lengths(3, 2), 6)
+    tensors, labels = inputs(joint_size=40)
+    arguments = (labels, lengths(4, 3), lengths(3, 2), 6)
     torch.manual_seed(3)
     seed = int(torch.randint(2**31 - 1, ()).item())
-    # hidden units of all cells, sigmoid of which none is zero by itself
-    cells = lay_cells(*rest[:3], ([4, 3], [3, 2]), 4, padded_rows=False)
-    states = prepare(*tensors)
-    every = torch.arange(cells.count, dtype=torch.int32, device=DEVICE)
-    (chunk,) = chunk_cells(every, states, Joint("sigmoid", 0.25, seed, 2**20), slopes=False)
-    compute_logits(chunk, states, cells, Joint("sigmoid", 0.25, seed, 2**20))
-    kept = chunk.hidden != 0
-    # 25 cells of 40 units: three standard deviations are 0.04
-    assert abs(kept.float().mean().item() - 0.75) < 0.05
+    # hidden units of all nodes; no sigmoid is zero without dropout
+    nodes = number_nodes(*arguments[:3], ([4, 3], [3, 2]), 4, has_rows=False)
+    joint_inputs = prepare_inputs(*tensors)
+    joint = JointSettings("sigmoid", 0.25, seed, 2**20)
+    all_nodes = torch.arange(nodes.num_nodes, dtype=torch.int32, device=DEVICE)
+    (chunk,) = split_into_chunks(all_nodes, joint_inputs, joint, needs_hidden_gradient=False)
+    write_logits(chunk, joint_inputs, nodes, joint)
+    is_kept = chunk.hidden != 0
+    # 25 nodes of 40 units: three standard deviations are 0.04
+    assert abs(is_kept.float().mean().item() - 0.75) < 0.05
     mask = torch.zeros(2, 4, 4, 40, dtype=torch.float64, device=DEVICE)
-    mask[0] = kept[:16].view(4, 4, 40)
-    mask[1, :3, :3] = kept[16:].view(3, 3, 40)
+    mask[0] = is_kept[:16].view(4, 4, 40)
+    mask[1, :3, :3] = is_kept[16:].view(3, 3, 40)
     exact = [tensor.double().requires_grad_() for tensor in tensors]
     hidden = torch.sigmoid(exact[0][:, :, None] + exact[1][:, None]) * mask / 0.75
-    truth = expected(hidden @ exact[2].t() + exact[3], *rest).sum()
+    truth = expected(hidden @ exact[2].t() + exact[3], *arguments).sum()
     truth.backward()
     leaves = [tensor.requires_grad_() for tensor in tensors]
     torch.manual_seed(3)
-    loss = transducer_loss(*leaves, *rest, activation="sigmoid", reduction="sum", dropout=0.25)
+    loss = transducer_loss(*leaves, *arguments, activation="sigmoid", reduction="sum", dropout=0.25)
     loss.backward()
     assert_close(loss, truth, LOSS_ERROR)
-    for found, wanted in zip(leaves, exact, strict=True):
-        assert_close(found.grad, wanted.grad, GRADIENT_ERROR)
+    for leaf, exact_leaf in zip(leaves, exact, strict=True):
+        assert_close(leaf.grad, exact_leaf.grad, GRADIENT_ERROR)
 
 
 def test_the_layer_has_no_state():
@@ -340,7 +342,7 @@ def test_the_layer_has_no_state():
 
 
 def changed(**changes):
-    """Arguments of a call that would pass, with some of them changed."""
+    """The arguments of a valid call, with some of them changed."""
     (encoder, predictor, weight, bias), labels = inputs()
     arguments = {
         "encoder_states": encoder, "predictor_states": predictor, "head_weight": weight, "head_bias": bias,
@@ -362,9 +364,9 @@ REFUSED = {
     "labels too long": ({"label_lengths": torch.tensor([4, 0])}, ValueError, "label_lengths.*between 0 and 3"),
     "blank as label": ({"labels": torch.tensor([[0, 1, 2], [3, 6, 0]])}, ValueError, "row 1.*6"),
     "unknown label": ({"labels": torch.tensor([[0, 1, 2], [3, 7, 0]])}, ValueError, "other than the blank"),
-    "blank": ({"blank_id": 7}, ValueError, "blank_id.*7 tokens"),
-    "no duration moves": ({"durations": (0,), "blank_id": 5}, ValueError, "durations.*above 0"),
-    "durations twice": ({"durations": (1, 1), "blank_id": 4}, ValueError, "different"),
+    "blank": ({"blank_id": 7}, ValueError, "blank_id.*0 to 6, got 7"),
+    "no duration advances": ({"durations": (0,), "blank_id": 5}, ValueError, "durations.*above 0"),
+    "equal durations": ({"durations": (1, 1), "blank_id": 4}, ValueError, "different"),
     "activation": ({"activation": "gelu"}, ValueError, "activation.*gelu"),
     "reduction": ({"reduction": "max"}, ValueError, "reduction.*max"),
     "dropout": ({"dropout": 1.0}, ValueError, "dropout"),
@@ -376,14 +378,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refusals(name):
+def test_a_wrong_argument_is_refused(name):
     changes, error, message = REFUSED[name]
-    moved = {
+    on_device = {
         key: value.to(DEVICE) if isinstance(value, torch.Tensor) and value.device.type != "meta" else value
         for key, value in changes.items()
     }
     with pytest.raises(error, match=message):
-        transducer_loss(**changed(**moved))
+        transducer_loss(**changed(**on_device))
 
 
 def test_a_device_without_triton_is_refused(monkeypatch):
@@ -394,9 +396,9 @@ def test_a_device_without_triton_is_refused(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="one tile is 1024 labels: too slow without a GPU")
-def test_more_labels_than_a_block_on_a_gpu():
+def test_more_labels_than_a_tile_on_a_gpu():
     durations = (0, 1, 2, 3, 4)
-    tensors, labels = inputs(batch=2, frames=3, count=1500, size=64, durations=durations)
+    tensors, labels = inputs(batch=2, frames=3, labels=1500, joint_size=64, durations=durations)
     leaves = [tensor.requires_grad_() for tensor in tensors]
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     arguments = (labels, lengths(3, 2), lengths(1500, 1100), 6, durations)
@@ -405,5 +407,6 @@ def test_more_labels_than_a_block_on_a_gpu():
     assert_close(losses, truth, LOSS_ERROR)
     losses.sum().backward()
     truth.sum().backward()
-    for found, wanted in zip(leaves, exact, strict=True):
-        assert_close(found.grad, wanted.grad, 1e-4)
+    for leaf, exact_leaf in zip(leaves, exact, strict=True):
+        # not measured: no GPU was at hand
+        assert_close(leaf.grad, exact_leaf.grad, 1e-4)

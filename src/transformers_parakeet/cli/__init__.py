@@ -1,8 +1,5 @@
 """The command `parakeet`."""
 
-from .app import app, main
+from .entry import main
 
-__all__ = [
-    "app",
-    "main",
-]
+__all__ = ["main"]

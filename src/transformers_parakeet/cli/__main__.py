@@ -1,5 +1,5 @@
 """`python -m transformers_parakeet.cli` runs the command `parakeet`."""
 
-from .app import main
+from .entry import main
 
 main()

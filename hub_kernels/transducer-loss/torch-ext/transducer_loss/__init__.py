@@ -1,4 +1,4 @@
-"""Exact RNN-T and TDT losses in Triton, of logits or fused with the joint network."""
+"""Exact RNN-T and TDT losses in Triton: from logits, or fused with the joint network."""
 
 from . import layers
 from .loss import transducer_loss, transducer_loss_from_logits

@@ -1,7 +1,7 @@
-"""The joint network in chunks of cells: logits forward, and gradients of its inputs and its output layer.
+"""The joint network in chunks of lattice nodes: logits, and the gradients of its inputs and its output layer.
 
-The products are cuBLAS's; the workspace for hidden units and logits of one chunk is allocated once and has a fixed
-size.
+Matrix products are PyTorch's. The workspace for the hidden units and logits of one chunk is allocated once and has a
+fixed size.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from .joint_programs import join_states, sum_over_frames, sum_over_labels, unjoin_gradient
-from .lattice import Arcs, Cells, Scores, Weights, on_device, read_logits, write_gradient
+from .joint_programs import compute_hidden, differentiate_hidden, sum_over_frames, sum_over_labels
+from .lattice import LatticeSettings, Nodes, Posteriors, Scores, use_device, write_logit_gradients, write_scores
 
-# cells and hidden units of one program
+# nodes and hidden units of one program
 BLOCK_N = 16
 BLOCK_J = 128
 
 
 @dataclass(frozen=True)
-class Joint:
-    """How hidden units are made, and in how much memory.
+class JointSettings:
+    """How hidden units are computed, and in how much memory.
 
     Args:
         activation: `relu`, `tanh` or `sigmoid`.
         dropout: probability of dropping a hidden unit.
-        seed: of the dropout.
-        workspace_bytes: for hidden units and logits of one chunk.
+        seed: seed of the dropout.
+        workspace_bytes: memory for the hidden units and logits of one chunk.
     """
 
     activation: str
@@ -40,27 +40,27 @@ class Joint:
 
 
 @dataclass(frozen=True)
-class States:
-    """Inputs of the joint network, contiguous and of one dtype.
+class JointInputs:
+    """Inputs and output layer of the joint network, contiguous and of one dtype.
 
     Args:
-        encoder: (B * T, J).
-        predictor: (B * (U+1), J).
-        weight: (R, J), V + D rows and zeros.
+        encoder: (B * T, J) encoder states.
+        predictor: (B * (U+1), J) predictor states.
+        weight: (R, J) output layer: V + D rows, then rows of zeros.
         bias: (R,), or None.
-        outputs: V + D.
+        num_outputs: V + D.
     """
 
     encoder: Tensor
     predictor: Tensor
     weight: Tensor
     bias: Tensor | None
-    outputs: int
+    num_outputs: int
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """Gradients of `States`, float32; None where nobody asks."""
+class JointGradients:
+    """Gradients of `JointInputs`, float32; None where no gradient is needed."""
 
     encoder: Tensor | None
     predictor: Tensor | None
@@ -70,168 +70,226 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of the list of cells, and room for its hidden units and logits.
+    """Consecutive nodes of a list, and memory for their hidden units and logits.
 
     Args:
-        first: place of its first cell in the list.
-        cells: (n,) int32.
-        hidden: (n, J).
-        logits: (n, R); what stands behind V + D is zero.
-        slope: (n, J) room for gradients of the hidden units; empty if not asked for.
+        start: index of the first node in the list.
+        nodes: (n,) int32 numbers of the nodes.
+        hidden: (n, J) hidden units.
+        logits: (n, R) logits; zero after the V + D outputs.
+        hidden_gradient: (n, J) gradients of the hidden units; empty if they are not needed.
     """
 
-    first: int
-    cells: Tensor
+    start: int
+    nodes: Tensor
     hidden: Tensor
     logits: Tensor
-    slope: Tensor
+    hidden_gradient: Tensor
 
 
-def prepare(encoder_states: Tensor, predictor_states: Tensor, weight: Tensor, bias: Tensor | None) -> States:
-    """Flatten the inputs; pad the output layer to rows that start at multiples of 16 bytes, which cuBLAS is fast on.
+@dataclass(frozen=True)
+class NodeList:
+    """The nodes from which chunks are cut in backward.
+
+    Args:
+        nodes: (n,) int32 numbers of the nodes, ascending.
+        list_index: (all nodes,) int32 index of each node in `nodes`, -1 if it is not in the list.
+        row_start: (B * T + 1,) int32 index of the first node of each frame in `nodes`.
+    """
+
+    nodes: Tensor
+    list_index: Tensor
+    row_start: Tensor
+
+
+def prepare_inputs(
+    encoder_states: Tensor, predictor_states: Tensor, weight: Tensor, bias: Tensor | None
+) -> JointInputs:  # fmt: skip
+    """Flatten the states and pad the output layer.
+
+    The padded rows of the logits start at multiples of 16 bytes, for which matrix products are faster.
 
     Args:
         encoder_states: (B, T, J).
         predictor_states: (B, U+1, J).
         weight: (V + D, J).
         bias: (V + D,), or None.
+
+    Returns:
+        The inputs of the joint network.
     """
-    outputs, size = weight.shape
-    extra = -outputs % (16 // weight.element_size())
-    return States(
-        encoder=encoder_states.reshape(-1, size).contiguous(),
-        predictor=predictor_states.reshape(-1, size).contiguous(),
-        weight=F.pad(weight, (0, 0, 0, extra)).contiguous(),
-        bias=None if bias is None else F.pad(bias, (0, extra)),
-        outputs=outputs,
+    num_outputs, joint_size = weight.shape
+    padding = -num_outputs % (16 // weight.element_size())
+    return JointInputs(
+        encoder=encoder_states.reshape(-1, joint_size).contiguous(),
+        predictor=predictor_states.reshape(-1, joint_size).contiguous(),
+        weight=F.pad(weight, (0, 0, 0, padding)).contiguous(),
+        bias=None if bias is None else F.pad(bias, (0, padding)),
+        num_outputs=num_outputs,
     )
 
 
-def chunk_cells(listed: Tensor, states: States, joint: Joint, slopes: bool) -> Iterator[Chunk]:
-    """Cut a list of cells into chunks that fit the workspace.
+def split_into_chunks(
+    node_list: Tensor, inputs: JointInputs, joint: JointSettings, needs_hidden_gradient: bool
+) -> Iterator[Chunk]:
+    """Split a list of nodes into chunks that fit into the workspace. All chunks share one memory.
 
     Args:
-        listed: (n,) int32 cells, ascending.
-        states: inputs of the joint network.
-        joint: how hidden units are made.
-        slopes: also make room for gradients of the hidden units.
+        node_list: (n,) int32 numbers of the nodes, ascending.
+        inputs: inputs of the joint network.
+        joint: settings of the joint network.
+        needs_hidden_gradient: whether a chunk has memory for gradients of its hidden units.
+
+    Yields:
+        The chunks in order.
     """
-    rows, size = states.weight.shape
-    per_cell = (rows + size * (2 if slopes else 1)) * states.weight.element_size()
-    length = min(len(listed), max(1, joint.workspace_bytes // per_cell))
-    room = {"dtype": states.weight.dtype, "device": states.weight.device}
-    hidden = torch.empty((length, size), **room)
-    logits = torch.empty((length, rows), **room)
-    slope = torch.empty((length if slopes else 0, size), **room)
-    for first in range(0, len(listed), max(1, length)):
-        cells = listed[first : first + length]
-        count = len(cells)
-        yield Chunk(first, cells, hidden[:count], logits[:count], slope[:count])
+    num_rows, joint_size = inputs.weight.shape
+    bytes_per_node = (num_rows + joint_size * (2 if needs_hidden_gradient else 1)) * inputs.weight.element_size()
+    length = min(len(node_list), max(1, joint.workspace_bytes // bytes_per_node))
+    options = {"dtype": inputs.weight.dtype, "device": inputs.weight.device}
+    hidden = torch.empty((length, joint_size), **options)
+    logits = torch.empty((length, num_rows), **options)
+    hidden_gradient = torch.empty((length if needs_hidden_gradient else 0, joint_size), **options)
+    for start in range(0, len(node_list), max(1, length)):
+        nodes = node_list[start : start + length]
+        count = len(nodes)
+        yield Chunk(start, nodes, hidden[:count], logits[:count], hidden_gradient[:count])
 
 
-def compute_logits(chunk: Chunk, states: States, cells: Cells, joint: Joint) -> None:
-    """Fill in the hidden units and the logits of a chunk."""
-    count, size = chunk.hidden.shape
-    with on_device(chunk.hidden):
-        join_states[(triton.cdiv(count, BLOCK_N), triton.cdiv(size, BLOCK_J))](
-            states.encoder, states.predictor, cells.encoder_row, cells.predictor_row, chunk.cells, chunk.hidden, count,
-            size, joint.seed, joint.dropout, ACTIVATION=joint.activation, DROPOUT=joint.dropout > 0, BLOCK_N=BLOCK_N,
-            BLOCK_J=BLOCK_J,
+def write_logits(chunk: Chunk, inputs: JointInputs, nodes: Nodes, joint: JointSettings) -> None:
+    """Write the hidden units and the logits of a chunk."""
+    count, joint_size = chunk.hidden.shape
+    with use_device(chunk.hidden):
+        compute_hidden[(triton.cdiv(count, BLOCK_N), triton.cdiv(joint_size, BLOCK_J))](
+            inputs.encoder, inputs.predictor, nodes.encoder_row, nodes.predictor_row, chunk.nodes, chunk.hidden, count,
+            joint_size, joint.seed, joint.dropout, ACTIVATION=joint.activation, DROPOUT=joint.dropout > 0,
+            BLOCK_N=BLOCK_N, BLOCK_J=BLOCK_J,
         )  # fmt: skip
-    if states.bias is None:
-        torch.mm(chunk.hidden, states.weight.t(), out=chunk.logits)
+    if inputs.bias is None:
+        torch.mm(chunk.hidden, inputs.weight.t(), out=chunk.logits)
     else:
-        torch.addmm(states.bias, chunk.hidden, states.weight.t(), out=chunk.logits)
+        torch.addmm(inputs.bias, chunk.hidden, inputs.weight.t(), out=chunk.logits)
 
 
-def split(logits: Tensor, outputs: int, arcs: Arcs) -> tuple[Tensor, Tensor]:
-    """Token and duration columns."""
-    tokens = outputs - (len(arcs.spans) if arcs.timed else 0)
-    return logits[:, :tokens], logits[:, tokens:outputs]
+def split_logits(logits: Tensor, num_outputs: int, settings: LatticeSettings) -> tuple[Tensor, Tensor]:
+    """Return the token columns and the duration columns of (n, R) logits, without the padding."""
+    vocab_size = num_outputs - (len(settings.arc_durations) if settings.has_durations else 0)
+    return logits[:, :vocab_size], logits[:, vocab_size:num_outputs]
 
 
-def score_joint(states: States, cells: Cells, arcs: Arcs, joint: Joint, scores: Scores) -> None:
-    """Fill in the scores of all cells, chunk by chunk.
+def score_all_nodes(
+    inputs: JointInputs, nodes: Nodes, settings: LatticeSettings, joint: JointSettings, scores: Scores
+) -> None:
+    """Write the scores of all nodes, chunk by chunk.
 
     Args:
-        states: inputs of the joint network.
-        cells: the minibatch.
-        arcs: what leaves a cell.
-        joint: how hidden units are made.
+        inputs: inputs of the joint network.
+        nodes: the nodes of the batch.
+        settings: which arcs leave a node.
+        joint: settings of the joint network.
         scores: is written.
     """
-    every = torch.arange(cells.count, dtype=torch.int32, device=cells.starts.device)
-    for chunk in chunk_cells(every, states, joint, slopes=False):
-        compute_logits(chunk, states, cells, joint)
-        read_logits(*split(chunk.logits, states.outputs, arcs), chunk.cells, cells, arcs, scores)
+    all_nodes = torch.arange(nodes.num_nodes, dtype=torch.int32, device=nodes.first_node.device)
+    for chunk in split_into_chunks(all_nodes, inputs, joint, needs_hidden_gradient=False):
+        write_logits(chunk, inputs, nodes, joint)
+        token_logits, duration_logits = split_logits(chunk.logits, inputs.num_outputs, settings)
+        write_scores(token_logits, duration_logits, chunk.nodes, nodes, settings, scores)
 
 
 def differentiate_joint(
-    states: States, cells: Cells, arcs: Arcs, joint: Joint, scores: Scores, weights: Weights, wanted: tuple[bool, ...]
-) -> Gradients:
-    """Compute the gradients of the joint network's inputs and output layer from the cells worth one.
+    inputs: JointInputs, nodes: Nodes, settings: LatticeSettings, joint: JointSettings, scores: Scores,
+    posteriors: Posteriors, needs_gradient: tuple[bool, ...],
+) -> JointGradients:  # fmt: skip
+    """Compute the gradients of the joint network's inputs and output layer from the relevant nodes.
 
     Args:
-        states: inputs of the joint network.
-        cells: the minibatch.
-        arcs: what leaves a cell.
-        joint: how hidden units are made.
-        scores: of all cells.
-        weights: of all cells.
-        wanted: whether the encoder's, predictor's, weight's and bias's gradients are needed.
+        inputs: inputs of the joint network.
+        nodes: the nodes of the batch.
+        settings: which arcs leave a node.
+        joint: settings of the joint network.
+        scores: scores of all nodes.
+        posteriors: posteriors of all nodes.
+        needs_gradient: whether encoder states, predictor states, weight and bias need a gradient.
+
+    Returns:
+        The gradients, without padding.
     """
-    into = Gradients(
+    gradients = _allocate_gradients(inputs, needs_gradient)
+    listed = _list_relevant_nodes(inputs, nodes, posteriors)
+    needs_hidden_gradient = gradients.encoder is not None or gradients.predictor is not None
+    for chunk in split_into_chunks(listed.nodes, inputs, joint, needs_hidden_gradient):
+        write_logits(chunk, inputs, nodes, joint)
+        tokens, durations = split_logits(chunk.logits, inputs.num_outputs, settings)
+        # the gradients replace the logits
+        write_logit_gradients(tokens, tokens, durations, chunk.nodes, nodes, settings, scores, posteriors)
+        if gradients.weight is not None:
+            gradients.weight.add_(torch.mm(chunk.logits.t(), chunk.hidden))
+        if gradients.bias is not None:
+            gradients.bias.add_(chunk.logits.sum(0, dtype=torch.float32))
+        if needs_hidden_gradient:
+            torch.mm(chunk.logits, inputs.weight, out=chunk.hidden_gradient)
+            _add_state_gradients(chunk, inputs, nodes, joint, listed, gradients)
+    return JointGradients(
+        gradients.encoder,
+        gradients.predictor,
+        None if gradients.weight is None else gradients.weight[: inputs.num_outputs],
+        None if gradients.bias is None else gradients.bias[: inputs.num_outputs],
+    )
+
+
+def _allocate_gradients(inputs: JointInputs, needs_gradient: tuple[bool, ...]) -> JointGradients:
+    """Allocate zeros for the gradients that are needed."""
+    tensors = (inputs.encoder, inputs.predictor, inputs.weight, inputs.bias)
+    return JointGradients(
         *(
             torch.zeros_like(tensor, dtype=torch.float32) if tensor is not None and needed else None
-            for tensor, needed in zip(
-                (states.encoder, states.predictor, states.weight, states.bias), wanted, strict=True
-            )
+            for tensor, needed in zip(tensors, needs_gradient, strict=True)
         )
     )
-    listed = weights.kept.nonzero()[:, 0].to(torch.int32)
-    position = torch.where(weights.kept > 0, weights.kept.cumsum(0, dtype=torch.int32) - 1, -1)
-    rows = torch.arange(len(states.encoder) + 1, dtype=torch.int32, device=listed.device)
-    row_first = torch.searchsorted(cells.encoder_row[listed], rows, out_int32=True)
-    slopes = into.encoder is not None or into.predictor is not None
-    for chunk in chunk_cells(listed, states, joint, slopes):
-        compute_logits(chunk, states, cells, joint)
-        tokens, timing = split(chunk.logits, states.outputs, arcs)
-        write_gradient(tokens, tokens, timing, chunk.cells, cells, arcs, scores, weights)
-        if into.weight is not None:
-            into.weight.add_(torch.mm(chunk.logits.t(), chunk.hidden))
-        if into.bias is not None:
-            into.bias.add_(chunk.logits.sum(0, dtype=torch.float32))
-        if slopes:
-            torch.mm(chunk.logits, states.weight, out=chunk.slope)
-            _spread(chunk, states, cells, joint, listed, position, row_first, into)
-    return Gradients(
-        into.encoder,
-        into.predictor,
-        None if into.weight is None else into.weight[: states.outputs],
-        None if into.bias is None else into.bias[: states.outputs],
-    )
 
 
-def _spread(
-    chunk: Chunk, states: States, cells: Cells, joint: Joint, listed: Tensor, position: Tensor, row_first: Tensor,
-    into: Gradients,
-) -> None:  # fmt: skip
-    """Add a chunk's gradients of hidden units to the frames and predictor states they come from; no atomics."""
-    count, size = chunk.slope.shape
-    units = triton.cdiv(size, BLOCK_J)
-    end = chunk.first + count
-    with on_device(chunk.slope):
-        unjoin_gradient[(triton.cdiv(count, BLOCK_N), units)](
-            states.encoder, states.predictor, cells.encoder_row, cells.predictor_row, chunk.cells, chunk.slope, count,
-            size, joint.seed, joint.dropout, ACTIVATION=joint.activation, DROPOUT=joint.dropout > 0, BLOCK_N=BLOCK_N,
-            BLOCK_J=BLOCK_J,
+def _list_relevant_nodes(inputs: JointInputs, nodes: Nodes, posteriors: Posteriors) -> NodeList:
+    """List the nodes whose logits have a gradient that is not negligible."""
+    is_relevant = posteriors.is_relevant
+    relevant = is_relevant.nonzero()[:, 0].to(torch.int32)
+    list_index = torch.where(is_relevant > 0, is_relevant.cumsum(0, dtype=torch.int32) - 1, -1)
+    rows = torch.arange(len(inputs.encoder) + 1, dtype=torch.int32, device=relevant.device)
+    row_start = torch.searchsorted(nodes.encoder_row[relevant], rows, out_int32=True)
+    return NodeList(relevant, list_index, row_start)
+
+
+def _add_state_gradients(
+    chunk: Chunk, inputs: JointInputs, nodes: Nodes, joint: JointSettings, listed: NodeList, gradients: JointGradients
+) -> None:
+    """Add a chunk's gradients of hidden units to the gradients of encoder and predictor states.
+
+    Each state has its own program, so sums have a fixed order and need no atomic additions.
+
+    Args:
+        chunk: nodes with `hidden_gradient`, which is overwritten.
+        inputs: inputs of the joint network.
+        nodes: the nodes of the batch.
+        joint: settings of the joint network.
+        listed: the list from which the chunk was cut.
+        gradients: encoder and predictor gradients are added to.
+    """
+    count, joint_size = chunk.hidden_gradient.shape
+    unit_blocks = triton.cdiv(joint_size, BLOCK_J)
+    end = chunk.start + count
+    with use_device(chunk.hidden_gradient):
+        differentiate_hidden[(triton.cdiv(count, BLOCK_N), unit_blocks)](
+            inputs.encoder, inputs.predictor, nodes.encoder_row, nodes.predictor_row, chunk.nodes,
+            chunk.hidden_gradient, count, joint_size, joint.seed, joint.dropout, ACTIVATION=joint.activation,
+            DROPOUT=joint.dropout > 0, BLOCK_N=BLOCK_N, BLOCK_J=BLOCK_J,
         )  # fmt: skip
-        if into.encoder is not None:
-            sum_over_labels[(len(states.encoder), units)](
-                chunk.slope, row_first, into.encoder, chunk.first, end, size, BLOCK_N=BLOCK_N, BLOCK_J=BLOCK_J
-            )
-        if into.predictor is not None:
-            sum_over_frames[(len(states.predictor), units)](
-                chunk.slope, position, listed, cells.encoder_row, cells.frame_lengths, cells.label_lengths,
-                cells.starts, into.predictor, chunk.first, end, cells.frames, cells.columns, size, BLOCK_N=BLOCK_N,
-            BLOCK_J=BLOCK_J, )  # fmt: skip
+        if gradients.encoder is not None:
+            sum_over_labels[(len(inputs.encoder), unit_blocks)](
+                chunk.hidden_gradient, listed.row_start, gradients.encoder, chunk.start, end, joint_size,
+                BLOCK_N=BLOCK_N, BLOCK_J=BLOCK_J,
+            )  # fmt: skip
+        if gradients.predictor is not None:
+            sum_over_frames[(len(inputs.predictor), unit_blocks)](
+                chunk.hidden_gradient, listed.list_index, listed.nodes, nodes.encoder_row, nodes.frame_lengths,
+                nodes.label_lengths, nodes.first_node, gradients.predictor, chunk.start, end, nodes.num_frames,
+                nodes.num_positions, joint_size, BLOCK_N=BLOCK_N, BLOCK_J=BLOCK_J,
+            )  # fmt: skip

@@ -1,6 +1,7 @@
-"""The lattice of a minibatch: its cells, their scores, sums over paths, and what the gradient needs of them.
+"""The lattice of a batch: its nodes, their scores, path sums, posteriors, and the gradient of logits.
 
-`lattice_programs.py` has the programs that run; this file gives them memory and launches them.
+This file allocates memory and launches the programs of `lattice_programs.py`, which explains nodes, and of
+`gradient_programs.py`.
 """
 
 from __future__ import annotations
@@ -12,23 +13,29 @@ import torch
 import triton
 from torch import Tensor
 
-from .lattice_programs import describe_cells, differentiate_logits, score_cells, sum_paths, weigh_arcs
+from .gradient_programs import compute_posteriors, differentiate_logits
+from .lattice_programs import index_nodes, score_nodes, sum_paths
 
-# columns of logits that a program holds at a time
+# columns of logits that a program loads at once
 BLOCK_V = 1024
-# lattice columns that a program holds at a time; more labels are done in several tiles
+# largest number of label positions that a program of the path sums loads at once
 BLOCK_U = 1024
+# the same for the other programs over label positions
+BLOCK_POSITIONS = 256
+# a path sum below this has no path; NO_PATH in lattice_programs.py
+NO_PATH = -1e29
 
 
 @dataclass(frozen=True)
-class Arcs:
-    """What leaves a cell.
+class LatticeSettings:
+    """Which arcs leave a node, and how they are weighted.
 
     Args:
         blank_id: id of the blank.
-        durations: frames of each duration output; `None` for RNN-T, whose labels stay and whose blanks move one frame.
+        durations: frames of each duration output; None for RNN-T, where a label does not advance and a blank advances
+            one frame.
         sigma: subtracted from every token log-probability.
-        fastemit_lambda: token gradients of labels are scaled by 1 + lambda.
+        fastemit_lambda: FastEmit weight; token gradients of labels are multiplied by 1 + lambda.
     """
 
     blank_id: int
@@ -37,262 +44,291 @@ class Arcs:
     fastemit_lambda: float
 
     @property
-    def timed(self) -> bool:
-        """Whether durations have scores of their own."""
+    def has_durations(self) -> bool:
+        """Whether the joint network has duration outputs."""
         return self.durations is not None
 
     @property
-    def spans(self) -> tuple[int, ...]:
-        """Frames that an arc can move."""
+    def arc_durations(self) -> tuple[int, ...]:
+        """Frames that an arc can advance."""
         return (0, 1) if self.durations is None else self.durations
 
     @property
-    def zero(self) -> int:
-        """Index of duration 0, -1 if there is none."""
-        return self.spans.index(0) if 0 in self.spans else -1
+    def zero_index(self) -> int:
+        """Index of duration 0 in `arc_durations`, -1 if there is none."""
+        return self.arc_durations.index(0) if 0 in self.arc_durations else -1
 
 
 @dataclass(frozen=True)
-class Cells:
-    """The cells of a minibatch, without padding.
+class Nodes:
+    """The lattice nodes of a batch, without padding.
 
     Args:
         frame_lengths: (B,) int32.
         label_lengths: (B,) int32.
-        starts: (B,) int64 first cell of each utterance.
-        encoder_row: (cells,) int32 row of (B * T, J).
-        predictor_row: (cells,) int32 row of (B * (U+1), J).
-        next_label: (cells,) int32, -1 after the last label.
-        row_cell: (B * T * (U+1),) int32 cell of each row of padded logits, -1 for padding; empty if not asked for.
-        count: number of cells.
-        frames: T.
-        columns: U + 1.
+        first_node: (B,) int64 number of the first node of each utterance.
+        encoder_row: (nodes,) int32 row of each node in the encoder states (B * T, J).
+        predictor_row: (nodes,) int32 row of each node in the predictor states (B * (U+1), J).
+        next_label: (nodes,) int32 label that the node can emit, -1 after the last label.
+        row_node: (B * T * (U+1),) int32 node of each row of padded logits, -1 for padding; empty if there are none.
+        num_nodes: number of nodes.
+        num_frames: T.
+        num_positions: U + 1.
     """
 
     frame_lengths: Tensor
     label_lengths: Tensor
-    starts: Tensor
+    first_node: Tensor
     encoder_row: Tensor
     predictor_row: Tensor
     next_label: Tensor
-    row_cell: Tensor
-    count: int
-    frames: int
-    columns: int
+    row_node: Tensor
+    num_nodes: int
+    num_frames: int
+    num_positions: int
 
     @property
     def batch(self) -> int:
         """Number of utterances."""
-        return len(self.starts)
+        return len(self.first_node)
 
     @property
     def block(self) -> int:
-        """Lattice columns that a program holds."""
-        return min(BLOCK_U, max(16, triton.next_power_of_2(self.columns)))
+        """Label positions that a program of the path sums loads at once."""
+        return min(BLOCK_U, max(16, triton.next_power_of_2(self.num_positions)))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the lattice keeps of the logits, float32.
+    """Log-probabilities at the nodes, float32.
 
     Args:
-        normaliser: (cells,) log-sum-exp of the token logits.
-        blank: (cells,) log-probability of the blank, less sigma.
-        label: (cells,) log-probability of the next label, less sigma.
-        durations: (D, cells) log-probabilities; empty for RNN-T.
+        log_normalizer: (nodes,) log-sum-exp of the token logits.
+        blank: (nodes,) log-probability of the blank, minus sigma.
+        label: (nodes,) log-probability of the next label, minus sigma.
+        durations: (D, nodes) log-probabilities; empty for RNN-T.
     """
 
-    normaliser: Tensor
+    log_normalizer: Tensor
     blank: Tensor
     label: Tensor
     durations: Tensor
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What the gradient of logits needs of the lattice, float32, times the gradient of the loss.
+class PathSums:
+    """Sums over the paths of each utterance.
 
     Args:
-        occupancy: (cells,) sum of the posteriors of a cell's arcs.
-        blank: (cells,) of its blanks.
-        label: (cells,) of its labels.
-        durations: (D, cells) gradient of the duration logits; empty for RNN-T.
-        kept: (cells,) int8, 1 where the occupancy is worth a gradient.
+        losses: (B,) float32 negative log-likelihoods, infinite where no path exists.
+        log_alpha: (nodes,) float64 sum over the paths from the start to each node; empty if only the loss is needed.
+        log_beta: (nodes,) float64 sum over the paths from each node to the end.
+        durations: (D,) int32 frames of each duration, on the device.
     """
 
-    occupancy: Tensor
+    losses: Tensor
+    log_alpha: Tensor
+    log_beta: Tensor
+    durations: Tensor
+
+
+@dataclass(frozen=True)
+class Posteriors:
+    """Posterior probabilities of arcs, float32, multiplied by the gradient of the loss.
+
+    Args:
+        node: (nodes,) sum over all arcs that leave the node.
+        blank: (nodes,) sum over the blank arcs.
+        label: (nodes,) sum over the label arcs.
+        duration_gradient: (D, nodes) gradient of the duration logits; empty for RNN-T.
+        is_relevant: (nodes,) int8, 1 where the gradient of the node's logits is not negligible.
+    """
+
+    node: Tensor
     blank: Tensor
     label: Tensor
-    durations: Tensor
-    kept: Tensor
+    duration_gradient: Tensor
+    is_relevant: Tensor
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[None]:
-    """Launch on the device of a tensor."""
+def use_device(tensor: Tensor) -> AbstractContextManager[None]:
+    """Return a context in which programs are launched on the device of a tensor."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def lay_cells(
-    labels: Tensor, frame_lengths: Tensor, label_lengths: Tensor, lengths: tuple[list[int], list[int]], frames: int,
-    padded_rows: bool,
-) -> Cells:  # fmt: skip
-    """Number the cells of a minibatch.
+def number_nodes(
+    labels: Tensor, frame_lengths: Tensor, label_lengths: Tensor, lengths: tuple[list[int], list[int]],
+    num_frames: int, has_rows: bool,
+) -> Nodes:  # fmt: skip
+    """Number the lattice nodes of a batch.
 
     Args:
         labels: (B, U).
         frame_lengths: (B,).
         label_lengths: (B,).
-        lengths: the same two, on the host.
-        frames: T.
-        padded_rows: make `row_cell` too.
+        lengths: values of `frame_lengths` and `label_lengths`.
+        num_frames: T.
+        has_rows: whether to fill `Nodes.row_node`.
+
+    Returns:
+        The nodes.
+
+    Raises:
+        ValueError: the batch has 2**31 nodes or more.
     """
-    batch, columns = labels.shape[0], labels.shape[1] + 1
-    sizes = [rows * (width + 1) for rows, width in zip(*lengths, strict=True)]
-    count = sum(sizes)
-    if max(count, batch * max(frames, columns)) >= 2**31:
-        raise ValueError(f"a minibatch must have fewer than 2**31 lattice cells, got {count}; make it smaller")
-    starts = torch.tensor([sum(sizes[:clip]) for clip in range(batch)], dtype=torch.int64).to(labels.device)
-    empty = {"dtype": torch.int32, "device": labels.device}
-    cells = Cells(
+    batch, num_positions = labels.shape[0], labels.shape[1] + 1
+    sizes = [frames * (label_count + 1) for frames, label_count in zip(*lengths, strict=True)]
+    num_nodes = sum(sizes)
+    if max(num_nodes, batch * max(num_frames, num_positions)) >= 2**31:
+        raise ValueError(f"a batch must have fewer than 2**31 lattice nodes, got {num_nodes}: use a smaller batch")
+    first_node = torch.tensor([sum(sizes[:utterance]) for utterance in range(batch)], dtype=torch.int64)
+    options = {"dtype": torch.int32, "device": labels.device}
+    nodes = Nodes(
         frame_lengths=frame_lengths.to(torch.int32).contiguous(),
         label_lengths=label_lengths.to(torch.int32).contiguous(),
-        starts=starts,
-        encoder_row=torch.empty(count, **empty),
-        predictor_row=torch.empty(count, **empty),
-        next_label=torch.empty(count, **empty),
-        row_cell=torch.empty(batch * frames * columns if padded_rows else 0, **empty),
-        count=count,
-        frames=frames,
-        columns=columns,
+        first_node=first_node.to(labels.device),
+        encoder_row=torch.empty(num_nodes, **options),
+        predictor_row=torch.empty(num_nodes, **options),
+        next_label=torch.empty(num_nodes, **options),
+        row_node=torch.empty(batch * num_frames * num_positions if has_rows else 0, **options),
+        num_nodes=num_nodes,
+        num_frames=num_frames,
+        num_positions=num_positions,
     )
-    with on_device(labels):
-        describe_cells[(batch * frames,)](
-            cells.frame_lengths, cells.label_lengths, starts, labels.to(torch.int32).contiguous(), cells.encoder_row,
-            cells.predictor_row, cells.next_label, cells.row_cell, frames, columns, DENSE=padded_rows,
-            BLOCK=min(256, cells.block),
+    with use_device(labels):
+        index_nodes[(batch * num_frames,)](
+            nodes.frame_lengths, nodes.label_lengths, nodes.first_node, labels.to(torch.int32).contiguous(),
+            nodes.encoder_row, nodes.predictor_row, nodes.next_label, nodes.row_node, num_frames, num_positions,
+            HAS_ROWS=has_rows, BLOCK=min(BLOCK_POSITIONS, nodes.block),
         )  # fmt: skip
-    return cells
+    return nodes
 
 
-def empty_scores(cells: Cells, arcs: Arcs) -> Scores:
-    """Make room for the scores of all cells."""
-    plane = {"dtype": torch.float32, "device": cells.starts.device}
+def allocate_scores(nodes: Nodes, settings: LatticeSettings) -> Scores:
+    """Allocate the scores of all nodes."""
+    options = {"dtype": torch.float32, "device": nodes.first_node.device}
+    num_durations = len(settings.arc_durations) if settings.has_durations else 0
     return Scores(
-        normaliser=torch.empty(cells.count, **plane),
-        blank=torch.empty(cells.count, **plane),
-        label=torch.empty(cells.count, **plane),
-        durations=torch.empty((len(arcs.spans) if arcs.timed else 0, cells.count), **plane),
+        log_normalizer=torch.empty(nodes.num_nodes, **options),
+        blank=torch.empty(nodes.num_nodes, **options),
+        label=torch.empty(nodes.num_nodes, **options),
+        durations=torch.empty((num_durations, nodes.num_nodes), **options),
     )
 
 
-def read_logits(
-    token_logits: Tensor, duration_logits: Tensor, row_cell: Tensor, cells: Cells, arcs: Arcs, scores: Scores
-) -> None:
-    """Fill in the scores of the cells that some rows of logits belong to.
+def write_scores(
+    token_logits: Tensor, duration_logits: Tensor, row_node: Tensor, nodes: Nodes, settings: LatticeSettings,
+    scores: Scores,
+) -> None:  # fmt: skip
+    """Write the scores of the nodes to which rows of logits belong.
 
     Args:
         token_logits: (rows, V), last stride 1.
         duration_logits: (rows, D), last stride 1; not read for RNN-T.
-        row_cell: (rows,) int32 cell of each row, -1 for none.
-        cells: the minibatch.
-        arcs: what leaves a cell.
+        row_node: (rows,) int32 node of each row, -1 for padding.
+        nodes: the nodes of the batch.
+        settings: which arcs leave a node.
         scores: is written.
     """
-    tokens = token_logits.shape[1]
-    with on_device(token_logits):
-        score_cells[(len(row_cell),)](
-            token_logits, token_logits.stride(0), duration_logits, duration_logits.stride(0), row_cell,
-            cells.next_label, scores.normaliser, scores.blank, scores.label, scores.durations, cells.count,
-            arcs.blank_id, arcs.sigma, V=tokens, D=len(arcs.spans), TIMED=arcs.timed, BLOCK_V=min(BLOCK_V,
-            triton.next_power_of_2(tokens)), BLOCK_D=triton.next_power_of_2(len(arcs.spans)),
+    vocab_size, num_durations = token_logits.shape[1], len(settings.arc_durations)
+    with use_device(token_logits):
+        score_nodes[(len(row_node),)](
+            token_logits, token_logits.stride(0), duration_logits, duration_logits.stride(0), row_node,
+            nodes.next_label, scores.log_normalizer, scores.blank, scores.label, scores.durations, nodes.num_nodes,
+            settings.blank_id, settings.sigma, VOCAB_SIZE=vocab_size, NUM_DURATIONS=num_durations,
+            HAS_DURATIONS=settings.has_durations, BLOCK_V=min(BLOCK_V, triton.next_power_of_2(vocab_size)),
+            BLOCK_D=triton.next_power_of_2(num_durations),
         )  # fmt: skip
 
 
-def run_lattice(cells: Cells, arcs: Arcs, scores: Scores, both: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum over all paths.
+def run_path_sums(nodes: Nodes, settings: LatticeSettings, scores: Scores, needs_gradient: bool) -> PathSums:
+    """Sum over all paths of each utterance.
 
     Args:
-        cells: the minibatch.
-        arcs: what leaves a cell.
-        scores: of all cells.
-        both: alpha as well as beta: the gradient needs both.
+        nodes: the nodes of the batch.
+        settings: which arcs leave a node.
+        scores: scores of all nodes.
+        needs_gradient: whether to compute log_alpha in addition to log_beta.
 
     Returns:
-        Negative log-likelihoods (B,) float32, infinite where there is no path; alpha and beta (cells,) float64; and the
-        durations (D,) int32 on the device.
+        Losses and path sums.
     """
-    plane = {"dtype": torch.float64, "device": cells.starts.device}
-    beta = torch.empty(cells.count, **plane)
-    alpha = torch.empty(cells.count if both else 0, **plane)
-    spans = torch.tensor(arcs.spans, dtype=torch.int32).to(cells.starts.device)
-    with on_device(cells.starts):
-        sum_paths[(cells.batch, 2 if both else 1)](
-            cells.frame_lengths, cells.label_lengths, cells.starts, alpha, beta, scores.blank, scores.label,
-            scores.durations, spans, cells.count, D=len(arcs.spans), ZERO=arcs.zero, TIMED=arcs.timed,
-            BLOCK=cells.block, num_warps=max(1, cells.block // 128), num_stages=1,
+    options = {"dtype": torch.float64, "device": nodes.first_node.device}
+    log_beta = torch.empty(nodes.num_nodes, **options)
+    log_alpha = torch.empty(nodes.num_nodes if needs_gradient else 0, **options)
+    durations = torch.tensor(settings.arc_durations, dtype=torch.int32).to(nodes.first_node.device)
+    with use_device(log_beta):
+        sum_paths[(nodes.batch, 2 if needs_gradient else 1)](
+            nodes.frame_lengths, nodes.label_lengths, nodes.first_node, log_alpha, log_beta, scores.blank, scores.label,
+            scores.durations, durations, nodes.num_nodes, NUM_DURATIONS=len(settings.arc_durations),
+            ZERO_INDEX=settings.zero_index, HAS_DURATIONS=settings.has_durations, BLOCK=nodes.block,
+            num_warps=max(1, nodes.block // 128), num_stages=1,
         )  # fmt: skip
-    # an utterance without frames has no cell of its own
-    evidence = beta[cells.starts.clamp(max=cells.count - 1)]
-    # as NO_PATH in lattice_programs.py
-    losses = torch.where((evidence < -1e29) | (cells.frame_lengths == 0), torch.inf, -evidence)
-    return losses.to(torch.float32), alpha, beta, spans
+    # an utterance without frames has no node; its index is only clamped to be valid
+    log_likelihood = log_beta[nodes.first_node.clamp(max=nodes.num_nodes - 1)]
+    has_no_path = (log_likelihood < NO_PATH) | (nodes.frame_lengths == 0)
+    losses = torch.where(has_no_path, torch.inf, -log_likelihood)
+    return PathSums(losses.to(torch.float32), log_alpha, log_beta, durations)
 
 
-def weigh(
-    cells: Cells, arcs: Arcs, scores: Scores, alpha: Tensor, beta: Tensor, spans: Tensor, loss_gradient: Tensor,
-    negligible: float,
-) -> Weights:  # fmt: skip
-    """Turn path sums into the weights of the gradient.
+def run_posteriors(
+    nodes: Nodes, settings: LatticeSettings, scores: Scores, sums: PathSums, loss_gradient: Tensor, negligible: float
+) -> Posteriors:
+    """Compute the posterior probabilities of the arcs that leave each node.
 
     Args:
-        cells: the minibatch.
-        arcs: what leaves a cell.
-        scores: of all cells.
-        alpha: (cells,) from `run_lattice`.
-        beta: (cells,) from `run_lattice`.
-        spans: (D,) from `run_lattice`.
-        loss_gradient: (B,).
-        negligible: share of an utterance's probability that its cells that are not kept may have; negative to keep all.
+        nodes: the nodes of the batch.
+        settings: which arcs leave a node.
+        scores: scores of all nodes.
+        sums: path sums with log_alpha.
+        loss_gradient: (B,) gradient of the loss of each utterance.
+        negligible: sum of the posteriors of an utterance's irrelevant nodes is at most this; negative if all nodes are
+            relevant.
+
+    Returns:
+        The posteriors.
     """
-    plane = {"dtype": torch.float32, "device": beta.device}
-    weights = Weights(
-        occupancy=torch.empty(cells.count, **plane),
-        blank=torch.empty(cells.count, **plane),
-        label=torch.empty(cells.count, **plane),
-        durations=torch.empty_like(scores.durations),
-        kept=torch.empty(cells.count, dtype=torch.int8, device=beta.device),
+    options = {"dtype": torch.float32, "device": sums.log_beta.device}
+    posteriors = Posteriors(
+        node=torch.empty(nodes.num_nodes, **options),
+        blank=torch.empty(nodes.num_nodes, **options),
+        label=torch.empty(nodes.num_nodes, **options),
+        duration_gradient=torch.empty_like(scores.durations),
+        is_relevant=torch.empty(nodes.num_nodes, dtype=torch.int8, device=sums.log_beta.device),
     )
-    with on_device(beta):
-        weigh_arcs[(cells.batch * cells.frames,)](
-            cells.frame_lengths, cells.label_lengths, cells.starts, loss_gradient.contiguous(), alpha, beta,
-            scores.blank, scores.label, scores.durations, spans, weights.occupancy, weights.blank, weights.label,
-            weights.durations, weights.kept, cells.frames, cells.count, 1.0 + arcs.fastemit_lambda, negligible,
-            D=len(arcs.spans), TIMED=arcs.timed, BLOCK=min(256, cells.block),
+    with use_device(sums.log_beta):
+        compute_posteriors[(nodes.batch * nodes.num_frames,)](
+            nodes.frame_lengths, nodes.label_lengths, nodes.first_node, loss_gradient.contiguous(), sums.log_alpha,
+            sums.log_beta, scores.blank, scores.label, scores.durations, sums.durations, posteriors.node,
+            posteriors.blank, posteriors.label, posteriors.duration_gradient, posteriors.is_relevant, nodes.num_frames,
+            nodes.num_nodes, 1.0 + settings.fastemit_lambda, negligible, NUM_DURATIONS=len(settings.arc_durations),
+            HAS_DURATIONS=settings.has_durations, BLOCK=min(BLOCK_POSITIONS, nodes.block),
         )  # fmt: skip
-    return weights
+    return posteriors
 
 
-def write_gradient(
-    token_logits: Tensor, token_gradient: Tensor, duration_gradient: Tensor, row_cell: Tensor, cells: Cells, arcs: Arcs,
-    scores: Scores, weights: Weights,
+def write_logit_gradients(
+    token_logits: Tensor, token_gradient: Tensor, duration_gradient: Tensor, row_node: Tensor, nodes: Nodes,
+    settings: LatticeSettings, scores: Scores, posteriors: Posteriors,
 ) -> None:  # fmt: skip
     """Write the gradient of rows of logits.
 
     Args:
         token_logits: (rows, V), last stride 1.
-        token_gradient: (rows, V), last stride 1; may be the logits themselves.
-        duration_gradient: (rows, D), last stride 1; not written for RNN-T.
-        row_cell: (rows,) int32 cell of each row, -1 for none: zeros.
-        cells: the minibatch.
-        arcs: what leaves a cell.
-        scores: of all cells.
-        weights: of all cells.
+        token_gradient: (rows, V), last stride 1, is written; may be `token_logits`.
+        duration_gradient: (rows, D), last stride 1, is written; unused for RNN-T.
+        row_node: (rows,) int32 node of each row, -1 for padding, whose gradient is zero.
+        nodes: the nodes of the batch.
+        settings: which arcs leave a node.
+        scores: scores of all nodes.
+        posteriors: posteriors of all nodes.
     """
-    tokens = token_logits.shape[1]
-    with on_device(token_logits):
-        differentiate_logits[(len(row_cell),)](
+    vocab_size, num_durations = token_logits.shape[1], len(settings.arc_durations)
+    with use_device(token_logits):
+        differentiate_logits[(len(row_node),)](
             token_logits, token_logits.stride(0), token_gradient, token_gradient.stride(0), duration_gradient,
-            duration_gradient.stride(0), row_cell, cells.next_label, scores.normaliser, weights.occupancy,
-            weights.blank, weights.label, weights.durations, cells.count, arcs.blank_id, V=tokens, D=len(arcs.spans),
-            TIMED=arcs.timed, BLOCK_V=min(BLOCK_V, triton.next_power_of_2(tokens)),
-        BLOCK_D=triton.next_power_of_2(len(arcs.spans)), )  # fmt: skip
+            duration_gradient.stride(0), row_node, nodes.next_label, scores.log_normalizer, posteriors.node,
+            posteriors.blank, posteriors.label, posteriors.duration_gradient, nodes.num_nodes, settings.blank_id,
+            VOCAB_SIZE=vocab_size, NUM_DURATIONS=num_durations, HAS_DURATIONS=settings.has_durations,
+            BLOCK_V=min(BLOCK_V, triton.next_power_of_2(vocab_size)), BLOCK_D=triton.next_power_of_2(num_durations),
+        )  # fmt: skip

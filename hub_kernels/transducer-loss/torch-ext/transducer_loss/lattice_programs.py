@@ -1,449 +1,347 @@
-"""What runs on the device for the lattice: one program per row of logits, per frame, or per utterance.
+"""Triton programs of the transducer lattice: node numbers, scores and path sums.
 
-Who launches it, with which memory and in which order, is in `lattice.py`.
+`lattice.py` allocates their memory and launches them; `gradient_programs.py` has the gradient.
 
-Words: a cell is a point (t, u) of an utterance's lattice, frame t with u labels emitted. Cells of a minibatch are
-numbered in one row, utterance by utterance, frame by frame, without padding: cell = start[b] + t * width[b] + u, where
-width = labels + 1. A plane is a float32 array with one number per cell. Sums over paths are kept in float64 (additions
-are cheap there, and a long utterance has scores of thousands), their exponentials are float32: the differences that are
-exponentiated are small.
+A node (t, u) of an utterance stands for frame t after u labels. The nodes of a batch are numbered without padding:
+node = first_node[utterance] + t * num_positions + u, where num_positions is the number of labels + 1. Path sums are
+float64, because a long utterance has log-probabilities of thousands. Only differences are exponentiated; they are small
+enough for float32.
 """
 
 import triton
 import triton.language as tl
 
-# log-probability of what cannot happen: finite, so that differences are never NaN
-NEVER = tl.constexpr(-1e30)
-# below this a sum over paths has no path in it
+# log-probability of an impossible event; finite, so that a difference of two is not NaN
+IMPOSSIBLE = tl.constexpr(-1e30)
+# a path sum below this has no path
 NO_PATH = tl.constexpr(-1e29)
 
 
 @triton.jit
-def describe_cells(
+def index_nodes(
     frame_lengths,
     label_lengths,
-    starts,
+    first_node,
     labels,
     encoder_row,
     predictor_row,
     next_label,
-    row_cell,
-    frames,
-    columns,
-    DENSE: tl.constexpr,
+    row_node,
+    num_frames,
+    num_positions_padded,
+    HAS_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write for each cell its rows in the flattened inputs and its next label (-1 after the last one).
+    """Write where each node reads its inputs; one program per padded frame.
 
-    One program per padded frame. With `DENSE`, `row_cell` (B * T * (U+1),) gets each row's cell, -1 for padding.
+    Args:
+        frame_lengths: (B,) frames of each utterance.
+        label_lengths: (B,) labels of each utterance.
+        first_node: (B,) number of the first node of each utterance.
+        labels: (B, U).
+        encoder_row: (nodes,) is written: row of the flattened encoder states (B * T, J).
+        predictor_row: (nodes,) is written: row of the flattened predictor states (B * (U+1), J).
+        next_label: (nodes,) is written: the label that the node can emit, -1 after the last one.
+        row_node: (B * T * (U+1),) is written with `HAS_ROWS`: node of each row of padded logits, -1 for padding.
+        num_frames: T.
+        num_positions_padded: U + 1.
     """
     frame_row = tl.program_id(0)
-    clip = frame_row // frames
-    frame = frame_row % frames
-    width = tl.load(label_lengths + clip) + 1
-    first = tl.load(starts + clip) + frame * width
-    # no column of a padded frame is inside
-    end = tl.where(frame < tl.load(frame_lengths + clip), width, 0)
-    base = 0
-    while base < columns:
-        column = base + tl.arange(0, BLOCK)
-        inside = column < end
-        cell = first + column
-        label = tl.load(labels + clip * (columns - 1) + column, mask=column < end - 1, other=-1)
-        tl.store(encoder_row + cell, tl.zeros_like(column) + frame_row, mask=inside)
-        tl.store(predictor_row + cell, clip * columns + column, mask=inside)
-        tl.store(next_label + cell, label, mask=inside)
-        if DENSE:
-            row = frame_row.to(tl.int64) * columns + column
-            tl.store(row_cell + row, tl.where(inside, cell, -1), mask=column < columns)
-        base += BLOCK
+    utterance = frame_row // num_frames
+    frame = frame_row % num_frames
+    num_positions = tl.load(label_lengths + utterance) + 1
+    frame_node = tl.load(first_node + utterance) + frame * num_positions
+    # a padded frame has no position
+    end = tl.where(frame < tl.load(frame_lengths + utterance), num_positions, 0)
+    first_position = 0
+    while first_position < num_positions_padded:
+        position = first_position + tl.arange(0, BLOCK)
+        is_node = position < end
+        node = frame_node + position
+        label_offset = utterance * (num_positions_padded - 1) + position
+        label = tl.load(labels + label_offset, mask=position < end - 1, other=-1)
+        tl.store(encoder_row + node, tl.zeros_like(position) + frame_row, mask=is_node)
+        tl.store(predictor_row + node, utterance * num_positions_padded + position, mask=is_node)
+        tl.store(next_label + node, label, mask=is_node)
+        if HAS_ROWS:
+            row = frame_row.to(tl.int64) * num_positions_padded + position
+            tl.store(row_node + row, tl.where(is_node, node, -1), mask=position < num_positions_padded)
+        first_position += BLOCK
 
 
 @triton.jit
-def _log_sum_exp(logits, size: tl.constexpr, BLOCK: tl.constexpr):
-    """Logarithm of the sum of exponentials of one row, in one pass."""
-    peak = tl.full((), NEVER, tl.float32)
+def _log_sum_exp(logits, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return log(sum(exp(logits))) of `SIZE` consecutive values, read once in blocks."""
+    maximum = tl.full((), IMPOSSIBLE, tl.float32)
     total = tl.zeros((), tl.float32)
-    for base in range(0, size, BLOCK):
-        column = base + tl.arange(0, BLOCK)
-        value = tl.load(logits + column, mask=column < size, other=float("-inf")).to(tl.float32)
-        top = tl.maximum(peak, tl.max(value, axis=0))
-        total = total * tl.exp(peak - top) + tl.sum(tl.exp(value - top), axis=0)
-        peak = top
-    return peak + tl.log(total)
+    for first_column in range(0, SIZE, BLOCK):
+        column = first_column + tl.arange(0, BLOCK)
+        value = tl.load(logits + column, mask=column < SIZE, other=float("-inf")).to(tl.float32)
+        new_maximum = tl.maximum(maximum, tl.max(value, axis=0))
+        total = total * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(value - new_maximum), axis=0)
+        maximum = new_maximum
+    return maximum + tl.log(total)
 
 
 @triton.jit
-def score_cells(
+def score_nodes(
     token_logits,
     token_stride,
     duration_logits,
     duration_stride,
-    row_cell,
+    row_node,
     next_label,
-    normaliser,
-    blank_score,
-    label_score,
-    duration_score,
-    cell_count,
+    log_normalizer,
+    blank_log_prob,
+    label_log_prob,
+    duration_log_prob,
+    num_nodes,
     blank_id,
     sigma,
-    V: tl.constexpr,
-    D: tl.constexpr,
-    TIMED: tl.constexpr,
+    VOCAB_SIZE: tl.constexpr,
+    NUM_DURATIONS: tl.constexpr,
+    HAS_DURATIONS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Reduce each row of logits to the few numbers that the lattice needs; one program per row.
+    """Reduce each row of logits to the log-probabilities that the lattice needs; one program per row.
 
-    Log-sum-exp over the tokens, log-probability of the blank and of the next label less sigma, and with `TIMED` those
-    of the durations, (D, cells).
+    Args:
+        token_logits: (rows, V), with the stride `token_stride` between rows.
+        duration_logits: (rows, D), with the stride `duration_stride`; read with `HAS_DURATIONS`.
+        row_node: (rows,) node of each row, -1 for padding.
+        next_label: (nodes,) from `index_nodes`.
+        log_normalizer: (nodes,) is written: log-sum-exp of the token logits.
+        blank_log_prob: (nodes,) is written: log-probability of the blank, minus sigma.
+        label_log_prob: (nodes,) is written: log-probability of the next label, minus sigma.
+        duration_log_prob: (D, nodes) is written with `HAS_DURATIONS`.
+        num_nodes: number of nodes.
+        blank_id: id of the blank.
+        sigma: logit under-normalisation of TDT.
     """
     row = tl.program_id(0).to(tl.int64)
-    cell = tl.load(row_cell + row)
-    if cell >= 0:
+    node = tl.load(row_node + row)
+    if node >= 0:
         tokens = token_logits + row * token_stride
-        total = _log_sum_exp(tokens, V, BLOCK_V)
-        label = tl.load(next_label + cell)
-        blank = tl.load(tokens + blank_id).to(tl.float32) - total - sigma
-        spoken = tl.load(tokens + tl.maximum(label, 0)).to(tl.float32) - total - sigma
-        # written so that NaN stays NaN, and a score of -inf becomes finite
-        blank = tl.where(blank < NEVER, NEVER, blank)
-        spoken = tl.where(label < 0, NEVER, tl.where(spoken < NEVER, NEVER, spoken))
-        tl.store(normaliser + cell, total)
-        tl.store(blank_score + cell, blank)
-        tl.store(label_score + cell, spoken)
-        if TIMED:
-            which = tl.arange(0, BLOCK_D)
-            there = which < D
-            value = tl.load(duration_logits + row * duration_stride + which, mask=there, other=float("-inf"))
-            value = value.to(tl.float32)
+        normalizer = _log_sum_exp(tokens, VOCAB_SIZE, BLOCK_V)
+        label_id = tl.load(next_label + node)
+        blank = tl.load(tokens + blank_id).to(tl.float32) - normalizer - sigma
+        label = tl.load(tokens + tl.maximum(label_id, 0)).to(tl.float32) - normalizer - sigma
+        # these comparisons keep NaN and make -inf finite
+        blank = tl.where(blank < IMPOSSIBLE, IMPOSSIBLE, blank)
+        label = tl.where(label_id < 0, IMPOSSIBLE, tl.where(label < IMPOSSIBLE, IMPOSSIBLE, label))
+        tl.store(log_normalizer + node, normalizer)
+        tl.store(blank_log_prob + node, blank)
+        tl.store(label_log_prob + node, label)
+        if HAS_DURATIONS:
+            index = tl.arange(0, BLOCK_D)
+            is_duration = index < NUM_DURATIONS
+            logits = duration_logits + row * duration_stride + index
+            value = tl.load(logits, mask=is_duration, other=float("-inf")).to(tl.float32)
             shifted = value - tl.max(value, axis=0)
             value = shifted - tl.log(tl.sum(tl.exp(shifted), axis=0))
-            value = tl.where(value < NEVER, NEVER, value)
-            tl.store(duration_score + which.to(tl.int64) * cell_count + cell, value, mask=there)
+            value = tl.where(value < IMPOSSIBLE, IMPOSSIBLE, value)
+            tl.store(duration_log_prob + index.to(tl.int64) * num_nodes + node, value, mask=is_duration)
 
 
 @triton.jit
-def _add(peak, total, score):
-    """Add exp(score) to total * exp(peak)."""
-    top = tl.maximum(peak, score)
-    total = total * tl.exp((peak - top).to(tl.float32)) + tl.exp((score - top).to(tl.float32))
-    return top, total
+def _add_term(maximum, total, term):
+    """Add exp(term) to the running sum total * exp(maximum); return the new maximum and total."""
+    new_maximum = tl.maximum(maximum, term)
+    total = total * tl.exp((maximum - new_maximum).to(tl.float32)) + tl.exp((term - new_maximum).to(tl.float32))
+    return new_maximum, total
 
 
 @triton.jit
 def _log_add(left, right):
-    peak = tl.maximum(left, right)
-    total = tl.exp((left - peak).to(tl.float32)) + tl.exp((right - peak).to(tl.float32))
-    return peak + tl.log(total).to(tl.float64)
+    """Return log(exp(left) + exp(right)) in float64."""
+    maximum = tl.maximum(left, right)
+    total = tl.exp((left - maximum).to(tl.float32)) + tl.exp((right - maximum).to(tl.float32))
+    return maximum + tl.log(total).to(tl.float64)
 
 
 @triton.jit
-def _chain(step, value, next_step, next_value):
-    """Compose x -> log(exp(value) + exp(step + x)) with the next map of the same kind."""
-    return step + next_step, _log_add(next_value, next_step + value)
+def _compose(weight, value, next_weight, next_value):
+    """Compose the map x -> log(exp(value) + exp(weight + x)) with the next map of this form."""
+    return weight + next_weight, _log_add(next_value, next_weight + value)
 
 
 @triton.jit
-def _stay(value, step, lane, base, carry, BLOCK: tl.constexpr):
-    """Sum the paths along a frame: x[i] = log(exp(value[i]) + exp(step[i] + x[i-1])); `carry` is x before the tile."""
-    value = tl.where(lane == tl.where(base > 0, 0, -1), _log_add(value, step + carry), value)
-    _, value = tl.associative_scan((step, value), 0, _chain)
+def _scan_labels(value, weight, lane, first_lane, carry, BLOCK: tl.constexpr):
+    """Solve x[i] = log(exp(value[i]) + exp(weight[i] + x[i-1])) along the label positions of one frame.
+
+    Args:
+        value: (BLOCK,) path sums over arcs from other frames.
+        weight: (BLOCK,) log-weight of the label arc with duration 0 that enters each position.
+        lane: (BLOCK,) 0, 1, 2, ...
+        first_lane: number of positions in earlier tiles of this frame.
+        carry: x of the last position of the earlier tile.
+
+    Returns:
+        (BLOCK,) x, and its last value.
+    """
+    value = tl.where(lane == tl.where(first_lane > 0, 0, -1), _log_add(value, weight + carry), value)
+    _, value = tl.associative_scan((weight, value), 0, _compose)
     return value, tl.sum(tl.where(lane == BLOCK - 1, value, 0.0), axis=0)
 
 
 @triton.jit
-def _duration_score(duration_score, index, cell_count, cell, mask, TIMED: tl.constexpr):
-    """Log-probability of a duration in some cells; nothing where durations follow from the token."""
-    if TIMED:
-        score = tl.load(duration_score + index * cell_count + cell, mask=mask, other=0.0).to(tl.float64)
+def load_duration(duration_log_prob, index, num_nodes, node, mask, HAS_DURATIONS: tl.constexpr):
+    """Load the log-probability of the duration with an index at a block of nodes; 0 without duration outputs."""
+    if HAS_DURATIONS:
+        log_prob = tl.load(duration_log_prob + index * num_nodes + node, mask=mask, other=0.0).to(tl.float64)
     else:
-        score = tl.zeros_like(cell).to(tl.float64)
-    return score
+        log_prob = tl.zeros_like(node).to(tl.float64)
+    return log_prob
 
 
 @triton.jit
 def _forward_frame(
-    frame, start, width, alpha, blank_score, label_score, duration_score, durations, cell_count,
-    D: tl.constexpr, ZERO: tl.constexpr, TIMED: tl.constexpr, BLOCK: tl.constexpr,
+    frame, first_node, num_positions, log_alpha, blank_log_prob, label_log_prob, duration_log_prob, durations,
+    num_nodes, NUM_DURATIONS: tl.constexpr, ZERO_INDEX: tl.constexpr, HAS_DURATIONS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write alpha of one frame: all paths from the beginning to each of its cells."""
+    """Write log_alpha of one frame: the sum over all paths from the start to each of its nodes.
+
+    The arguments are those of `sum_paths`, for one utterance.
+    """
     lane = tl.arange(0, BLOCK)
-    carry = tl.full((), NEVER, tl.float64)
-    base = 0
-    while base < width:
-        column = base + lane
-        inside = column < width
-        cell = start + frame.to(tl.int64) * width + column
-        begins = column == tl.where(frame == 0, 0, -1)
-        peak = tl.where(begins, 0.0, NEVER).to(tl.float64)
-        # an impossible path of its own: no sum is below NEVER
+    carry = tl.full((), IMPOSSIBLE, tl.float64)
+    first_position = 0
+    while first_position < num_positions:
+        position = first_position + lane
+        is_node = position < num_positions
+        node = first_node + frame.to(tl.int64) * num_positions + position
+        is_start = position == tl.where(frame == 0, 0, -1)
+        maximum = tl.where(is_start, 0.0, IMPOSSIBLE).to(tl.float64)
+        # one impossible path, so that no sum is below IMPOSSIBLE
         total = tl.full((BLOCK,), 1.0, tl.float32)
-        for index in tl.static_range(D):
-            if index != ZERO:
+        for index in tl.static_range(NUM_DURATIONS):
+            if index != ZERO_INDEX:
                 duration = tl.load(durations + index)
-                source = cell - duration * width
-                there = column < tl.where(frame >= duration, width, 0)
-                score = tl.load(alpha + source, mask=there, other=NEVER)
-                score += tl.load(blank_score + source, mask=there, other=0.0).to(tl.float64)
-                score += _duration_score(duration_score, index, cell_count, source, there, TIMED)
-                peak, total = _add(peak, total, score)
-                if TIMED:
+                source = node - duration * num_positions
+                has_source = position < tl.where(frame >= duration, num_positions, 0)
+                path = tl.load(log_alpha + source, mask=has_source, other=IMPOSSIBLE)
+                path += tl.load(blank_log_prob + source, mask=has_source, other=0.0).to(tl.float64)
+                path += load_duration(duration_log_prob, index, num_nodes, source, has_source, HAS_DURATIONS)
+                maximum, total = _add_term(maximum, total, path)
+                if HAS_DURATIONS:
                     source -= 1
-                    there = there & (column > 0)
-                    score = tl.load(alpha + source, mask=there, other=NEVER)
-                    score += tl.load(label_score + source, mask=there, other=0.0).to(tl.float64)
-                    score += _duration_score(duration_score, index, cell_count, source, there, TIMED)
-                    peak, total = _add(peak, total, score)
-        value = peak + tl.log(total).to(tl.float64)
-        if ZERO >= 0:
-            there = inside & (column > 0)
-            step = tl.load(label_score + cell - 1, mask=there, other=NEVER).to(tl.float64)
-            step += _duration_score(duration_score, ZERO, cell_count, cell - 1, there, TIMED)
-            value, carry = _stay(value, step, lane, base, carry, BLOCK)
-        tl.store(alpha + cell, value, mask=inside)
-        base += BLOCK
+                    has_source = has_source & (position > 0)
+                    path = tl.load(log_alpha + source, mask=has_source, other=IMPOSSIBLE)
+                    path += tl.load(label_log_prob + source, mask=has_source, other=0.0).to(tl.float64)
+                    path += load_duration(duration_log_prob, index, num_nodes, source, has_source, HAS_DURATIONS)
+                    maximum, total = _add_term(maximum, total, path)
+        value = maximum + tl.log(total).to(tl.float64)
+        if ZERO_INDEX >= 0:
+            has_source = is_node & (position > 0)
+            weight = tl.load(label_log_prob + node - 1, mask=has_source, other=IMPOSSIBLE).to(tl.float64)
+            weight += load_duration(duration_log_prob, ZERO_INDEX, num_nodes, node - 1, has_source, HAS_DURATIONS)
+            value, carry = _scan_labels(value, weight, lane, first_position, carry, BLOCK)
+        tl.store(log_alpha + node, value, mask=is_node)
+        first_position += BLOCK
 
 
 @triton.jit
 def _backward_frame(
-    frame, frames, start, width, beta, blank_score, label_score, duration_score, durations, cell_count,
-    D: tl.constexpr, ZERO: tl.constexpr, TIMED: tl.constexpr, BLOCK: tl.constexpr,
+    frame, num_frames, first_node, num_positions, log_beta, blank_log_prob, label_log_prob, duration_log_prob,
+    durations, num_nodes, NUM_DURATIONS: tl.constexpr, ZERO_INDEX: tl.constexpr, HAS_DURATIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write beta of one frame: all paths from its cells to the end. Lanes run from the last label to the first."""
+    """Write log_beta of one frame: the sum over all paths from each of its nodes to the end.
+
+    Lanes run from the last label position to the first. The arguments are those of `sum_paths`, for one utterance.
+    """
     lane = tl.arange(0, BLOCK)
-    carry = tl.full((), NEVER, tl.float64)
-    base = 0
-    while base < width:
-        column = width - 1 - base - lane
-        inside = column >= 0
-        cell = start + frame.to(tl.int64) * width + column
-        blank = tl.load(blank_score + cell, mask=inside, other=0.0).to(tl.float64)
-        # NEVER after the last label
-        label = tl.load(label_score + cell, mask=inside, other=NEVER).to(tl.float64)
-        peak = tl.full((BLOCK,), NEVER, tl.float64)
+    carry = tl.full((), IMPOSSIBLE, tl.float64)
+    first_lane = 0
+    while first_lane < num_positions:
+        position = num_positions - 1 - first_lane - lane
+        is_node = position >= 0
+        node = first_node + frame.to(tl.int64) * num_positions + position
+        blank = tl.load(blank_log_prob + node, mask=is_node, other=0.0).to(tl.float64)
+        # IMPOSSIBLE after the last label
+        label = tl.load(label_log_prob + node, mask=is_node, other=IMPOSSIBLE).to(tl.float64)
+        maximum = tl.full((BLOCK,), IMPOSSIBLE, tl.float64)
         total = tl.full((BLOCK,), 1.0, tl.float32)
-        for index in tl.static_range(D):
-            if index != ZERO:
+        for index in tl.static_range(NUM_DURATIONS):
+            if index != ZERO_INDEX:
                 duration = tl.load(durations + index)
-                target = cell + duration * width
-                there = inside & (column < tl.where(frame + duration < frames, width, 0))
-                ends = column == tl.where(frame + duration == frames, width - 1, width)
-                timing = _duration_score(duration_score, index, cell_count, cell, inside, TIMED)
-                score = tl.load(beta + target, mask=there, other=NEVER)
-                score = tl.where(ends, 0.0, score) + blank + timing
-                peak, total = _add(peak, total, score)
-                if TIMED:
-                    there = there & (column < width - 1)
-                    score = tl.load(beta + target + 1, mask=there, other=NEVER) + label + timing
-                    peak, total = _add(peak, total, score)
-        value = peak + tl.log(total).to(tl.float64)
-        if ZERO >= 0:
-            step = label + _duration_score(duration_score, ZERO, cell_count, cell, inside, TIMED)
-            value, carry = _stay(value, step, lane, base, carry, BLOCK)
-        tl.store(beta + cell, value, mask=inside)
-        base += BLOCK
+                target = node + duration * num_positions
+                has_target = is_node & (position < tl.where(frame + duration < num_frames, num_positions, 0))
+                # the last blank leads from the last position exactly to the end of the frames
+                is_last = position == tl.where(frame + duration == num_frames, num_positions - 1, num_positions)
+                timing = load_duration(duration_log_prob, index, num_nodes, node, is_node, HAS_DURATIONS)
+                path = tl.load(log_beta + target, mask=has_target, other=IMPOSSIBLE)
+                path = tl.where(is_last, 0.0, path) + blank + timing
+                maximum, total = _add_term(maximum, total, path)
+                if HAS_DURATIONS:
+                    has_target = has_target & (position < num_positions - 1)
+                    path = tl.load(log_beta + target + 1, mask=has_target, other=IMPOSSIBLE) + label + timing
+                    maximum, total = _add_term(maximum, total, path)
+        value = maximum + tl.log(total).to(tl.float64)
+        if ZERO_INDEX >= 0:
+            weight = label + load_duration(
+                duration_log_prob, ZERO_INDEX, num_nodes, node, is_node, HAS_DURATIONS
+            )  # fmt: skip
+            value, carry = _scan_labels(value, weight, lane, first_lane, carry, BLOCK)
+        tl.store(log_beta + node, value, mask=is_node)
+        first_lane += BLOCK
 
 
 @triton.jit
 def sum_paths(
     frame_lengths,
     label_lengths,
-    starts,
-    alpha,
-    beta,
-    blank_score,
-    label_score,
-    duration_score,
+    first_node,
+    log_alpha,
+    log_beta,
+    blank_log_prob,
+    label_log_prob,
+    duration_log_prob,
     durations,
-    cell_count,
-    D: tl.constexpr,
-    ZERO: tl.constexpr,
-    TIMED: tl.constexpr,
+    num_nodes,
+    NUM_DURATIONS: tl.constexpr,
+    ZERO_INDEX: tl.constexpr,
+    HAS_DURATIONS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Run alpha (direction 1) or beta (direction 0) of one utterance; one program per utterance and direction.
+    """Compute log_beta (program axis 1 = 0) or log_alpha (program axis 1 = 1) of one utterance, frame by frame.
 
-    A frame reads the frames up to the longest duration before (or after) it back from memory: they are in the cache,
-    and the gradient needs them all. The barrier between frames makes one frame's stores visible to the program's other
-    threads; no program reads what another one writes.
+    A frame reads earlier frames back from memory, up to the longest duration. The barrier between frames makes the
+    stores of one frame visible to all threads of the program. No program reads what another program writes.
+
+    Args:
+        frame_lengths: (B,) frames of each utterance.
+        label_lengths: (B,) labels of each utterance.
+        first_node: (B,) number of the first node of each utterance.
+        log_alpha: (nodes,) float64, is written.
+        log_beta: (nodes,) float64, is written.
+        blank_log_prob: (nodes,) from `score_nodes`.
+        label_log_prob: (nodes,) from `score_nodes`.
+        duration_log_prob: (D, nodes) from `score_nodes`; read with `HAS_DURATIONS`.
+        durations: (D,) frames of each duration; 0 and 1 for RNN-T.
+        num_nodes: number of nodes.
+        ZERO_INDEX: index of duration 0, -1 if there is none.
     """
-    clip = tl.program_id(0)
-    frames = tl.load(frame_lengths + clip)
-    width = tl.load(label_lengths + clip) + 1
-    start = tl.load(starts + clip)
+    utterance = tl.program_id(0)
+    num_frames = tl.load(frame_lengths + utterance)
+    num_positions = tl.load(label_lengths + utterance) + 1
+    node = tl.load(first_node + utterance)
     if tl.program_id(1) == 1:
-        frame = frames * 0
-        while frame < frames:
+        frame = num_frames * 0
+        while frame < num_frames:
             _forward_frame(
-                frame, start, width, alpha, blank_score, label_score, duration_score, durations, cell_count,
-                D, ZERO, TIMED, BLOCK,
+                frame, node, num_positions, log_alpha, blank_log_prob, label_log_prob, duration_log_prob, durations,
+                num_nodes, NUM_DURATIONS, ZERO_INDEX, HAS_DURATIONS, BLOCK,
             )  # fmt: skip
             tl.debug_barrier()
             frame += 1
     else:
-        frame = frames - 1
+        frame = num_frames - 1
         while frame >= 0:
             _backward_frame(
-                frame, frames, start, width, beta, blank_score, label_score, duration_score, durations, cell_count,
-                D, ZERO, TIMED, BLOCK,
+                frame, num_frames, node, num_positions, log_beta, blank_log_prob, label_log_prob, duration_log_prob,
+                durations, num_nodes, NUM_DURATIONS, ZERO_INDEX, HAS_DURATIONS, BLOCK,
             )  # fmt: skip
             tl.debug_barrier()
             frame -= 1
-
-
-@triton.jit
-def weigh_arcs(
-    frame_lengths,
-    label_lengths,
-    starts,
-    loss_gradient,
-    alpha,
-    beta,
-    blank_score,
-    label_score,
-    duration_score,
-    durations,
-    occupancy,
-    blank_weight,
-    label_weight,
-    duration_gradient,
-    kept,
-    frames_padded,
-    cell_count,
-    label_scale,
-    negligible,
-    D: tl.constexpr,
-    TIMED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Turn path sums into posterior probabilities of the arcs that leave each cell; one program per padded frame.
-
-    Writes what the gradient of a cell's logits needs, times the gradient of the utterance's loss: the sum over its
-    arcs, of its blanks, of its labels (times 1 + fastemit), and with `TIMED` the finished gradient of its duration
-    logits. `kept` is 1 where the sum, before that factor, is above `negligible` / cells of the utterance. An utterance
-    without a path gets zeros.
-    """
-    clip = tl.program_id(0) // frames_padded
-    frame = tl.program_id(0) % frames_padded
-    frames = tl.load(frame_lengths + clip)
-    if frame < frames:
-        width = tl.load(label_lengths + clip) + 1
-        start = tl.load(starts + clip)
-        evidence = tl.load(beta + start)
-        scale = tl.load(loss_gradient + clip).to(tl.float32)
-        # false for NaN, which must reach the gradients
-        lost = evidence < NO_PATH
-        limit = negligible / (frames * width).to(tl.float32)
-        base = 0
-        while base < width:
-            column = base + tl.arange(0, BLOCK)
-            inside = column < width
-            cell = start + frame.to(tl.int64) * width + column
-            before = tl.load(alpha + cell, mask=inside, other=NEVER) - evidence
-            blank = tl.load(blank_score + cell, mask=inside, other=NEVER).to(tl.float64) + before
-            label = tl.load(label_score + cell, mask=inside, other=NEVER).to(tl.float64) + before
-            blanks = tl.zeros((BLOCK,), tl.float32)
-            labels = tl.zeros((BLOCK,), tl.float32)
-            for index in tl.static_range(D):
-                blank_arc, label_arc = _arc_weights(
-                    index, frame, frames, width, column, cell, inside, blank, label, beta, duration_score, durations,
-                    cell_count, TIMED,
-                )  # fmt: skip
-                blanks += blank_arc
-                labels += label_arc
-            leaves = blanks + labels
-            if TIMED:
-                for index in tl.static_range(D):
-                    blank_arc, label_arc = _arc_weights(
-                        index, frame, frames, width, column, cell, inside, blank, label, beta, duration_score,
-                        durations, cell_count, TIMED,
-                    )  # fmt: skip
-                    at = index * cell_count + cell
-                    chance = tl.exp(tl.load(duration_score + at, mask=inside, other=NEVER))
-                    value = (leaves * chance - blank_arc - label_arc) * scale
-                    tl.store(duration_gradient + at, tl.where(lost, 0.0, value), mask=inside)
-            # NaN is kept too
-            above = tl.where(leaves <= limit, 0, 1)
-            # FastEmit is about tokens: durations have their gradient by now
-            labels *= label_scale
-            leaves = blanks + labels
-            tl.store(occupancy + cell, tl.where(lost, 0.0, leaves * scale), mask=inside)
-            tl.store(blank_weight + cell, tl.where(lost, 0.0, blanks * scale), mask=inside)
-            tl.store(label_weight + cell, tl.where(lost, 0.0, labels * scale), mask=inside)
-            tl.store(kept + cell, tl.where(lost, 0, tl.where(scale == 0.0, 0, above)).to(tl.int8), mask=inside)
-            base += BLOCK
-
-
-@triton.jit
-def _arc_weights(
-    index, frame, frames, width, column, cell, inside, blank, label, beta, duration_score, durations, cell_count,
-    TIMED: tl.constexpr,
-):  # fmt: skip
-    """Posterior probabilities of the blank and the label of one duration that leave some cells."""
-    duration = tl.load(durations + index)
-    target = cell + duration * width
-    end = tl.where(frame + duration < frames, width, 0)
-    ends = column == tl.where(frame + duration == frames, width - 1, width)
-    timing = _duration_score(duration_score, index, cell_count, cell, inside, TIMED)
-    moves = duration > 0
-    after = tl.where(ends, 0.0, tl.load(beta + target, mask=column < end, other=NEVER))
-    blank_arc = tl.where(moves, tl.exp((blank + timing + after).to(tl.float32)), 0.0)
-    if not TIMED:
-        # a plain transducer's labels stay on their frame
-        end = tl.where(duration == 0, end, 0)
-    after = tl.load(beta + target + 1, mask=column < end - 1, other=NEVER)
-    return blank_arc, tl.exp((label + timing + after).to(tl.float32))
-
-
-@triton.jit
-def differentiate_logits(
-    token_logits,
-    token_stride,
-    token_gradient,
-    token_gradient_stride,
-    duration_gradient_out,
-    duration_gradient_stride,
-    row_cell,
-    next_label,
-    normaliser,
-    occupancy,
-    blank_weight,
-    label_weight,
-    duration_gradient,
-    cell_count,
-    blank_id,
-    V: tl.constexpr,
-    D: tl.constexpr,
-    TIMED: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Write the gradient of each row of logits, over the logits themselves if `token_gradient` is that memory.
-
-    One program per row: occupancy times probability, less the weight of the blank and of the next label. Rows without a
-    cell (padding) get zeros and are not read.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    cell = tl.load(row_cell + row)
-    exists = cell >= 0
-    leaves = tl.load(occupancy + cell, mask=exists, other=0.0)
-    blank = tl.load(blank_weight + cell, mask=exists, other=0.0)
-    spoken = tl.load(label_weight + cell, mask=exists, other=0.0)
-    label = tl.load(next_label + cell, mask=exists, other=-1)
-    total = tl.load(normaliser + cell, mask=exists, other=0.0)
-    for base in range(0, V, BLOCK_V):
-        column = base + tl.arange(0, BLOCK_V)
-        given = column < tl.where(exists, V, 0)
-        value = tl.load(token_logits + row * token_stride + column, mask=given, other=0.0).to(tl.float32)
-        value = leaves * tl.exp(value - total)
-        value -= tl.where(column == blank_id, blank, 0.0) + tl.where(column == label, spoken, 0.0)
-        into = token_gradient + row * token_gradient_stride + column
-        tl.store(into, value.to(token_gradient.dtype.element_ty), mask=column < V)
-    if TIMED:
-        which = tl.arange(0, BLOCK_D)
-        given = which < tl.where(exists, D, 0)
-        value = tl.load(duration_gradient + which.to(tl.int64) * cell_count + cell, mask=given, other=0.0)
-        into = duration_gradient_out + row * duration_gradient_stride + which
-        tl.store(into, value.to(duration_gradient_out.dtype.element_ty), mask=which < D)

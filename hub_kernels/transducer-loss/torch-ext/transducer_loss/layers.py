@@ -1,43 +1,30 @@
-"""Layers that `kernels` can put in the place of a model's own."""
+"""Layers that the library `kernels` can put in the place of a model's own layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from typing import Any
 
 from torch import Tensor, nn
 
-from .loss import WORKSPACE_BYTES, transducer_loss
+from .loss import transducer_loss
 
 
 class TransducerLoss(nn.Module):
-    """Stateless layer around `transducer_loss`."""
+    """Layer without state that calls `transducer_loss`."""
 
     has_backward = True
-    # lengths are read on the host to leave padding out
+    # lengths are copied to the host, which torch.compile cannot trace
     can_torch_compile = False
 
-    def forward(
-        self,
-        encoder_states: Tensor,
-        predictor_states: Tensor,
-        head_weight: Tensor,
-        head_bias: Tensor | None,
-        labels: Tensor,
-        frame_lengths: Tensor,
-        label_lengths: Tensor,
-        blank_id: int,
-        durations: Sequence[int] | None = None,
-        sigma: float = 0.0,
-        omega: float = 0.0,
-        fastemit_lambda: float = 0.0,
-        activation: str = "relu",
-        reduction: str = "mean_volume",
-        zero_infinity: bool = False,
-        workspace_bytes: int = WORKSPACE_BYTES,
-        dropout: float = 0.0,
-    ) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the loss; arguments and result are those of `transducer_loss`."""
-        return transducer_loss(
-            encoder_states, predictor_states, head_weight, head_bias, labels, frame_lengths, label_lengths, blank_id,
-            durations, sigma, omega, fastemit_lambda, activation, reduction, zero_infinity, workspace_bytes, dropout,
-        )  # fmt: skip
+        return transducer_loss(*args, **kwargs)
+
+    # `kernels` compares the signature of `forward` with that of the layer that it replaces
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+            *inspect.signature(transducer_loss).parameters.values(),
+        ]
+    )

@@ -1,7 +1,7 @@
-"""The transducer loss: of logits, and fused with the joint network that makes them.
+"""The transducer loss: fused with the joint network, and from logits.
 
-Formulas are in the README. RNN-T (arXiv 1211.3711) is TDT (arXiv 2304.06795) with a label that stays and a blank that
-moves one frame: one lattice.
+The README has the formulas. RNN-T (arXiv 1211.3711) is TDT (arXiv 2304.06795) in which a label does not advance and a
+blank advances one frame, so both have the same lattice.
 """
 
 from __future__ import annotations
@@ -13,14 +13,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import ACTIVATIONS, check_device, check_dtype, check_lengths, check_options, check_values
-from .joint import Joint, differentiate_joint, prepare, score_joint
-from .lattice import Arcs, empty_scores, lay_cells, read_logits, run_lattice, weigh, write_gradient
+from .checks import check_device, check_dtypes, check_joint, check_lengths, check_logits, check_options, check_values
+from .joint import JointSettings, differentiate_joint, prepare_inputs, score_all_nodes
+from .lattice import (
+    LatticeSettings,
+    allocate_scores,
+    number_nodes,
+    run_path_sums,
+    run_posteriors,
+    write_logit_gradients,
+    write_scores,
+)
 
-# memory for hidden units and logits of one chunk of the fused loss, in bytes
+# memory for the hidden units and logits of one chunk of the fused loss, in bytes
 WORKSPACE_BYTES = 256 * 2**20
-# cells that together have less than this share of an utterance's probability get no gradient of their own in the fused
-# loss: the rounding error of float32
+# The fused loss skips nodes in backward whose posteriors add up to at most this in an utterance: the rounding error of
+# float32.
 NEGLIGIBLE = 2.0**-24
 
 
@@ -43,58 +51,56 @@ def transducer_loss(
     workspace_bytes: int = WORKSPACE_BYTES,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Compute the loss together with the joint network act(encoder + predictor) @ weight.T + bias.
+    """Compute the loss together with the joint network activation(encoder + predictor) @ weight.T + bias.
 
     Args:
-        encoder_states: (B, T, J) projected frames.
-        predictor_states: (B, U+1, J) predictor states, the first one that of the blank.
+        encoder_states: (B, T, J) projected encoder frames.
+        predictor_states: (B, U+1, J) projected predictor states; the first one is the state after the blank.
         head_weight: (V, J), or (V + D, J) with durations.
         head_bias: (V,) or (V + D,), or None.
-        labels: (B, U) integer labels; what lies behind `label_lengths` is not looked at.
-        frame_lengths: (B,) valid frames.
-        label_lengths: (B,) valid labels.
+        labels: (B, U) integer labels; labels behind `label_lengths` are not read.
+        frame_lengths: (B,) number of valid frames.
+        label_lengths: (B,) number of valid labels.
         blank_id: id of the blank.
         durations: frames of each duration output; None for RNN-T.
-        sigma: subtracted from every token log-probability, with durations.
-        omega: probability that the minibatch gets the RNN-T loss of its tokens instead, drawn from torch's generator.
-        fastemit_lambda: FastEmit weight (arXiv 2010.11148): token gradients of labels are scaled by 1 + lambda; the
-            value stays the negative log-likelihood.
+        sigma: logit under-normalisation of TDT, subtracted from every token log-probability; ignored for RNN-T.
+        omega: probability that the batch gets the RNN-T loss of its tokens instead, drawn from torch's generator.
+        fastemit_lambda: FastEmit weight (arXiv 2010.11148). Token gradients of labels are multiplied by 1 + lambda; the
+            value of the loss stays the negative log-likelihood.
         activation: `relu`, `tanh` or `sigmoid`.
-        reduction: `none`, `sum`, `mean`, `mean_batch` or `mean_volume`.
-        zero_infinity: count a transcript that no path can emit as zero. Its gradient is zero either way.
+        reduction: `none`, `sum`, `mean` (per label, then over utterances), `mean_batch` (over utterances) or
+            `mean_volume` (sum divided by the number of labels).
+        zero_infinity: whether a transcript without a path has the loss 0. Its gradient is zero in any case.
         workspace_bytes: memory for hidden units and logits.
         dropout: probability of dropping a hidden unit, drawn from torch's generator.
 
     Returns:
-        Scalar, or (B,) with `reduction="none"`; float32.
+        Float32 scalar, or (B,) with `reduction="none"`.
 
     Raises:
-        TypeError: a dtype without a kernel.
-        ValueError: shapes, lengths, labels or options do not fit.
+        TypeError: the kernel has no code for a dtype.
+        ValueError: a shape, length, label or option is wrong.
     """
-    given = {
+    tensors = {
         "encoder_states": encoder_states, "predictor_states": predictor_states, "head_weight": head_weight,
         "head_bias": head_bias,
     }  # fmt: skip
-    device = check_device(given)
-    check_dtype(**given)
-    _check_joint(encoder_states, predictor_states, head_weight, head_bias, activation, dropout)
-    tokens = len(head_weight) - (0 if durations is None else len(durations))
-    arcs = Arcs(
-        blank_id,
-        check_options(blank_id, tokens, durations, fastemit_lambda, omega, reduction),
-        0.0 if durations is None else sigma,
-        fastemit_lambda,
-    )
-    if arcs.timed and _draw(omega):
-        arcs = Arcs(blank_id, None, 0.0, fastemit_lambda)
-        head_weight, head_bias = head_weight[:tokens], None if head_bias is None else head_bias[:tokens]
+    device = check_device(tensors)
+    check_dtypes(tensors)
+    check_joint(encoder_states, predictor_states, head_weight, head_bias, activation, dropout)
+    vocab_size = len(head_weight) - (0 if durations is None else len(durations))
+    arc_durations = check_options(blank_id, vocab_size, durations, fastemit_lambda, omega, reduction)
+    if arc_durations is not None and _draw_rnnt(omega):
+        arc_durations = None
+        head_weight, head_bias = head_weight[:vocab_size], None if head_bias is None else head_bias[:vocab_size]
+    settings = LatticeSettings(blank_id, arc_durations, 0.0 if arc_durations is None else sigma, fastemit_lambda)
     seed = int(torch.randint(2**31 - 1, ()).item()) if dropout > 0 else 0
     check_lengths(labels, frame_lengths, label_lengths, *encoder_states.shape[:2], predictor_states.shape[1])
-    labels, frame_lengths, label_lengths = (one.to(device) for one in (labels, frame_lengths, label_lengths))
+    labels, frame_lengths, label_lengths = (tensor.to(device) for tensor in (labels, frame_lengths, label_lengths))
     losses = _FusedLoss.apply(
-        *_one_dtype(device, encoder_states, predictor_states, head_weight, head_bias),
-        labels, frame_lengths, label_lengths, arcs, Joint(activation, dropout, seed, workspace_bytes), tokens,
+        *_to_common_dtype(device, encoder_states, predictor_states, head_weight, head_bias),
+        labels, frame_lengths, label_lengths, settings, JointSettings(activation, dropout, seed, workspace_bytes),
+        vocab_size,
     )  # fmt: skip
     return _reduce(losses, label_lengths, reduction, zero_infinity)
 
@@ -114,14 +120,16 @@ def transducer_loss_from_logits(
     zero_infinity: bool = False,
     overwrite_logits: bool = False,
 ) -> Tensor:
-    """Compute the loss of logits that are already there.
+    """Compute the loss from logits.
+
+    Arguments that are not described here are those of `transducer_loss`.
 
     Args:
-        token_logits: (B, T, U+1, V) raw scores.
-        duration_logits: (B, T, U+1, D) raw scores; None for RNN-T. It may be a slice of the same tensor as the tokens'.
-        labels: see `transducer_loss`, as all arguments not named here.
-        frame_lengths: (B,).
-        label_lengths: (B,).
+        token_logits: (B, T, U+1, V).
+        duration_logits: (B, T, U+1, D); None for RNN-T. It may be a slice of the tensor that holds the token logits.
+        labels: (B, U) integer labels.
+        frame_lengths: (B,) number of valid frames.
+        label_lengths: (B,) number of valid labels.
         blank_id: id of the blank.
         durations: frames of each duration output; None for RNN-T.
         sigma: see `transducer_loss`.
@@ -129,81 +137,40 @@ def transducer_loss_from_logits(
         fastemit_lambda: see `transducer_loss`.
         reduction: see `transducer_loss`.
         zero_infinity: see `transducer_loss`.
-        overwrite_logits: write the gradient over the logits in backward, in place of new memory of their size. Nothing
-            else may need them then, and backward runs once.
+        overwrite_logits: whether backward writes the gradient over the logits, which saves memory of their size. Then
+            nothing else may use the logits, and backward can run only once.
 
     Returns:
-        Scalar, or (B,) with `reduction="none"`; float32.
+        Float32 scalar, or (B,) with `reduction="none"`.
 
     Raises:
-        RuntimeError: second backward after the logits were overwritten.
-        TypeError: a dtype without a kernel.
-        ValueError: shapes, lengths, labels or options do not fit.
+        RuntimeError: backward runs a second time after the logits were overwritten.
+        TypeError: the kernel has no code for a dtype.
+        ValueError: a shape, length, label or option is wrong.
     """
-    device = check_device({"token_logits": token_logits, "duration_logits": duration_logits})
-    check_dtype(token_logits=token_logits, duration_logits=duration_logits)
-    spans = check_options(blank_id, token_logits.shape[-1], durations, fastemit_lambda, omega, reduction)
-    _check_logits(token_logits, duration_logits, spans)
+    tensors = {"token_logits": token_logits, "duration_logits": duration_logits}
+    device = check_device(tensors)
+    check_dtypes(tensors)
+    arc_durations = check_options(blank_id, token_logits.shape[-1], durations, fastemit_lambda, omega, reduction)
+    check_logits(token_logits, duration_logits, arc_durations)
     check_lengths(labels, frame_lengths, label_lengths, *token_logits.shape[:3])
-    labels, frame_lengths, label_lengths = (one.to(device) for one in (labels, frame_lengths, label_lengths))
-    if spans is not None and _draw(omega):
-        spans = None
-    arcs = Arcs(blank_id, spans, 0.0 if spans is None else sigma, fastemit_lambda)
+    labels, frame_lengths, label_lengths = (tensor.to(device) for tensor in (labels, frame_lengths, label_lengths))
+    if arc_durations is not None and _draw_rnnt(omega):
+        arc_durations, duration_logits = None, None
+    settings = LatticeSettings(blank_id, arc_durations, 0.0 if arc_durations is None else sigma, fastemit_lambda)
     losses = _LogitsLoss.apply(
-        token_logits,
-        None if spans is None else duration_logits,
-        labels,
-        frame_lengths,
-        label_lengths,
-        arcs,
-        overwrite_logits,
+        token_logits, duration_logits, labels, frame_lengths, label_lengths, settings, overwrite_logits
     )
     return _reduce(losses, label_lengths, reduction, zero_infinity)
 
 
-def _check_joint(
-    encoder_states: Tensor, predictor_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, activation: str,
-    dropout: float,
-) -> None:  # fmt: skip
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"`activation` must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"`dropout` must be at least 0 and below 1, got {dropout}")
-    if encoder_states.dim() != 3 or predictor_states.dim() != 3 or head_weight.dim() != 2:
-        raise ValueError(
-            "`encoder_states` must be (B, T, J), `predictor_states` (B, U+1, J) and `head_weight` (outputs, J), got "
-            f"{tuple(encoder_states.shape)}, {tuple(predictor_states.shape)} and {tuple(head_weight.shape)}"
-        )
-    batch, _, size = encoder_states.shape
-    if predictor_states.shape[0] != batch or predictor_states.shape[1] < 1 or predictor_states.shape[2] != size:
-        raise ValueError(
-            f"`predictor_states` must be ({batch}, U+1, {size}) like `encoder_states`, got "
-            f"{tuple(predictor_states.shape)}"
-        )
-    if head_weight.shape[1] != size:
-        raise ValueError(f"`head_weight` must have {size} columns, got {tuple(head_weight.shape)}")
-    if head_bias is not None and tuple(head_bias.shape) != (len(head_weight),):
-        raise ValueError(f"`head_bias` must have the shape ({len(head_weight)},), got {tuple(head_bias.shape)}")
-
-
-def _check_logits(token_logits: Tensor, duration_logits: Tensor | None, spans: tuple[int, ...] | None) -> None:
-    if token_logits.dim() != 4:
-        raise ValueError(f"`token_logits` must be (B, T, U+1, V), got {tuple(token_logits.shape)}")
-    if (duration_logits is None) != (spans is None):
-        raise ValueError("`durations` and `duration_logits` must be given together, or both be None for RNN-T")
-    if duration_logits is not None and spans is not None:
-        shape = (*token_logits.shape[:3], len(spans))
-        if tuple(duration_logits.shape) != shape:
-            raise ValueError(f"`duration_logits` must have the shape {shape}, got {tuple(duration_logits.shape)}")
-
-
-def _draw(omega: float) -> bool:
-    """Draw whether this minibatch is plain RNN-T; no draw is made for 0."""
+def _draw_rnnt(omega: float) -> bool:
+    """Draw whether this batch gets the RNN-T loss; nothing is drawn if `omega` is 0."""
     return omega > 0 and bool(torch.rand(()) < omega)
 
 
-def _one_dtype(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Give floating tensors the dtype of autocast if it is on, else the widest of theirs."""
+def _to_common_dtype(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Convert tensors to the dtype of autocast if it is on, otherwise to the promoted dtype of all of them."""
     present = [tensor for tensor in tensors if tensor is not None]
     dtype = present[0].dtype
     for tensor in present[1:]:
@@ -214,7 +181,7 @@ def _one_dtype(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | 
 
 
 def _reduce(losses: Tensor, label_lengths: Tensor, reduction: str, zero_infinity: bool) -> Tensor:
-    """Reduce one loss per utterance; one without labels counts as one with one label."""
+    """Reduce the (B,) losses of a batch; an utterance without labels counts as one with one label."""
     if zero_infinity:
         losses = torch.where(losses.isinf(), 0.0, losses)
     if reduction == "none":
@@ -229,101 +196,110 @@ def _reduce(losses: Tensor, label_lengths: Tensor, reduction: str, zero_infinity
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Loss per utterance of the joint network's inputs; backward makes each chunk of logits again."""
+    """Losses (B,) from the inputs of the joint network; backward computes the logits of each chunk again."""
 
     @staticmethod
     def forward(
         ctx: Any, encoder_states: Tensor, predictor_states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-        frame_lengths: Tensor, label_lengths: Tensor, arcs: Arcs, joint: Joint, tokens: int,
+        frame_lengths: Tensor, label_lengths: Tensor, settings: LatticeSettings, joint: JointSettings, vocab_size: int,
     ) -> Tensor:  # fmt: skip
-        frames = encoder_states.shape[1]
-        lengths = check_values(labels, frame_lengths, label_lengths, frames, tokens, arcs.blank_id)
-        cells = lay_cells(labels, frame_lengths, label_lengths, lengths, frames, padded_rows=False)
-        scores = empty_scores(cells, arcs)
+        """Score all nodes chunk by chunk and sum the paths."""
+        num_frames = encoder_states.shape[1]
+        lengths = check_values(labels, frame_lengths, label_lengths, num_frames, vocab_size, settings.blank_id)
+        nodes = number_nodes(labels, frame_lengths, label_lengths, lengths, num_frames, has_rows=False)
+        scores = allocate_scores(nodes, settings)
         with torch.autocast(encoder_states.device.type, enabled=False):
-            score_joint(prepare(encoder_states, predictor_states, weight, bias), cells, arcs, joint, scores)
-        needed = any(ctx.needs_input_grad)
-        losses, alpha, beta, spans = run_lattice(cells, arcs, scores, both=needed)
+            inputs = prepare_inputs(encoder_states, predictor_states, weight, bias)
+            score_all_nodes(inputs, nodes, settings, joint, scores)
+        needs_gradient = any(ctx.needs_input_grad)
+        sums = run_path_sums(nodes, settings, scores, needs_gradient)
         ctx.save_for_backward(encoder_states, predictor_states, weight, bias)
-        if needed:
-            ctx.lattice = (cells, scores, alpha, beta, spans)
-            ctx.arcs, ctx.joint = arcs, joint
-        return losses
+        if needs_gradient:
+            ctx.nodes, ctx.scores, ctx.sums = nodes, scores, sums
+            ctx.settings, ctx.joint = settings, joint
+        return sums.losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        cells, scores, alpha, beta, spans = ctx.lattice
-        weights = weigh(cells, ctx.arcs, scores, alpha, beta, spans, loss_gradient, NEGLIGIBLE)
-        inputs = ctx.saved_tensors
-        with torch.autocast(beta.device.type, enabled=False):
+        """Compute the gradients of the states, the weight and the bias from the relevant nodes."""
+        posteriors = run_posteriors(ctx.nodes, ctx.settings, ctx.scores, ctx.sums, loss_gradient, NEGLIGIBLE)
+        tensors = ctx.saved_tensors
+        with torch.autocast(loss_gradient.device.type, enabled=False):
             gradients = differentiate_joint(
-                prepare(*inputs), cells, ctx.arcs, ctx.joint, scores, weights, ctx.needs_input_grad[:4]
-            )
-        found = (gradients.encoder, gradients.predictor, gradients.weight, gradients.bias)
-        shaped = (
+                prepare_inputs(*tensors), ctx.nodes, ctx.settings, ctx.joint, ctx.scores, posteriors,
+                ctx.needs_input_grad[:4],
+            )  # fmt: skip
+        flat_gradients = (gradients.encoder, gradients.predictor, gradients.weight, gradients.bias)
+        tensor_gradients = (
             None if gradient is None else gradient.view(tensor.shape).to(tensor.dtype)
-            for gradient, tensor in zip(found, inputs, strict=True)
+            for gradient, tensor in zip(flat_gradients, tensors, strict=True)
         )
-        return (*shaped, *([None] * 6))
+        return (*tensor_gradients, *([None] * 6))
 
 
 class _LogitsLoss(torch.autograd.Function):
-    """Loss per utterance of logits, with an analytic gradient."""
+    """Losses (B,) from logits, with an analytic gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, token_logits: Tensor, duration_logits: Tensor | None, labels: Tensor, frame_lengths: Tensor,
-        label_lengths: Tensor, arcs: Arcs, overwrite: bool,
+        label_lengths: Tensor, settings: LatticeSettings, overwrite_logits: bool,
     ) -> Tensor:  # fmt: skip
-        frames, _, tokens = token_logits.shape[1:]
-        lengths = check_values(labels, frame_lengths, label_lengths, frames, tokens, arcs.blank_id)
-        cells = lay_cells(labels, frame_lengths, label_lengths, lengths, frames, padded_rows=True)
-        scores = empty_scores(cells, arcs)
-        token_rows = _rows(token_logits)
-        duration_rows = token_rows if duration_logits is None else _rows(duration_logits)
-        read_logits(token_rows, duration_rows, cells.row_cell, cells, arcs, scores)
-        needed = any(ctx.needs_input_grad)
-        losses, alpha, beta, spans = run_lattice(cells, arcs, scores, both=needed)
+        """Score all nodes from their rows of logits and sum the paths."""
+        num_frames, _, vocab_size = token_logits.shape[1:]
+        lengths = check_values(labels, frame_lengths, label_lengths, num_frames, vocab_size, settings.blank_id)
+        nodes = number_nodes(labels, frame_lengths, label_lengths, lengths, num_frames, has_rows=True)
+        scores = allocate_scores(nodes, settings)
+        token_rows = _view_as_rows(token_logits)
+        duration_rows = token_rows if duration_logits is None else _view_as_rows(duration_logits)
+        write_scores(token_rows, duration_rows, nodes.row_node, nodes, settings, scores)
+        needs_gradient = any(ctx.needs_input_grad)
+        sums = run_path_sums(nodes, settings, scores, needs_gradient)
         ctx.save_for_backward(token_logits, duration_logits)
         ctx.overwritten = False
-        if needed:
-            ctx.lattice = (cells, scores, alpha, beta, spans)
-            ctx.arcs, ctx.overwrite = arcs, overwrite
-        return losses
+        if needs_gradient:
+            ctx.nodes, ctx.scores, ctx.sums = nodes, scores, sums
+            ctx.settings, ctx.overwrite_logits = settings, overwrite_logits
+        return sums.losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Write the gradient of every row of logits."""
         if ctx.overwritten:
             raise RuntimeError(
-                "backward must run once with `overwrite_logits`: the logits are gone; turn it off to go back twice"
+                "backward must run only once with `overwrite_logits`, because the logits were overwritten: turn it off "
+                "to run backward twice"
             )
-        cells, scores, alpha, beta, spans = ctx.lattice
         token_logits, duration_logits = ctx.saved_tensors
-        ctx.overwritten = ctx.overwrite
-        # all cells are written, whatever their occupancy
-        weights = weigh(cells, ctx.arcs, scores, alpha, beta, spans, loss_gradient, -1.0)
-        token_rows = _rows(token_logits)
-        token_gradient = token_rows if ctx.overwrite else torch.empty_like(token_rows)
+        ctx.overwritten = ctx.overwrite_logits
+        # a negative limit makes all nodes relevant
+        posteriors = run_posteriors(ctx.nodes, ctx.settings, ctx.scores, ctx.sums, loss_gradient, -1.0)
+        token_rows = _view_as_rows(token_logits)
+        token_gradient = token_rows if ctx.overwrite_logits else torch.empty_like(token_rows)
+        # unused for RNN-T
         duration_gradient = token_gradient
         if duration_logits is not None:
-            duration_rows = _rows(duration_logits)
-            duration_gradient = duration_rows if ctx.overwrite else torch.empty_like(duration_rows)
-        write_gradient(token_rows, token_gradient, duration_gradient, cells.row_cell, cells, ctx.arcs, scores, weights)
+            duration_rows = _view_as_rows(duration_logits)
+            duration_gradient = duration_rows if ctx.overwrite_logits else torch.empty_like(duration_rows)
+        write_logit_gradients(
+            token_rows, token_gradient, duration_gradient, ctx.nodes.row_node, ctx.nodes, ctx.settings, ctx.scores,
+            posteriors,
+        )  # fmt: skip
         return (
             token_gradient.view(token_logits.shape),
             None if duration_logits is None else duration_gradient.view(duration_logits.shape),
             *([None] * 5),
-        )  # fmt: skip
+        )
 
 
-def _rows(logits: Tensor) -> Tensor:
-    """View (B, T, U+1, V) as rows with a common stride, or copy it if it has none."""
-    batch, frames, columns, size = logits.shape
-    step = logits.stride(2)
-    regular = logits.stride() == (frames * columns * step, columns * step, step, 1)
-    if not regular:
+def _view_as_rows(logits: Tensor) -> Tensor:
+    """View (B, T, U+1, V) logits as (B * T * (U+1), V) rows; copy them if the rows have no common stride."""
+    batch, num_frames, num_positions, size = logits.shape
+    row_stride = logits.stride(2)
+    strides = (num_frames * num_positions * row_stride, num_positions * row_stride, row_stride, 1)
+    if logits.stride() != strides:
         logits = logits.contiguous()
-        step = size
-    return logits.as_strided((batch * frames * columns, size), (step, 1))
+        row_stride = size
+    return logits.as_strided((batch * num_frames * num_positions, size), (row_stride, 1))

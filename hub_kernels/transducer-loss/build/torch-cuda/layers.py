@@ -1,1 +1,0 @@
-../../torch-ext/transducer_loss/layers.py
