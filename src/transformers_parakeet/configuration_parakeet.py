@@ -278,8 +278,9 @@ class ParakeetRNNTConfig(_HeadConfig):
         encoder_config: configuration of the encoder, or its fields as a dict.
         pad_token_id: pads labels and generated sequences; may be the blank.
         blank_token_id: the blank.
-        forced_blanks: `generate` writes the move that `max_symbols_per_step` forces as a blank step of its own, as NeMo
-            counts, instead of adding it to the last label's duration, as stock transformers' RNN-T does.
+        forced_blanks: how `generate` returns a move that `max_symbols_per_step` forces. `True`: as an additional blank
+            step, so that durations are the predicted ones, as in NeMo. `False`: as part of the last label's duration,
+            as in stock transformers' RNN-T.
         decoder_dropout: dropout of the prediction network, in training.
         joint_dropout: dropout of the joint network, in training.
         loss_reduction: `"mean"`, `"mean_batch"`, `"mean_volume"`, `"sum"` or `"none"`.
