@@ -36,7 +36,7 @@ def test_empty_transcripts_alone_are_integers():
 
 
 def test_clips_and_transcripts_must_come_in_pairs():
-    with pytest.raises(ValueError, match="2 clips came with 1"):
+    with pytest.raises(ValueError, match="got 2 clips and 1 transcripts"):
         processor("ctc")(audio=[noise(0.5)] * 2, text=["one"], sampling_rate=16000)
 
 
@@ -74,7 +74,7 @@ def test_decode_with_durations_times_every_token():
 def test_no_space_stands_before_punctuation():
     ctc = processor("ctc")
     assert "," in ctc.punctuation
-    assert ctc._tidy("shore , again .") == "shore, again."
+    assert ctc._join_punctuation("shore , again .") == "shore, again."
 
 
 def test_an_unknown_level_is_refused():

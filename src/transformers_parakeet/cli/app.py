@@ -15,10 +15,9 @@ import jiwer
 import typer
 from rich.console import Console
 from rich.table import Column, Table
-from transformers import pipeline
 from transformers.utils import logging
 
-from .. import demo_model_path, load_nemo
+from .. import ParakeetASRPipeline, demo_model_path, load_nemo
 from ..nemo import convert_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -64,12 +63,7 @@ def load_pipeline(model: str | None) -> Any:
     """Return the pipeline of a Hub id, a folder, a `.nemo` file, or the demo model."""
     logging.disable_progress_bar()
     loaded, processor = load_nemo(model or demo_model_path())
-    return pipeline(
-        "automatic-speech-recognition",
-        model=loaded,
-        tokenizer=processor.tokenizer,
-        feature_extractor=processor.feature_extractor,
-    )
+    return ParakeetASRPipeline(loaded, processor=processor, task="automatic-speech-recognition")
 
 
 @app.command()

@@ -79,6 +79,16 @@ class Hypotheses:
             confidence=None if self.confidence is None else select(self.confidence),
         )
 
+    def cpu(self) -> Hypotheses:
+        """Return the hypotheses, without `steps`, in the memory of the CPU."""
+        return Hypotheses(
+            tokens=self.tokens.cpu(),
+            frames=self.frames.cpu(),
+            durations=self.durations.cpu(),
+            lengths=self.lengths.cpu(),
+            confidence=None if self.confidence is None else self.confidence.cpu(),
+        )
+
     def to_lists(self, row: int = 0) -> dict[str, Any]:
         """Return one row as plain Python lists.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..configuration_parakeet import blank_of, kind_of
 from ..nemo import build_tokenizer, parse_sentencepiece, sentencepiece_models
-from ..processing_parakeet import ParakeetProcessor, blank_id
+from ..processing_parakeet import ParakeetProcessor, find_blank_id
 from ..tokenization_parakeet import BLANK, WORD_START, ParakeetTokenizer
 
 
@@ -168,7 +168,7 @@ def adopt(model: Any, processor: ParakeetProcessor, tokenizer: ParakeetTokenizer
         if getattr(config, "pad_token_id", None) is not None:
             config.pad_token_id = tokenizer.pad_token_id
     processor.tokenizer = tokenizer
-    processor.blank_token_id = blank_id(tokenizer, processor.blank_token)
+    processor.blank_token_id = find_blank_id(tokenizer, processor.blank_token)
     # computed from the vocabulary when they are first asked for
     for name in ("punctuation", "_space_before_punctuation"):
         processor.__dict__.pop(name, None)
