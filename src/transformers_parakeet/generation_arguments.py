@@ -58,6 +58,9 @@ def without_targets(kwargs: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         kwargs: arguments of `generate`.
+
+    Returns:
+        The other arguments.
     """
     return {name: value for name, value in kwargs.items() if name not in ("labels", "decoder_input_ids")}
 
@@ -67,7 +70,10 @@ def ctc_request(kwargs: dict[str, Any], generation_config: GenerationConfig | No
 
     Args:
         kwargs: the arguments of the call.
-        generation_config: those of its settings that differ from transformers' defaults count like arguments.
+        generation_config: its settings that differ from transformers' defaults count like arguments; `None` for none.
+
+    Returns:
+        The arguments that have an effect.
 
     Raises:
         ValueError: an argument asks for anything but the best token of every frame, or is unknown.

@@ -275,6 +275,9 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             synced_gpus: not needed, because a search does not wait for other processes.
             streamer: receives every step; `None` for no streamer.
             **model_kwargs: `encoder_outputs` and `output_confidence`.
+
+        Returns:
+            The output of `generate`.
         """
         refuse_processors(logits_processor, self.config.vocab_size)
         encoded = model_kwargs["encoder_outputs"]
@@ -373,10 +376,15 @@ def transducer_output(
         config: the configuration of the model.
         max_steps: limit of steps in the output; `None` for no limit.
         generation_config: says which scores to return.
+
+    Returns:
+        The steps in the layout of transformers, and the hypotheses.
     """
     steps = hypotheses.steps
+    # the transducer search always returns its steps
     assert steps is not None
     if config.forced_blanks:
+        # as in NeMo, the duration of the label is the predicted one
         steps = insert_forced_blanks(steps, config.blank_token_id, config.pad_token_id, max_steps)
     else:
         # as in stock transformers, the duration of the label includes the forced move
@@ -423,6 +431,9 @@ def ctc_output(
         blank_id: id of the blank.
         output_confidence: the argument of `generate`.
         output_scores: return the scores in the field `scores` as well.
+
+    Returns:
+        The best tokens of all frames, and the hypotheses.
     """
     method = confidence_method(output_confidence)
     frame_confidence = None if method is None else token_confidence(logits, method)

@@ -53,7 +53,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-# upstream's class is a typed dict, which in mypy's view has no base with this keyword
+# mypy does not analyse transformers and does not know that the base class is a typed dict
 class ParakeetProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Default arguments of the feature extractor and the tokenizer."""
 

@@ -68,8 +68,13 @@ def decode_row(
     Args:
         frames: (1, N, J) valid encoder frames.
         predictor_state: (1, J) output of the prediction network for the start token.
-        lstm_state: LSTM state after the start token.
-        predict, joint, options: as in `greedy_transducer_reference`.
+        lstm_state: LSTM state of the prediction network after the start token.
+        predict: prediction network: (last labels, LSTM state) -> predictor states, new LSTM state.
+        joint: joint network: (frames, predictor states) -> scores of tokens and durations.
+        options: the settings of the search.
+
+    Returns:
+        All steps, blanks included.
     """
     steps, frame, labels_on_frame = RowSteps(), 0, 0
     while frame < frames.shape[1] and len(steps.tokens) != options.max_steps:

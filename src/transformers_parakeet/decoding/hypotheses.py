@@ -69,6 +69,7 @@ class Hypotheses:
         length = int(self.lengths[row])
 
         def select(values: Tensor) -> Tensor:
+            """Return the valid columns of the row as (1, length)."""
             return values[row : row + 1, :length]
 
         return Hypotheses(
@@ -229,16 +230,18 @@ def pad_logits(rows: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor
 
 
 def insert_forced_blanks(steps: Steps, blank_id: int, pad_id: int, max_steps: int | None) -> Steps:
-    """Write every forced move as a blank step of one frame after its label.
+    """Insert a blank step of one frame after every step at which the search was forced to move.
+
+    A search is forced to move one more frame at the limit of labels per frame; `steps.forced_moves` is 1 there.
 
     Args:
-        steps: the steps of a search, with forced moves beside them.
+        steps: the steps of a search.
         blank_id: token of the inserted steps.
         pad_id: token past the end of a row.
         max_steps: number of steps after which a row is cut; `None` for no limit.
 
     Returns:
-        The steps without forced moves. Inserted steps have duration 1, confidence 0 and scores 0.
+        Steps whose `forced_moves` are 0. Inserted steps have duration 1, confidence 0 and scores 0.
     """
     if not steps.forced_moves.any():
         return steps
@@ -255,6 +258,7 @@ def insert_forced_blanks(steps: Steps, blank_id: int, pad_id: int, max_steps: in
     blank_rows, blank_columns = rows[is_forced], columns[is_forced] + 1
 
     def move(values: Tensor, padding: int, blank_value: int) -> Tensor:
+        """Move (B, S, ...) values to their new columns and write `blank_value` for the inserted steps."""
         moved = values.new_full((batch, width, *values.shape[2:]), padding)
         moved[rows, columns] = values
         moved[blank_rows, blank_columns] = blank_value
@@ -263,7 +267,7 @@ def insert_forced_blanks(steps: Steps, blank_id: int, pad_id: int, max_steps: in
     return Steps(
         tokens=move(steps.tokens, pad_id, blank_id),
         durations=move(steps.durations, 0, 1),
-        forced_moves=torch.zeros_like(move(steps.forced_moves, 0, 0)),
+        forced_moves=move(torch.zeros_like(steps.forced_moves), 0, 0),
         lengths=lengths,
         confidence=None if steps.confidence is None else move(steps.confidence, 0, 0),
         logits=None if steps.logits is None else move(steps.logits, 0, 0),

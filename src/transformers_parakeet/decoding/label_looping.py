@@ -20,7 +20,7 @@ from .options import Joint, Predict, TransducerOptions
 # Frames that one call of the joint network scores, over all rows. On a CPU a call is bound by reading the weights, so
 # that up to this number of frames costs little more than one frame.
 FRAMES_PER_CALL = 32
-# Frames that one call scores in one row. The next label lies rarely behind them.
+# Frames that one call scores in one row. The next label is rarely further away.
 FRAMES_PER_ROW = 4
 
 # Share of the unfinished rows that must have a new label before the prediction network runs. Its cost hardly depends on
@@ -275,6 +275,9 @@ class FrameScorer:
             rows: the state of all rows.
             searching: R indices of the rows that search.
             predictor_states: (B, J) predictor states of all rows.
+
+        Returns:
+            K frames of each of the R rows.
         """
         lookahead = choose_lookahead(self.options, len(searching))
         first_frames = [rows[index].frame for index in searching]
@@ -283,10 +286,10 @@ class FrameScorer:
             return FramePlan(searching, self._consecutive_frames(first_frames, lookahead), states)
         # a blank advances at least one frame and at most the largest duration
         reach = 1 + (lookahead - 1) * max(1, *self.duration_values)
-        window = self._consecutive_frames(first_frames, reach)
-        window_durations = self._to_frames(self.best_durations(self._gather_frames(searching, window), states))
+        candidates = self._consecutive_frames(first_frames, reach)
+        best_durations = self._to_frames(self.best_durations(self._gather_frames(searching, candidates), states))
         frames, durations = [], []
-        for row_frames, row_durations in zip(window, window_durations, strict=True):
+        for row_frames, row_durations in zip(candidates, best_durations, strict=True):
             positions = follow_blanks(row_durations, lookahead)
             frames.append([row_frames[position] for position in positions])
             durations.append([row_durations[position] for position in positions])
@@ -297,6 +300,9 @@ class FrameScorer:
 
         Args:
             plan: R rows with K frames each.
+
+        Returns:
+            The best outputs, and the scores unless a shortcut found the tokens.
         """
         options = self.options
         encoded = self._gather_frames(plan.rows, plan.frames)
@@ -312,7 +318,8 @@ class FrameScorer:
             durations = [[int(token == options.blank_id) for token in row] for row in tokens]
         elif durations is None and logits is not None:
             durations = self._to_frames(logits[..., options.vocab_size :].argmax(-1))
-        assert durations is not None  # without a shortcut for durations, logits are always computed
+        # without planned durations the joint network was called, see `needs_durations` in `__init__`
+        assert durations is not None
         return FrameScores(tokens, durations, logits)
 
     def _consecutive_frames(self, first_frames: Sequence[int], count: int) -> list[list[int]]:

@@ -104,6 +104,7 @@ def keep_tokens(hypothesis: Hypotheses, window: Window, samples_per_frame: int) 
         is_kept &= samples < window.keep_to
 
     def select(values: Tensor) -> Tensor:
+        """Return the values (1, L) of the kept tokens."""
         return values[is_kept][None]
 
     return Hypotheses(
