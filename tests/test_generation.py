@@ -63,6 +63,7 @@ SECONDS = [1.0, 30.0, 2.3, 17.0, 4.4, 9.1, 1.6, 6.0]
 
 
 def build(head: str) -> Any:
+    """Return a small model with random weights."""
     torch.manual_seed(20)
     hybrid = {"ctc_head": head.startswith("hybrid")}
     if head == "ctc":
@@ -139,6 +140,7 @@ def batch_of(indices: list[int], extra: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def run(model: Any, features: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
+    """Generate and return the output object."""
     return model.generate(input_features=features, attention_mask=mask, return_dict_in_generate=True, **kwargs)
 
 
@@ -157,6 +159,7 @@ def rows_of(out: Any, lengths: list[int] | None = None) -> list[tuple[list[int],
 
 
 def decode(head: str, indices: list[int], extra: int = 0) -> list[tuple[list[int], list[int], Tensor]]:
+    """Decode a batch of clips; return tokens, durations and confidences of every row."""
     model = tiny(head)
     features, mask = batch_of(indices, extra)
     out = run(model, features, mask, output_confidence=True)
@@ -164,25 +167,25 @@ def decode(head: str, indices: list[int], extra: int = 0) -> list[tuple[list[int
     return rows_of(out, lengths if head == "ctc" else None)
 
 
-def assert_same(ours: list, truth: list) -> None:
-    for (ids, durations, sure), (true_ids, true_durations, true_sure) in zip(ours, truth, strict=True):
-        assert ids == true_ids
-        assert durations == true_durations
+def assert_same(rows: list, expected_rows: list) -> None:
+    """Check that rows have equal tokens and durations, and equal confidences up to rounding."""
+    for row, expected in zip(rows, expected_rows, strict=True):
+        assert row[:2] == expected[:2]
         # measured: 1.4e-6, float32 rounding of the encoder in batches of different widths
-        torch.testing.assert_close(sure, true_sure, rtol=0, atol=2e-5)
+        torch.testing.assert_close(row[2], expected[2], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_clip_decodes_the_same_alone_and_in_any_batch(head: str):
-    everyone = list(range(len(SECONDS)))
+    all_clips = list(range(len(SECONDS)))
     # the best two scores differ by at least 1e-3 everywhere, so that rounding cannot change the best token
-    alone = [decode(head, [index])[0] for index in everyone]
+    alone = [decode(head, [index])[0] for index in all_clips]
     # the models emit different labels on many of the steps
     steps = [token for ids, _, _ in alone for token in ids]
     labels = [token for token in steps if token != BLANK]
     assert len(set(labels)) > 10
     assert 0.2 < len(labels) / len(steps) < 0.6
-    assert_same(decode(head, everyone), alone)
+    assert_same(decode(head, all_clips), alone)
     shuffled = [5, 1, 7, 0, 3, 6, 2, 4]
     assert_same(decode(head, shuffled), [alone[index] for index in shuffled])
     for extra in (1, 7, 8, 333, 1000):
@@ -249,12 +252,12 @@ def test_generate_does_not_change_the_model(head: str):
 @pytest.mark.parametrize("head", TRANSDUCERS)
 def test_max_new_tokens_counts_steps(head: str, limit: int):
     features, mask = batch_of([4, 0])
-    whole = run(tiny(head), features, mask)
-    some = run(tiny(head), features, mask, max_new_tokens=limit)
-    assert some.sequences.tolist() == whole.sequences[:, : limit + 1].tolist()
-    assert some.durations.tolist() == whole.durations[:, : limit + 1].tolist()
+    unlimited = run(tiny(head), features, mask)
+    limited = run(tiny(head), features, mask, max_new_tokens=limit)
+    assert limited.sequences.tolist() == unlimited.sequences[:, : limit + 1].tolist()
+    assert limited.durations.tolist() == unlimited.durations[:, : limit + 1].tolist()
     # `max_length` counts the start token
-    assert run(tiny(head), features, mask, max_length=limit + 1).sequences.tolist() == some.sequences.tolist()
+    assert run(tiny(head), features, mask, max_length=limit + 1).sequences.tolist() == limited.sequences.tolist()
 
 
 def test_max_length_must_be_at_least_two():
@@ -294,10 +297,10 @@ class ThirdLabel(StoppingCriteria):
 
 @pytest.mark.parametrize("head", TRANSDUCERS)
 def test_stopping_criteria_stop_single_rows(head: str):
-    whole = rows_of(run(tiny(head), *batch_of([4, 0, 5]), output_confidence=True))
-    out = rows_of(run(tiny(head), *batch_of([4, 0, 5]), output_confidence=True, stopping_criteria=[ThirdLabel()]))
-    for (ids, _, _), (all_ids, _, _) in zip(out, whole, strict=True):
-        labels = [place for place, token in enumerate(all_ids) if token not in (BLANK, PAD)]
+    unstopped = rows_of(run(tiny(head), *batch_of([4, 0, 5]), output_confidence=True))
+    stopped = rows_of(run(tiny(head), *batch_of([4, 0, 5]), output_confidence=True, stopping_criteria=[ThirdLabel()]))
+    for (ids, _, _), (all_ids, _, _) in zip(stopped, unstopped, strict=True):
+        labels = [step for step, token in enumerate(all_ids) if token not in (BLANK, PAD)]
         end = labels[2] + 1 if len(labels) > 2 else len(all_ids)
         assert ids[:end] == all_ids[:end]
         # only a forced move may follow the third label
@@ -309,13 +312,13 @@ def test_stopping_criteria_stop_single_rows(head: str):
     "how", [{"max_time": 1e-9}, {"stopping_criteria": [MaxTimeCriteria(1e-9)]}], ids=["argument", "criterion"]
 )
 def test_max_time_stops_after_the_first_step(how: dict[str, Any]):
-    whole = run(tiny("tdt"), *batch_of([1]))
+    unlimited = run(tiny("tdt"), *batch_of([1]))
     out = run(tiny("tdt"), *batch_of([1]), **how)
     steps = out.sequences.shape[1]
     assert 2 <= steps <= 3
-    assert out.sequences[0].tolist() == whole.sequences[0, :steps].tolist()
-    patient = run(tiny("tdt"), *batch_of([1]), stopping_criteria=[MaxTimeCriteria(600.0)])
-    assert patient.sequences.tolist() == whole.sequences.tolist()
+    assert out.sequences[0].tolist() == unlimited.sequences[0, :steps].tolist()
+    with_time = run(tiny("tdt"), *batch_of([1]), stopping_criteria=[MaxTimeCriteria(600.0)])
+    assert with_time.sequences.tolist() == unlimited.sequences.tolist()
 
 
 def with_forced_blanks(head: str, forced_blanks: bool) -> Any:
@@ -403,8 +406,8 @@ def test_ctc_confidence(method: Any):
     model = tiny("ctc")
     features, mask = batch_of([0, 2])
     out = run(model, features, mask, output_confidence=method)
-    wanted = token_confidence(out.logits, "max_prob" if method is True else method)
-    assert torch.equal(out.token_confidence, wanted)
+    expected = token_confidence(out.logits, "max_prob" if method is True else method)
+    assert torch.equal(out.token_confidence, expected)
     assert run(model, features, mask).token_confidence is None
     with pytest.raises(ValueError, match="got 'margin'"):
         run(model, features, mask, output_confidence="margin")
@@ -416,9 +419,9 @@ def test_ctc_takes_the_best_token_of_every_frame():
     features, mask = batch_of([4, 0])
     logits = model(input_features=features, attention_mask=mask).logits
     short = int(model._get_subsampling_output_length(mask[1].sum()))
-    wanted = logits.argmax(-1)
-    wanted[1, short:] = BLANK
-    assert torch.equal(model.generate(features, attention_mask=mask), wanted)
+    expected = logits.argmax(-1)
+    expected[1, short:] = BLANK
+    assert torch.equal(model.generate(features, attention_mask=mask), expected)
     assert torch.equal(run(model, features, mask).logits, logits)
     # without a mask every frame counts
     assert torch.equal(model.generate(features[:1]), model.generate(features[:1], attention_mask=mask[:1]))
@@ -431,10 +434,10 @@ def test_the_ctc_head_of_a_hybrid_returns_the_best_tokens(head: str):
     features, mask = batch_of([4, 0])
     encoded = model.encoder(input_features=features, attention_mask=mask)
     logits = pointwise(model.ctc_head, encoded.last_hidden_state)
-    wanted = torch.where(encoded.attention_mask.bool(), logits.argmax(-1), BLANK)
-    assert torch.equal(model.generate(features, attention_mask=mask, decoder="ctc"), wanted)
+    expected = torch.where(encoded.attention_mask.bool(), logits.argmax(-1), BLANK)
+    assert torch.equal(model.generate(features, attention_mask=mask, decoder="ctc"), expected)
     out = run(model, features, mask, decoder="ctc", output_confidence=True)
-    assert torch.equal(out.sequences, wanted)
+    assert torch.equal(out.sequences, expected)
     assert torch.equal(out.token_confidence, token_confidence(logits))
     assert out.get("durations") is None
 
@@ -499,8 +502,8 @@ WITHOUT_EFFECT = [
 def ctc_tokens(head: str, **kwargs: Any) -> Tensor:
     """Frame-wise tokens of a CTC model or of the second head of a hybrid."""
     features, mask = batch_of([0, 2])
-    second = {} if head == "ctc" else {"decoder": "ctc"}
-    return tiny(head).generate(features, attention_mask=mask, **second, **kwargs)
+    ctc_head = {} if head == "ctc" else {"decoder": "ctc"}
+    return tiny(head).generate(features, attention_mask=mask, **ctc_head, **kwargs)
 
 
 @pytest.mark.parametrize("kwargs", NEUTRAL, ids=lambda kwargs: "-".join(kwargs))
@@ -545,8 +548,8 @@ def test_a_streamer_receives_the_frames_of_ctc(head: str):
 
     recorder = Recorder()
     features, mask = batch_of([4])
-    second = {} if head == "ctc" else {"decoder": "ctc"}
-    tokens = tiny(head).generate(features, attention_mask=mask, streamer=recorder, **second)
+    ctc_head = {} if head == "ctc" else {"decoder": "ctc"}
+    tokens = tiny(head).generate(features, attention_mask=mask, streamer=recorder, **ctc_head)
     assert recorder.shown == [[BLANK], *([token] for token in tokens[0].tolist()), []]
 
 

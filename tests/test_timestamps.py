@@ -39,6 +39,7 @@ FRAME_S = GOLDEN["frame_seconds"]
 
 @cache
 def tokenizer(name: str, kind: str) -> Any:
+    """Return the tokenizer of the golden CTC model, or that of a released checkpoint."""
     if name == "trained":
         return load_nemo(HERE / "golden" / "ctc" / "model.nemo")[1].tokenizer
     return build_tokenizer([REAL.read_bytes()], kind)
@@ -46,10 +47,12 @@ def tokenizer(name: str, kind: str) -> Any:
 
 @cache
 def processor(name: str, kind: str) -> ParakeetProcessor:
+    """Return a processor with one of these tokenizers."""
     return ParakeetProcessor(ParakeetFeatureExtractor(), tokenizer(name, kind), decoder_type=kind)
 
 
 def emissions_of(case: dict[str, Any]) -> Emissions:
+    """Return the tokens of a golden case."""
     if case["kind"] == "ctc":
         # the blank is the last token of the vocabulary
         blank_id = 128 if case["tokenizer"] == "trained" else 8192

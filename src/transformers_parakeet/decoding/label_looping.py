@@ -130,7 +130,8 @@ class RowSearch:
     def advance(self, frames: list[int], tokens: list[int], durations: list[int], logits: Tensor | None) -> int | None:
         """Take the steps that were scored on the frames ahead, up to and including the first label.
 
-        A scored frame is skipped if a longer duration has jumped over it or if the row is finished.
+        `self.frame` is the next frame to decide on. Scored frames that a duration has jumped over are skipped, and so
+        are all frames after the row is finished.
 
         Args:
             frames: K scored frames, in order of time.
@@ -268,8 +269,8 @@ class FrameScorer:
     def plan_frames(self, rows: Sequence[RowSearch], searching: list[int], predictor_states: Tensor) -> FramePlan:
         """Choose the next frames of every row that searches for a label.
 
-        Without known durations these are consecutive frames. With known durations they are the frames that the row
-        visits as long as it emits blanks, so that no call is wasted on frames that a blank jumps over.
+        Without the shortcut `self.best_durations` these are consecutive frames. With it, they are the frames that the
+        row visits as long as it emits blanks, so that frames that a blank jumps over are not scored.
 
         Args:
             rows: the state of all rows.
@@ -296,13 +297,13 @@ class FrameScorer:
         return FramePlan(searching, frames, states, durations)
 
     def score(self, plan: FramePlan) -> FrameScores:
-        """Return the best token and duration of every planned frame.
+        """Find the best token and duration of every planned frame, by the shortcut `self.best_tokens` if there is one.
 
         Args:
             plan: R rows with K frames each.
 
         Returns:
-            The best outputs, and the scores unless a shortcut found the tokens.
+            The best outputs; with the scores, unless the shortcut was used.
         """
         options = self.options
         encoded = self._gather_frames(plan.rows, plan.frames)
