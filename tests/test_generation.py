@@ -1,4 +1,4 @@
-"""Checks `generate`: batch independence, threads, every argument that it honours, and every one that it refuses."""
+"""Checks `generate`: batch independence, threads, and which arguments it supports, ignores and refuses."""
 
 import copy
 import logging
@@ -33,7 +33,7 @@ from transformers_parakeet import (
     ParakeetRNNTConfig,
     ParakeetTDTConfig,
 )
-from transformers_parakeet.decoding.greedy import confidence
+from transformers_parakeet.decoding import collapse_ctc, token_confidence
 from transformers_parakeet.networks.fast_linear import Bfloat16Search, pointwise
 
 VOCAB, BLANK, PAD, MELS = 40, 39, 2, 80
@@ -56,12 +56,13 @@ SHARED = {
 }
 TRANSDUCERS = ["rnnt", "tdt", "hybrid_rnnt", "hybrid_tdt"]
 HEADS = ["ctc", *TRANSDUCERS]
-# durations of the tiny TDT models, with a gap
+# durations of the tiny TDT models; 3 is missing
 DURATIONS = [0, 1, 2, 4]
 SECONDS = [1.0, 30.0, 2.3, 17.0, 4.4, 9.1, 1.6, 6.0]
 
 
 def build(head: str) -> Any:
+    """Return a small model with random weights."""
     torch.manual_seed(20)
     hybrid = {"ctc_head": head.startswith("hybrid")}
     if head == "ctc":
@@ -73,12 +74,12 @@ def build(head: str) -> Any:
 
 @cache
 def tiny(head: str) -> Any:
-    """A model whose weights spread its scores as training does; shared by the tests, which leave it as it is."""
+    """Return a model whose scores vary as after training. The tests share it and must not change it."""
     model = build(head)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and "norm" not in name:
-                # as wide as Glorot's: the scores then depend on the audio and on the labels before
+                # Glorot initialisation: the scores depend on the audio and on the previous labels
                 weight.normal_(0.0, (2.0 / (weight[0].numel() + weight.shape[0])) ** 0.5)
         last = model.ctc_head if head == "ctc" else model.joint.head
         last.weight.mul_(4.0)
@@ -90,7 +91,7 @@ def tiny(head: str) -> Any:
 
 @torch.no_grad()
 def make_plausible(model: Any, bias: Tensor) -> None:
-    """Shift the biases until no label is the favourite, the blank wins mostly, and the duration 0 once in ten."""
+    """Shift the biases: labels equally likely, the blank best on most frames, 10 % of the durations 0."""
     features, mask = batch_of([0, 2, 4])
     has_prefix = hasattr(model, "joint")
     prefix = {"decoder_input_ids": torch.tensor([[BLANK, 5, 17, 30]] * 3)} if has_prefix else {}
@@ -105,7 +106,7 @@ def make_plausible(model: Any, bias: Tensor) -> None:
         shift[column] = torch.quantile(others - scores[:, column], share)
 
     has_durations = len(bias) > VOCAB
-    # without durations a frame goes on emitting until a blank wins
+    # without durations a frame emits labels until the blank is best
     raise_to(0, VOCAB, BLANK, 0.66 if has_durations or not has_prefix else 0.86)
     if has_durations:
         raise_to(VOCAB, len(bias), VOCAB, 0.1)
@@ -114,7 +115,7 @@ def make_plausible(model: Any, bias: Tensor) -> None:
 
 @cache
 def clip(index: int) -> Tensor:
-    """(T, F) features of noise whose colour and loudness change twice a second."""
+    """Return features (T, F) of noise whose spectrum and loudness change twice a second."""
     rng = np.random.default_rng(index)
     pieces = []
     for _ in range(int(2 * SECONDS[index]) + 1):
@@ -126,9 +127,9 @@ def clip(index: int) -> Tensor:
 
 
 def batch_of(indices: list[int], extra: int = 0) -> tuple[Tensor, Tensor]:
-    """Features (B, T, F) and mask (B, T) of some clips, padded by `extra` mel frames more than needed."""
+    """Return features (B, T, F) and mask (B, T) of clips, with `extra` more mel frames of padding than needed."""
     width = max(len(clip(index)) for index in indices) + extra
-    # what the mask hides is not even small
+    # padding that is as large as speech
     features = torch.full((len(indices), width, MELS), 3.0)
     mask = torch.zeros(len(indices), width, dtype=torch.long)
     for row, index in enumerate(indices):
@@ -138,17 +139,18 @@ def batch_of(indices: list[int], extra: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def run(model: Any, features: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
+    """Generate and return the output object."""
     return model.generate(input_features=features, attention_mask=mask, return_dict_in_generate=True, **kwargs)
 
 
 def rows_of(out: Any, lengths: list[int] | None = None) -> list[tuple[list[int], list[int], Tensor]]:
-    """Per row what was decoded, without padding: tokens, durations and confidences."""
+    """Return tokens, durations and confidences of every row without padding."""
     rows = []
     for index, ids in enumerate(out.sequences):
         if lengths is not None:
             rows.append((ids[: lengths[index]].tolist(), [], out.token_confidence[index, : lengths[index]]))
             continue
-        # no step stands still behind the last one that moves or emits
+        # the last step of a row emits a label or advances
         alive = (ids != PAD) | (out.durations[index] > 0)
         end = int(alive.nonzero().max()) + 1
         rows.append((ids[:end].tolist(), out.durations[index, :end].tolist(), out.token_confidence[index, :end]))
@@ -156,6 +158,7 @@ def rows_of(out: Any, lengths: list[int] | None = None) -> list[tuple[list[int],
 
 
 def decode(head: str, indices: list[int], extra: int = 0) -> list[tuple[list[int], list[int], Tensor]]:
+    """Decode a batch of clips; return tokens, durations and confidences of every row."""
     model = tiny(head)
     features, mask = batch_of(indices, extra)
     out = run(model, features, mask, output_confidence=True)
@@ -163,26 +166,25 @@ def decode(head: str, indices: list[int], extra: int = 0) -> list[tuple[list[int
     return rows_of(out, lengths if head == "ctc" else None)
 
 
-def assert_same(ours: list, truth: list) -> None:
-    for (ids, durations, sure), (true_ids, true_durations, true_sure) in zip(ours, truth, strict=True):
-        assert ids == true_ids
-        assert durations == true_durations
+def assert_same(rows: list, expected_rows: list) -> None:
+    """Check that rows have equal tokens and durations, and equal confidences up to rounding."""
+    for row, expected in zip(rows, expected_rows, strict=True):
+        assert row[:2] == expected[:2]
         # measured: 1.4e-6, float32 rounding of the encoder in batches of different widths
-        torch.testing.assert_close(sure, true_sure, rtol=0, atol=2e-5)
+        torch.testing.assert_close(row[2], expected[2], rtol=0, atol=2e-5)
 
 
-# a hybrid is its transducer and one head more
 @pytest.mark.parametrize("head", HEADS)
-def test_a_clip_decodes_the_same_in_any_company(head: str):
-    everyone = list(range(len(SECONDS)))
-    # no argmax is closer than 1e-3: rounding cannot move it
-    alone = [decode(head, [index])[0] for index in everyone]
-    # the models say something: labels on a good part of the steps, and not the same one all over
+def test_a_clip_decodes_the_same_alone_and_in_any_batch(head: str):
+    all_clips = list(range(len(SECONDS)))
+    # the best two scores differ by at least 1e-3 everywhere, so that rounding cannot change the best token
+    alone = [decode(head, [index])[0] for index in all_clips]
+    # the models emit different labels on many of the steps
     steps = [token for ids, _, _ in alone for token in ids]
     labels = [token for token in steps if token != BLANK]
     assert len(set(labels)) > 10
     assert 0.2 < len(labels) / len(steps) < 0.6
-    assert_same(decode(head, everyone), alone)
+    assert_same(decode(head, all_clips), alone)
     shuffled = [5, 1, 7, 0, 3, 6, 2, 4]
     assert_same(decode(head, shuffled), [alone[index] for index in shuffled])
     for extra in (1, 7, 8, 333, 1000):
@@ -190,13 +192,13 @@ def test_a_clip_decodes_the_same_in_any_company(head: str):
 
 
 @pytest.mark.parametrize("head", TRANSDUCERS)
-def test_frames_are_steps_in_time(head: str):
+def test_durations_lead_to_the_last_frame(head: str):
     features, mask = batch_of([2, 4, 0])
     out = run(tiny(head), features, mask)
     frames = tiny(head)._get_subsampling_output_length(mask.sum(-1))
     assert out.sequences[:, 0].tolist() == [BLANK] * 3
     assert not out.durations[:, 0].any()
-    # a row ends on its last frame or, with a label, beyond; never before
+    # a row ends at its last frame or, by the duration of a label, after it
     assert (out.durations.sum(-1) >= frames).all()
     assert (out.durations.sum(-1) <= frames + max(DURATIONS)).all()
     moves = set(out.durations.unique().tolist())
@@ -220,7 +222,7 @@ def test_threads_share_a_model(head: str):
 
 
 def everything(model: Any) -> dict[str, Any]:
-    """All attributes of all modules, by identity; tensors by their version, which counts changes in place."""
+    """Return the identities of all attributes, and the versions of tensors, which count changes in place."""
     state: dict[str, Any] = {}
     for name, module in model.named_modules():
         state[name] = {key: id(value) for key, value in vars(module).items()}
@@ -232,12 +234,12 @@ def everything(model: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_generate_leaves_the_model_alone(head: str):
+def test_generate_does_not_change_the_model(head: str):
     model = tiny(head)
     before, settings, defaults = everything(model), model.config.to_dict(), model.generation_config.to_dict()
     run(model, *batch_of([0, 2]), output_confidence=True)
     if head != "ctc":
-        run(model, *batch_of([0]), max_new_tokens=3, output_logits=True, forced_blanks=True)
+        run(model, *batch_of([0]), max_new_tokens=3, output_logits=True)
     if head.startswith("hybrid"):
         run(model, *batch_of([0]), decoder="ctc")
     assert everything(model) == before
@@ -249,38 +251,38 @@ def test_generate_leaves_the_model_alone(head: str):
 @pytest.mark.parametrize("head", TRANSDUCERS)
 def test_max_new_tokens_counts_steps(head: str, limit: int):
     features, mask = batch_of([4, 0])
-    whole = run(tiny(head), features, mask)
-    some = run(tiny(head), features, mask, max_new_tokens=limit)
-    assert some.sequences.tolist() == whole.sequences[:, : limit + 1].tolist()
-    assert some.durations.tolist() == whole.durations[:, : limit + 1].tolist()
-    # the start counts towards `max_length`
-    assert run(tiny(head), features, mask, max_length=limit + 1).sequences.tolist() == some.sequences.tolist()
+    unlimited = run(tiny(head), features, mask)
+    limited = run(tiny(head), features, mask, max_new_tokens=limit)
+    assert limited.sequences.tolist() == unlimited.sequences[:, : limit + 1].tolist()
+    assert limited.durations.tolist() == unlimited.durations[:, : limit + 1].tolist()
+    # `max_length` counts the start token
+    assert run(tiny(head), features, mask, max_length=limit + 1).sequences.tolist() == limited.sequences.tolist()
 
 
-def test_max_length_must_leave_room_for_the_start():
+def test_max_length_must_be_at_least_two():
     with pytest.raises(ValueError, match="`max_length` must be at least 2, got 1"):
         run(tiny("tdt"), *batch_of([0]), max_length=1)
 
 
 class Listener(BaseStreamer):
-    """Keeps what it is told."""
+    """Records what it receives."""
 
     def __init__(self) -> None:
-        self.heard: list[int] = []
+        self.received: list[int] = []
         self.ended = 0
 
     def put(self, value: Tensor) -> None:
-        self.heard.extend(value.flatten().tolist())
+        self.received.extend(value.flatten().tolist())
 
     def end(self) -> None:
         self.ended += 1
 
 
 @pytest.mark.parametrize("head", TRANSDUCERS)
-def test_a_streamer_hears_every_step_once(head: str):
+def test_a_streamer_receives_every_step_once(head: str):
     listener = Listener()
     out = run(tiny(head), *batch_of([4]), streamer=listener)
-    assert listener.heard == out.sequences[0].tolist()
+    assert listener.received == out.sequences[0].tolist()
     assert listener.ended == 1
     assert out.sequences.tolist() == run(tiny(head), *batch_of([4])).sequences.tolist()
 
@@ -294,13 +296,13 @@ class ThirdLabel(StoppingCriteria):
 
 @pytest.mark.parametrize("head", TRANSDUCERS)
 def test_stopping_criteria_stop_single_rows(head: str):
-    whole = rows_of(run(tiny(head), *batch_of([4, 0, 5]), output_confidence=True))
-    out = rows_of(run(tiny(head), *batch_of([4, 0, 5]), output_confidence=True, stopping_criteria=[ThirdLabel()]))
-    for (ids, _, _), (all_ids, _, _) in zip(out, whole, strict=True):
-        labels = [place for place, token in enumerate(all_ids) if token not in (BLANK, PAD)]
+    unstopped = rows_of(run(tiny(head), *batch_of([4, 0, 5]), output_confidence=True))
+    stopped = rows_of(run(tiny(head), *batch_of([4, 0, 5]), output_confidence=True, stopping_criteria=[ThirdLabel()]))
+    for (ids, _, _), (all_ids, _, _) in zip(stopped, unstopped, strict=True):
+        labels = [step for step, token in enumerate(all_ids) if token not in (BLANK, PAD)]
         end = labels[2] + 1 if len(labels) > 2 else len(all_ids)
         assert ids[:end] == all_ids[:end]
-        # a forced move may follow the third label, nothing else
+        # only a forced move may follow the third label
         assert set(ids[end:]) <= {BLANK}
         assert len(ids) <= end + 1
 
@@ -308,36 +310,43 @@ def test_stopping_criteria_stop_single_rows(head: str):
 @pytest.mark.parametrize(
     "how", [{"max_time": 1e-9}, {"stopping_criteria": [MaxTimeCriteria(1e-9)]}], ids=["argument", "criterion"]
 )
-def test_time_runs_out_after_the_first_step(how: dict[str, Any]):
-    whole = run(tiny("tdt"), *batch_of([1]))
+def test_max_time_stops_after_the_first_step(how: dict[str, Any]):
+    unlimited = run(tiny("tdt"), *batch_of([1]))
     out = run(tiny("tdt"), *batch_of([1]), **how)
     steps = out.sequences.shape[1]
     assert 2 <= steps <= 3
-    assert out.sequences[0].tolist() == whole.sequences[0, :steps].tolist()
-    patient = run(tiny("tdt"), *batch_of([1]), stopping_criteria=[MaxTimeCriteria(600.0)])
-    assert patient.sequences.tolist() == whole.sequences.tolist()
+    assert out.sequences[0].tolist() == unlimited.sequences[0, :steps].tolist()
+    with_time = run(tiny("tdt"), *batch_of([1]), stopping_criteria=[MaxTimeCriteria(600.0)])
+    assert with_time.sequences.tolist() == unlimited.sequences.tolist()
+
+
+def with_forced_blanks(head: str, forced_blanks: bool) -> Any:
+    """Return a copy of a tiny model that returns forced moves as blanks, or as parts of durations."""
+    model = copy.deepcopy(tiny(head))
+    model.config.forced_blanks = forced_blanks
+    return model
 
 
 @pytest.mark.parametrize("forced_blanks", [False, True])
 @pytest.mark.parametrize("head", TRANSDUCERS)
 def test_logits_belong_to_their_steps(head: str, forced_blanks: bool):
-    kwargs = {"forced_blanks": forced_blanks, "output_confidence": "entropy"}
-    out = run(tiny(head), *batch_of([4, 0]), output_logits=True, output_scores=True, **kwargs)
+    model = with_forced_blanks(head, forced_blanks)
+    out = run(model, *batch_of([4, 0]), output_logits=True, output_scores=True, output_confidence="entropy")
     assert len(out.logits) == len(out.scores) == out.sequences.shape[1] - 1
     labels = 0
     for step, (logits, scores) in enumerate(zip(out.logits, out.scores, strict=True), start=1):
         assert torch.equal(logits, scores)
         for row, token in enumerate(out.sequences[:, step].tolist()):
             if not logits[row].any():
-                # padding, or a move that nothing was scored for
+                # padding, or a forced move, which has no scores
                 assert token in (PAD, BLANK)
                 continue
             assert int(logits[row, :VOCAB].argmax()) == token
             if token != BLANK:
                 labels += 1
-                sure = confidence(logits[row, :VOCAB], "entropy")
-                # the same numbers, reduced alone; measured: 0
-                torch.testing.assert_close(out.token_confidence[row, step], sure, rtol=0, atol=1e-6)
+                confidence = token_confidence(logits[row, :VOCAB], "entropy")
+                # measured: 0
+                torch.testing.assert_close(out.token_confidence[row, step], confidence, rtol=0, atol=1e-6)
             else:
                 assert out.token_confidence[row, step] == 0
     assert labels > 10
@@ -348,19 +357,47 @@ def test_logits_belong_to_their_steps(head: str, forced_blanks: bool):
 
 
 @pytest.mark.parametrize("head", ["rnnt", "tdt"])
-def test_forced_blanks_change_the_writing_only(head: str):
-    # a model that would never leave a frame
-    model = copy.deepcopy(tiny(head))
-    with torch.no_grad():
-        model.joint.head.bias[BLANK] -= 100.0
-        model.joint.head.bias[VOCAB : VOCAB + 1] += 100.0
-    apart, within = (run(model, *batch_of([2]), forced_blanks=forced) for forced in (True, False))
+def test_forced_blanks_change_sequences_and_durations_but_not_hypotheses(head: str):
+    results = {}
+    for forced_blanks in (True, False):
+        model = with_forced_blanks(head, forced_blanks)
+        with torch.no_grad():
+            # the model never leaves a frame by itself
+            model.joint.head.bias[BLANK] -= 100.0
+            model.joint.head.bias[VOCAB : VOCAB + 1] += 100.0
+        results[forced_blanks] = run(model, *batch_of([2]))
+    nemo, stock = results[True], results[False]
     frames = int(model._get_subsampling_output_length(torch.tensor(len(clip(2)))))
-    labels = [ids[ids != BLANK].tolist() for ids in (apart.sequences[0], within.sequences[0])]
+    labels = [ids[ids != BLANK].tolist() for ids in (nemo.sequences[0], stock.sequences[0])]
     assert labels[0] == labels[1]
     assert len(labels[0]) == 4 * frames
-    assert apart.durations[0].tolist() == [0] + [0, 0, 0, 0, 1] * frames
-    assert within.durations[0].tolist() == [0] + [0, 0, 0, 1] * frames
+    assert nemo.durations[0].tolist() == [0] + [0, 0, 0, 0, 1] * frames
+    assert stock.durations[0].tolist() == [0] + [0, 0, 0, 1] * frames
+    expected = {"tokens": labels[0], "frames": [frame for frame in range(frames) for _ in range(4)]}
+    for out in (nemo, stock):
+        assert out.hypotheses.to_lists() == {**expected, "durations": [0] * 4 * frames, "confidence": None}
+
+
+@pytest.mark.parametrize("head", TRANSDUCERS)
+def test_hypotheses_hold_the_labels_of_the_sequences(head: str):
+    out = run(tiny(head), *batch_of([4, 0, 2]), output_confidence=True)
+    frames = out.durations.cumsum(1) - out.durations
+    assert len(out.hypotheses) == 3
+    for row in range(3):
+        is_label = (out.sequences[row] != BLANK) & (out.sequences[row] != PAD)
+        lists = out.hypotheses.to_lists(row)
+        assert lists["tokens"] == out.sequences[row][is_label].tolist()
+        assert lists["frames"] == frames[row][is_label].tolist()
+        assert lists["confidence"] == out.token_confidence[row][is_label].tolist()
+
+
+@pytest.mark.parametrize("head", ["ctc", "hybrid_tdt"])
+def test_hypotheses_of_ctc_are_the_collapsed_sequences(head: str):
+    ctc_head = {} if head == "ctc" else {"decoder": "ctc"}
+    out = run(tiny(head), *batch_of([4, 0]), output_confidence=True, **ctc_head)
+    expected = collapse_ctc(torch.as_tensor(out.sequences), BLANK, out.token_confidence)
+    assert [out.hypotheses.to_lists(row) for row in (0, 1)] == [expected.to_lists(row) for row in (0, 1)]
+    assert len(out.hypotheses.to_lists(0)["tokens"]) > 10
 
 
 @pytest.mark.parametrize("method", [True, "max_prob", "entropy"])
@@ -368,8 +405,8 @@ def test_ctc_confidence(method: Any):
     model = tiny("ctc")
     features, mask = batch_of([0, 2])
     out = run(model, features, mask, output_confidence=method)
-    wanted = confidence(out.logits, "max_prob" if method is True else method)
-    assert torch.equal(out.token_confidence, wanted)
+    expected = token_confidence(out.logits, "max_prob" if method is True else method)
+    assert torch.equal(out.token_confidence, expected)
     assert run(model, features, mask).token_confidence is None
     with pytest.raises(ValueError, match="got 'margin'"):
         run(model, features, mask, output_confidence="margin")
@@ -381,9 +418,9 @@ def test_ctc_takes_the_best_token_of_every_frame():
     features, mask = batch_of([4, 0])
     logits = model(input_features=features, attention_mask=mask).logits
     short = int(model._get_subsampling_output_length(mask[1].sum()))
-    wanted = logits.argmax(-1)
-    wanted[1, short:] = BLANK
-    assert torch.equal(model.generate(features, attention_mask=mask), wanted)
+    expected = logits.argmax(-1)
+    expected[1, short:] = BLANK
+    assert torch.equal(model.generate(features, attention_mask=mask), expected)
     assert torch.equal(run(model, features, mask).logits, logits)
     # without a mask every frame counts
     assert torch.equal(model.generate(features[:1]), model.generate(features[:1], attention_mask=mask[:1]))
@@ -391,16 +428,16 @@ def test_ctc_takes_the_best_token_of_every_frame():
 
 @pytest.mark.parametrize("head", ["hybrid_rnnt", "hybrid_tdt"])
 @torch.no_grad()
-def test_the_second_head_of_a_hybrid(head: str):
+def test_the_ctc_head_of_a_hybrid_returns_the_best_tokens(head: str):
     model = tiny(head)
     features, mask = batch_of([4, 0])
     encoded = model.encoder(input_features=features, attention_mask=mask)
     logits = pointwise(model.ctc_head, encoded.last_hidden_state)
-    wanted = torch.where(encoded.attention_mask.bool(), logits.argmax(-1), BLANK)
-    assert torch.equal(model.generate(features, attention_mask=mask, decoder="ctc"), wanted)
+    expected = torch.where(encoded.attention_mask.bool(), logits.argmax(-1), BLANK)
+    assert torch.equal(model.generate(features, attention_mask=mask, decoder="ctc"), expected)
     out = run(model, features, mask, decoder="ctc", output_confidence=True)
-    assert torch.equal(out.sequences, wanted)
-    assert torch.equal(out.token_confidence, confidence(logits))
+    assert torch.equal(out.sequences, expected)
+    assert torch.equal(out.token_confidence, token_confidence(logits))
     assert out.get("durations") is None
 
 
@@ -430,13 +467,13 @@ REFUSALS = [
 @pytest.mark.parametrize(
     ("head", "kwargs", "words"), REFUSALS, ids=[f"{head}-{'-'.join(kwargs)}" for head, kwargs, _ in REFUSALS]
 )
-def test_what_greedy_decoding_cannot_honour_is_refused(head: str, kwargs: dict[str, Any], words: str):
+def test_arguments_that_do_not_fit_greedy_decoding_are_refused(head: str, kwargs: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
         run(tiny(head), *batch_of([4]), **kwargs)
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_arguments_that_ask_for_greedy_decoding_are_fine(head: str):
+def test_arguments_that_ask_for_greedy_decoding_are_accepted(head: str):
     plain = run(tiny(head), *batch_of([0])).sequences
     assert torch.equal(run(tiny(head), *batch_of([0]), num_beams=1, do_sample=False).sequences, plain)
 
@@ -464,13 +501,13 @@ WITHOUT_EFFECT = [
 def ctc_tokens(head: str, **kwargs: Any) -> Tensor:
     """Frame-wise tokens of a CTC model or of the second head of a hybrid."""
     features, mask = batch_of([0, 2])
-    second = {} if head == "ctc" else {"decoder": "ctc"}
-    return tiny(head).generate(features, attention_mask=mask, **second, **kwargs)
+    ctc_head = {} if head == "ctc" else {"decoder": "ctc"}
+    return tiny(head).generate(features, attention_mask=mask, **ctc_head, **kwargs)
 
 
 @pytest.mark.parametrize("kwargs", NEUTRAL, ids=lambda kwargs: "-".join(kwargs))
 @pytest.mark.parametrize("head", ["ctc", "hybrid_tdt"])
-def test_neutral_arguments_of_ctc_are_accepted_in_silence(head: str, kwargs: dict[str, Any]):
+def test_neutral_arguments_of_ctc_are_accepted_without_a_warning(head: str, kwargs: dict[str, Any]):
     with log_records() as records:
         assert torch.equal(ctc_tokens(head, **kwargs), ctc_tokens(head))
     assert records == []
@@ -478,7 +515,7 @@ def test_neutral_arguments_of_ctc_are_accepted_in_silence(head: str, kwargs: dic
 
 @pytest.mark.parametrize("kwargs", WITHOUT_EFFECT, ids=lambda kwargs: "-".join(kwargs))
 @pytest.mark.parametrize("head", ["ctc", "hybrid_tdt"])
-def test_arguments_without_effect_on_ctc_are_named_once(head: str, kwargs: dict[str, Any]):
+def test_arguments_without_effect_on_ctc_are_warned_about_once(head: str, kwargs: dict[str, Any]):
     with log_records() as records:
         for _ in range(2):
             assert torch.equal(ctc_tokens(head, **kwargs), ctc_tokens(head))
@@ -487,7 +524,7 @@ def test_arguments_without_effect_on_ctc_are_named_once(head: str, kwargs: dict[
     assert all(name in message for name in kwargs if name != "generation_config")
 
 
-def test_a_generation_configuration_asks_for_the_outputs_of_ctc():
+def test_a_generation_configuration_selects_the_outputs_of_ctc():
     settings = GenerationConfig(return_dict_in_generate=True, output_scores=True, output_hidden_states=True)
     out = ctc_tokens("ctc", generation_config=settings)
     assert torch.equal(out.sequences, ctc_tokens("ctc"))
@@ -497,7 +534,7 @@ def test_a_generation_configuration_asks_for_the_outputs_of_ctc():
 
 
 @pytest.mark.parametrize("head", ["ctc", "hybrid_tdt"])
-def test_a_streamer_sees_the_frames_of_ctc(head: str):
+def test_a_streamer_receives_the_frames_of_ctc(head: str):
     class Recorder(BaseStreamer):
         def __init__(self) -> None:
             self.shown: list[list[int]] = []
@@ -510,13 +547,13 @@ def test_a_streamer_sees_the_frames_of_ctc(head: str):
 
     recorder = Recorder()
     features, mask = batch_of([4])
-    second = {} if head == "ctc" else {"decoder": "ctc"}
-    tokens = tiny(head).generate(features, attention_mask=mask, streamer=recorder, **second)
+    ctc_head = {} if head == "ctc" else {"decoder": "ctc"}
+    tokens = tiny(head).generate(features, attention_mask=mask, streamer=recorder, **ctc_head)
     assert recorder.shown == [[BLANK], *([token] for token in tokens[0].tolist()), []]
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_targets_of_a_processor_are_ignored(head: str):
+def test_labels_from_a_processor_are_ignored(head: str):
     features, mask = batch_of([0, 2])
     targets = {"labels": torch.tensor([[5, 6], [7, PAD]]), "decoder_input_ids": torch.tensor([[BLANK, 5, 6]] * 2)}
     assert torch.equal(run(tiny(head), features, mask, **targets).sequences, run(tiny(head), features, mask).sequences)
@@ -537,7 +574,7 @@ def test_a_model_from_a_configuration_alone_generates(head: str):
 
 
 def test_a_stock_generation_configuration_works():
-    # stock transformers suppresses the duration outputs, which follow the tokens
+    # stock transformers suppresses the duration outputs, which come after the tokens
     stock = GenerationConfig(
         bos_token_id=None,
         decoder_start_token_id=BLANK,
@@ -552,7 +589,7 @@ def test_a_stock_generation_configuration_works():
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_row_without_frames_gives_nothing(head: str):
+def test_a_row_without_frames_has_no_tokens(head: str):
     features, mask = batch_of([0, 2, 4])
     mask[1] = 0
     out = run(tiny(head), features, mask, output_confidence=True)
@@ -575,7 +612,7 @@ def log_records() -> Iterator[list[logging.LogRecord]]:
     handler = logging.Handler(logging.WARNING)
     handler.emit = records.append
     loggers = [transformers_logging.get_logger("transformers"), logging.getLogger("transformers_parakeet")]
-    # what was said once in this process would stay unsaid
+    # a warning that was logged once in this process would not be logged again
     transformers_logging.warning_once.cache_clear()
     for logger in loggers:
         logger.addHandler(handler)
@@ -587,7 +624,7 @@ def log_records() -> Iterator[list[logging.LogRecord]]:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_normal_use_is_silent(head: str):
+def test_normal_use_gives_no_warning(head: str):
     with warnings.catch_warnings(), log_records() as records:
         warnings.simplefilter("error")
         model = build(head)
@@ -602,8 +639,8 @@ def test_normal_use_is_silent(head: str):
 
 
 @pytest.mark.parametrize("kind", ["rnnt", "tdt"])
-def test_the_search_in_bfloat16_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch):
-    # large enough for `Bfloat16Search.is_faster`, which a CPU without bfloat16 would deny
+def test_the_bfloat16_search_for_the_best_token_does_not_change_the_result(kind: str, monkeypatch: pytest.MonkeyPatch):
+    # large enough for `Bfloat16Search.is_faster`, which is false on a CPU without bfloat16 instructions
     vocab, calls = 8193, []
     fields = {**SHARED, "vocab_size": vocab, "blank_token_id": vocab - 1, "joint_hidden_size": 128}
     torch.manual_seed(0)
@@ -635,6 +672,6 @@ def test_the_search_in_bfloat16_changes_nothing(kind: str, monkeypatch: pytest.M
     assert torch.equal(outputs[0].durations, outputs[1].durations)
     labels = (outputs[0].sequences < vocab - 1) & (outputs[0].sequences != model.config.pad_token_id)
     assert 10 < labels.sum() < 0.9 * labels.numel()
-    # confidences need all scores
+    # confidence needs all scores
     model.generate(input_features=features, attention_mask=mask, output_confidence=True)
     assert not calls

@@ -1,17 +1,26 @@
-"""The pipeline: inputs, batches, times, chunks, confidence, hostile audio, and models that are not ours."""
+"""Checks the pipeline: inputs, batches, times, chunks, confidence, unusual audio, and models of other families."""
+
+import pickle
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from conftest import ctc_model, noise
-from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, pipeline
+from transformers import (
+    AutomaticSpeechRecognitionPipeline,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    pipeline,
+)
 
 import transformers_parakeet as tp
 
 
 @pytest.fixture(scope="module")
 def pipe():
+    """A pipeline with a tiny random CTC model."""
     model, processor = ctc_model()
     return pipeline(
         "automatic-speech-recognition",
@@ -44,15 +53,15 @@ def test_every_form_of_input_gives_the_same_text(pipe, tmp_path):
     assert [pipe(form)["text"] for form in forms] == [text] * len(forms)
 
 
-def test_the_callers_dict_is_left_alone_and_its_extras_come_back(pipe):
-    given = {"array": noise(1.0), "sampling_rate": 16000, "speaker": "ann"}
-    keys = set(given)
-    assert pipe(given)["speaker"] == ["ann"]
-    assert set(given) == keys
+def test_an_input_dict_is_not_changed_and_its_other_keys_are_returned(pipe):
+    clip = {"array": noise(1.0), "sampling_rate": 16000, "speaker": "ann"}
+    keys = set(clip)
+    assert pipe(clip)["speaker"] == ["ann"]
+    assert set(clip) == keys
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
-def test_batching_changes_nothing(pipe, batch_size):
+def test_the_batch_size_does_not_change_the_result(pipe, batch_size):
     clips = [noise(seconds, seed) for seed, seconds in enumerate((1.0, 3.0, 0.4, 2.2, 0.1))]
     alone = [pipe(clip, return_timestamps="word") for clip in clips]
     assert pipe(list(clips), batch_size=batch_size, return_timestamps="word") == alone
@@ -60,7 +69,7 @@ def test_batching_changes_nothing(pipe, batch_size):
 
 
 @pytest.mark.parametrize("level", ["char", "word", "segment"])
-def test_times_are_ordered_and_spell_the_text(pipe, level):
+def test_times_are_ordered_and_the_chunks_contain_the_text(pipe, level):
     out = pipe(noise(3.0), return_timestamps=level)
     spans = [chunk["timestamp"] for chunk in out["chunks"]]
     assert spans == sorted(spans)
@@ -76,7 +85,7 @@ def test_true_means_segments_and_other_levels_are_refused(pipe):
         pipe(clip, return_timestamps="phoneme")
 
 
-def test_confidence(pipe):
+def test_confidence_of_chunks_and_of_the_whole_text(pipe):
     clip = noise(2.0)
     chars = pipe(clip, return_timestamps="char", return_confidence=True)["chunks"]
     assert all(0 <= chunk["confidence"] <= 1 for chunk in chars)
@@ -95,7 +104,7 @@ def test_chunks_cover_long_audio_once(pipe):
     starts = [chunk["timestamp"][0] for chunk in chunked]
     assert starts == sorted(starts)
     assert starts[-1] > 8
-    # attention sees less context: most tokens of a random model still agree in number
+    # attention has less context, so that a random model emits a slightly different number of tokens
     assert len(chunked) == pytest.approx(len(whole), rel=0.3)
     assert pipe(clip, chunk_length_s=4, stride_length_s=1, batch_size=3)["text"] == "".join(c["text"] for c in chunked)
     with pytest.raises(ValueError, match="stride"):
@@ -110,7 +119,68 @@ def test_half_precision_models_run(pipe):
         tokenizer=processor.tokenizer,
         feature_extractor=processor.feature_extractor,
     )
-    assert isinstance(half(noise(1.0), return_timestamps="word", return_confidence=True)["text"], str)
+    out = half(noise(1.0), return_timestamps="char", return_confidence=True)
+    assert out["text"]
+    assert "".join(chunk["text"] for chunk in out["chunks"]) == out["text"]
+    assert all(0 < chunk["confidence"] < 1 for chunk in out["chunks"])
+
+
+def test_the_pipeline_uses_the_processor_that_it_is_given():
+    model, processor = ctc_model()
+    for pipe in (
+        tp.ParakeetASRPipeline(model, processor=processor),
+        pipeline(
+            "automatic-speech-recognition",
+            model=model,
+            processor=processor,
+            tokenizer=processor.tokenizer,
+            feature_extractor=processor.feature_extractor,
+        ),
+    ):
+        assert pipe.processor is processor
+        assert pipe.tokenizer is processor.tokenizer
+        assert pipe.feature_extractor is processor.feature_extractor
+        assert pipe(noise(1.0), return_timestamps="char")["chunks"]
+
+
+def test_without_a_processor_one_is_built_from_its_parts(pipe):
+    assert type(pipe.processor) is tp.ParakeetProcessor
+    assert pipe.processor.decoder_type == "ctc"
+    assert pipe.processor.tokenizer is pipe.tokenizer
+    assert pipe.processor.feature_extractor is pipe.feature_extractor
+
+
+@pytest.mark.parametrize("level", ["char", "word"])
+def test_the_head_that_decodes_decides_how_times_are_computed(level):
+    demo = pipeline("automatic-speech-recognition", model=str(tp.demo_model_path()))
+    clip = str(tp.demo_model_path() / "clips" / "one_two_three.flac")
+    ctc = pipeline("automatic-speech-recognition", model=str(tp.demo_model_path()), generate_kwargs={"decoder": "ctc"})
+    ctc_chunks = ctc(clip, return_timestamps=level)["chunks"]
+    tdt_chunks = demo(clip, return_timestamps=level)["chunks"]
+    assert ctc_chunks != tdt_chunks
+    assert demo(clip, return_timestamps=level, generate_kwargs={"decoder": "ctc"})["chunks"] == ctc_chunks
+    assert ctc(clip, return_timestamps=level, generate_kwargs={"decoder": "transducer"})["chunks"] == tdt_chunks
+
+
+def test_audio_is_loaded_once(pipe, monkeypatch, tmp_path):
+    clips = []
+    load_audio = tp.load_audio
+
+    def count_loads(clip, *args, **kwargs):
+        clips.append(clip)
+        return load_audio(clip, *args, **kwargs)
+
+    monkeypatch.setattr("transformers_parakeet.pipeline_parakeet.load_audio", count_loads)
+    soundfile.write(tmp_path / "clip.wav", noise(9.0), 16000)
+    assert pipe(str(tmp_path / "clip.wav"), chunk_length_s=4, stride_length_s=1)["text"]
+    assert clips == [str(tmp_path / "clip.wav")]
+
+
+def test_a_pickled_pipeline_gives_the_same_result(pipe):
+    copied = pickle.loads(pickle.dumps(pipe))
+    assert type(copied) is tp.ParakeetASRPipeline
+    clip = noise(1.0)
+    assert copied(clip, return_timestamps="word") == pipe(clip, return_timestamps="word")
 
 
 @pytest.mark.parametrize("samples", [0, 1, 100])
@@ -119,48 +189,49 @@ def test_audio_too_short_for_a_frame_has_no_text(pipe, samples):
 
 
 def test_short_and_silent_audio_is_decoded(pipe):
-    assert isinstance(pipe(noise(1.0)[:399])["text"], str)
-    assert isinstance(pipe(np.zeros(16000, dtype=np.float32))["text"], str)
+    # a model with random weights emits tokens for any audio
+    for clip in (noise(1.0)[:399], np.zeros(16000, dtype=np.float32)):
+        out = pipe(clip, return_timestamps="char")
+        assert "".join(chunk["text"] for chunk in out["chunks"]) == out["text"]
+        assert all(0 <= start <= end <= 1 for start, end in (chunk["timestamp"] for chunk in out["chunks"]))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_samples_that_are_no_numbers_are_refused(pipe, value):
+def test_samples_that_are_not_finite_are_refused(pipe, value):
     clip = noise(0.5)
     clip[7] = value
     with pytest.raises(ValueError, match="finite"):
         pipe(clip)
 
 
-def test_another_rate_is_resampled(pipe):
+def test_audio_of_another_sampling_rate_is_resampled(pipe):
     seconds = np.arange(0, 2.0, 1 / 48000)
     chirp = np.sin(2 * np.pi * (200 + 400 * seconds) * seconds).astype(np.float32)
     out = pipe({"array": chirp, "sampling_rate": 48000}, return_timestamps="char")
     assert max(chunk["timestamp"][1] for chunk in out["chunks"]) <= 2.0
 
 
-def test_files_that_are_no_audio_are_named(pipe, tmp_path):
+def test_errors_name_files_that_are_not_audio(pipe, tmp_path):
     path = tmp_path / "notes.wav"
-    path.write_text("this is no audio\n" * 50)
+    path.write_text("not audio\n" * 50)
     with pytest.raises(tp.AudioError, match=r"notes\.wav"):
         pipe(str(path))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         pipe(str(tmp_path / "nowhere.wav"))
 
 
-def test_the_stock_pipeline_class_times_ctc_too(pipe):
-    from transformers import AutomaticSpeechRecognitionPipeline
-
+def test_the_stock_pipeline_class_returns_times_of_ctc(pipe):
     stock = AutomaticSpeechRecognitionPipeline(
         model=pipe.model, tokenizer=pipe.tokenizer, feature_extractor=pipe.feature_extractor
     )
     clip = noise(2.0)
     out = stock(clip, return_timestamps="word")
     assert [chunk["text"] for chunk in out["chunks"]] == out["text"].split()
-    # stock's class does not know the mask: its last frame lies in the padding
+    # the stock class does not use the mask, so that the last frame may be padding
     assert all(0 <= start <= end <= 2.08 for start, end in (chunk["timestamp"] for chunk in out["chunks"]))
 
 
-def test_other_models_pass_through(tmp_path):
+def test_other_models_get_the_pipeline_of_transformers(tmp_path):
     import json
 
     from transformers import Wav2Vec2CTCTokenizer
@@ -179,6 +250,7 @@ def test_other_models_pass_through(tmp_path):
         tokenizer=Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json")),
         feature_extractor=Wav2Vec2FeatureExtractor(),
     )
+    assert type(other) is AutomaticSpeechRecognitionPipeline
     out = other(noise(0.2), return_timestamps="char")
     assert set(out) == {"text", "chunks"}
     with pytest.raises(ValueError, match="CTC can either predict"):
@@ -196,7 +268,7 @@ def test_other_models_pass_through(tmp_path):
         ("clip.opus", 48000, {"format": "OGG", "subtype": "OPUS"}),
     ],
 )
-def test_the_demo_model_hears_the_same_in_every_encoding(name, rate, options, tmp_path):
+def test_the_text_does_not_depend_on_the_audio_format(name, rate, options, tmp_path):
     import soxr
 
     demo = pipeline("automatic-speech-recognition", model=str(tp.demo_model_path()))
@@ -207,7 +279,7 @@ def test_the_demo_model_hears_the_same_in_every_encoding(name, rate, options, tm
 
 
 def test_worker_processes_compute_features_on_the_cpu(monkeypatch):
-    """A forked process cannot use a GPU; "meta" stands for one here."""
+    """A forked process cannot use a GPU. The device "meta" represents a GPU here."""
     model, processor = ctc_model()
     pipe = pipeline("automatic-speech-recognition", model=model, tokenizer=processor.tokenizer,
                     feature_extractor=processor.feature_extractor)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Processor and tokenizer: labels, decoding, times, offsets for stock tools."""
+"""Checks the processor and the tokenizer: labels, decoding, times, and offsets for stock tools."""
 
 import copy
 import json
@@ -15,10 +15,11 @@ import transformers_parakeet as tp
 
 
 def processor(kind):
+    """Return a processor with a tiny tokenizer."""
     return tp.ParakeetProcessor(tp.ParakeetFeatureExtractor(), tiny_tokenizer(kind), decoder_type=kind)
 
 
-def test_text_becomes_labels_and_for_transducers_the_blank_before_them():
+def test_text_becomes_labels_and_the_decoder_input_of_transducers():
     clips, texts = [noise(1.0), noise(0.5)], ["the fox", ""]
     ctc = processor("ctc")(audio=clips, text=texts, sampling_rate=16000)
     assert set(ctc) == {"input_features", "attention_mask", "labels"}
@@ -29,15 +30,26 @@ def test_text_becomes_labels_and_for_transducers_the_blank_before_them():
     assert tdt["decoder_input_ids"][:, 1:].tolist() == tdt["labels"].tolist()
 
 
-def test_empty_transcripts_alone_are_integers():
+def test_labels_are_integers_if_all_transcripts_are_empty():
     out = processor("ctc")(audio=[noise(0.5)], text=[""], sampling_rate=16000)
     assert out["labels"].dtype == torch.long
     assert out["labels"].shape[0] == 1
 
 
-def test_clips_and_transcripts_must_come_in_pairs():
-    with pytest.raises(ValueError, match="2 clips came with 1"):
+def test_every_clip_needs_a_transcript():
+    with pytest.raises(ValueError, match="got 2 clips and 1 transcripts"):
         processor("ctc")(audio=[noise(0.5)] * 2, text=["one"], sampling_rate=16000)
+
+
+def test_arguments_reach_the_feature_extractor_and_the_tokenizer():
+    tdt = processor("tdt")
+    clips = [noise(1.0), noise(0.5)]
+    batch = tdt(clips, ["the fox", "fox"], sampling_rate=16000, padding="max_length", max_length=32000)
+    assert batch["input_features"].shape[1] == 201
+    batch = tdt(clips, ["the fox", "fox"], sampling_rate=16000, audio_kwargs={"pad_to_multiple_of": 24000})
+    assert batch["input_features"].shape[1] == 151
+    padded = tdt(clips, ["fox", "fox"], sampling_rate=16000, text_kwargs={"padding": "max_length", "max_length": 9})
+    assert padded["labels"].shape == (2, 9)
 
 
 def test_an_array_with_channels_is_one_clip():
@@ -55,7 +67,7 @@ def test_ctc_merges_repeats_and_transducers_keep_them():
     assert tdt.batch_decode([[token, token]]) != tdt.batch_decode([[token]])
 
 
-def test_decode_with_durations_times_every_token():
+def test_decode_with_durations_returns_the_times_of_tokens():
     tdt = processor("tdt")
     ids = tdt.tokenizer("the fox", add_special_tokens=False).input_ids
     blank = tdt.blank_token_id
@@ -71,13 +83,13 @@ def test_decode_with_durations_times_every_token():
     assert "".join(t["token"] for t in times) == text
 
 
-def test_no_space_stands_before_punctuation():
+def test_the_space_before_punctuation_is_removed():
     ctc = processor("ctc")
     assert "," in ctc.punctuation
-    assert ctc._tidy("shore , again .") == "shore, again."
+    assert ctc._join_punctuation("shore , again .") == "shore, again."
 
 
-def test_an_unknown_level_is_refused():
+def test_unknown_levels_are_refused():
     from transformers_parakeet.timestamps import Emissions
 
     with pytest.raises(ValueError, match="char, word, segment"):
@@ -99,7 +111,7 @@ def test_character_offsets_for_stock_tools():
     assert words[1]["start_offset"] == 1 + 2 * len(the) + 2
 
 
-def test_saved_and_loaded_the_processor_is_the_same(tmp_path):
+def test_a_saved_processor_is_loaded_unchanged(tmp_path):
     saved = processor("tdt")
     saved.save_pretrained(tmp_path)
     loaded = tp.ParakeetProcessor.from_pretrained(tmp_path)
@@ -108,9 +120,9 @@ def test_saved_and_loaded_the_processor_is_the_same(tmp_path):
     assert type(loaded.tokenizer) is tp.ParakeetTokenizer
 
 
-@pytest.mark.parametrize(("kind", "said"), [("ctc", "the fox"), ("rnnt", "the the fox"), ("tdt", "the the fox")])
-def test_a_streamer_keeps_the_repeats_of_a_transducer(kind, said, capsys):
-    """Its tokenizer is called without arguments: only a CTC vocabulary, whose blank is the pad token, merges."""
+@pytest.mark.parametrize(("kind", "text"), [("ctc", "the fox"), ("rnnt", "the the fox"), ("tdt", "the the fox")])
+def test_a_streamer_keeps_the_repeats_of_a_transducer(kind, text, capsys):
+    """A streamer calls the tokenizer without arguments; it merges repeats only if the vocabulary is one of CTC."""
     tokenizer = tiny_tokenizer(kind)
     the, fox = (tokenizer(word, add_special_tokens=False).input_ids for word in ("the", "fox"))
     assert len(the) == 1
@@ -118,7 +130,7 @@ def test_a_streamer_keeps_the_repeats_of_a_transducer(kind, said, capsys):
     for token in [*the, *the, *fox]:
         streamer.put(torch.tensor([token]))
     streamer.end()
-    assert capsys.readouterr().out.strip() == said
+    assert capsys.readouterr().out.strip() == text
     assert tokenizer.decode([*the, *the], group_tokens=True) == "the"
     assert tokenizer.decode([*the, *the], group_tokens=False) == "the the"
 
@@ -135,7 +147,7 @@ def demo():
 
 
 @pytest.mark.parametrize("typed", [True, False])
-def test_the_demo_processor_is_that_of_a_transducer(typed, tmp_path, demo):
+def test_the_demo_processor_belongs_to_a_transducer(typed, tmp_path, demo):
     shutil.copytree(DEMO, tmp_path / "model")
     fields = json.loads((DEMO / "processor_config.json").read_text())
     assert fields["decoder_type"] == "tdt"
@@ -156,14 +168,14 @@ def test_the_demo_processor_is_that_of_a_transducer(typed, tmp_path, demo):
     assert "decoder_input_ids" in processor([noise(1.0)], text=["one"], sampling_rate=16000)
 
 
-def test_repeated_words_of_a_transducer_stay(demo):
+def test_repeated_words_of_a_transducer_are_kept(demo):
     _, processor, _ = demo
     (two,) = processor.tokenizer("two", add_special_tokens=False).input_ids
     blank = processor.blank_token_id
     assert processor.batch_decode(torch.tensor([[blank, two, two, blank, two, two]])) == ["two two two two"]
 
 
-def test_durations_are_those_of_a_transducer_whatever_the_type():
+def test_durations_show_that_a_sequence_is_from_a_transducer():
     untyped = tp.ParakeetProcessor(tp.ParakeetFeatureExtractor(), tiny_tokenizer("ctc"))
     the = untyped.tokenizer("the", add_special_tokens=False).input_ids[0]
     pad = untyped.tokenizer.pad_token_id
@@ -181,7 +193,7 @@ def test_durations_are_those_of_a_transducer_whatever_the_type():
         pytest.param(lambda ids: ids[:, : ids.shape[1]], id="sliced"),
     ],
 )
-def test_what_the_second_head_of_a_hybrid_generates_is_merged(change, golden):
+def test_repeats_from_the_ctc_head_of_a_hybrid_are_merged(change, golden):
     model, processor = tp.load_nemo(golden / "hybrid_tdt_ctc" / "model.nemo")
     expected = json.loads((golden / "hybrid_tdt_ctc" / "expected.json").read_text())["ctc"]["single"]
     pairs = []
@@ -190,8 +202,8 @@ def test_what_the_second_head_of_a_hybrid_generates_is_merged(change, golden):
         batch = processor([samples], sampling_rate=rate)
         ids = change(model.generate(**batch, decoder="ctc"))
         pairs.append((processor.batch_decode(ids, skip_special_tokens=True)[0], expected[clip]["text"]))
-    heard, wanted = zip(*pairs, strict=True)
-    assert heard == wanted
+    texts, nemo_texts = zip(*pairs, strict=True)
+    assert texts == nemo_texts
 
 
 def test_frame_wise_tokens_of_a_hybrid_are_saved_as_a_plain_tensor(demo, tmp_path):

@@ -1,4 +1,4 @@
-"""Checks times against NVIDIA NeMo's on 48 cases, and the pieces they are made of by hand."""
+"""Checks times against those of NVIDIA NeMo on 48 cases, and each function by hand."""
 
 import json
 from functools import cache
@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from transformers_parakeet import ParakeetFeatureExtractor, ParakeetProcessor, load_nemo
+from transformers_parakeet.decoding import collapse_ctc
 from transformers_parakeet.nemo.sentencepiece import build_tokenizer
+from transformers_parakeet.processing_parakeet import to_emissions
 from transformers_parakeet.timestamps import (
     AGGREGATIONS,
     Emissions,
     Span,
-    aggregate,
+    aggregate_confidence,
     char_spans,
-    ctc_emissions,
+    ctc_runs,
     is_special,
     segment_spans,
     supported_punctuation,
@@ -36,6 +39,7 @@ FRAME_S = GOLDEN["frame_seconds"]
 
 @cache
 def tokenizer(name: str, kind: str) -> Any:
+    """Return the tokenizer of the golden CTC model, or that of a released checkpoint."""
     if name == "trained":
         return load_nemo(HERE / "golden" / "ctc" / "model.nemo")[1].tokenizer
     return build_tokenizer([REAL.read_bytes()], kind)
@@ -43,13 +47,16 @@ def tokenizer(name: str, kind: str) -> Any:
 
 @cache
 def processor(name: str, kind: str) -> ParakeetProcessor:
+    """Return a processor with one of these tokenizers."""
     return ParakeetProcessor(ParakeetFeatureExtractor(), tokenizer(name, kind), decoder_type=kind)
 
 
 def emissions_of(case: dict[str, Any]) -> Emissions:
+    """Return the tokens of a golden case."""
     if case["kind"] == "ctc":
-        # the blank comes last in the vocabulary
-        return ctc_emissions(case["raw_argmax"], 128 if case["tokenizer"] == "trained" else 8192)
+        # the blank is the last token of the vocabulary
+        blank_id = 128 if case["tokenizer"] == "trained" else 8192
+        return to_emissions(collapse_ctc(torch.tensor([case["raw_argmax"]]), blank_id))
     return Emissions(case["ids"], case["frames"], case.get("durations") or [0] * len(case["ids"]))
 
 
@@ -72,49 +79,56 @@ def test_times_equal_nemo(level: str, case: dict[str, Any]):
     assert [chunk["timestamp"] for chunk in seconds] == times
 
 
-def test_real_vocabulary_has_nemos_punctuation():
+def test_the_real_vocabulary_has_the_punctuation_of_nemo():
     assert sorted(processor("real", "tdt").punctuation) == GOLDEN["real_punctuation"]
-    # the pieces of the CTC tokenizer are the same: its blank alone differs
+    # the CTC tokenizer has the same pieces and a different blank
     assert processor("real", "ctc").punctuation == processor("real", "tdt").punctuation
 
 
-def test_level_must_be_known():
+def test_unknown_levels_are_refused():
     with pytest.raises(ValueError, match="must be one of char, word, segment, got 'sentence'"):
         processor("trained", "ctc").chunks(Emissions([1], [0], [1]), "sentence")
 
 
-def test_ctc_emissions_merge_runs_and_keep_the_smallest_confidence():
+def test_ctc_emissions_are_runs_of_tokens_with_their_smallest_confidence():
     ids = [9, 4, 4, 9, 4, 5, 5, 5, 9]
-    sure = [0.0, 0.9, 0.7, 0.1, 0.8, 0.3, 0.2, 0.6, 0.0]
-    assert ctc_emissions(ids, 9, sure) == Emissions([4, 4, 5], [1, 4, 5], [2, 1, 3], [0.7, 0.8, 0.2])
-    assert ctc_emissions(ids, 9).confidence is None
-    assert ctc_emissions([9, 9], 9, [0.5, 0.5]) == Emissions([], [], [], [])
-    assert ctc_emissions([], 9) == Emissions([], [], [])
-    # nothing but one token
-    assert ctc_emissions([3, 3], 9) == Emissions([3], [0], [2])
+    confidence = [0.0, 0.875, 0.75, 0.125, 0.5, 0.375, 0.25, 0.625, 0.0]
+
+    def emissions(ids: list[int], confidence: list[float] | None = None) -> Emissions:
+        frame_confidence = None if confidence is None else torch.tensor([confidence])
+        return to_emissions(collapse_ctc(torch.tensor([ids], dtype=torch.long), 9, frame_confidence))
+
+    assert emissions(ids, confidence) == Emissions([4, 4, 5], [1, 4, 5], [2, 1, 3], [0.75, 0.5, 0.25])
+    assert emissions(ids).confidence is None
+    assert emissions([9, 9], [0.5, 0.5]) == Emissions([], [], [], [])
+    assert emissions([]) == Emissions([], [], [])
+    # one token on all frames
+    assert emissions([3, 3]) == Emissions([3], [0], [2])
 
 
-def test_transducer_emissions_sum_the_durations():
-    # start, label that stays, label that moves, blank, label, then padding
+def test_ctc_runs_keep_blanks():
+    assert ctc_runs([9, 4, 4, 9]) == [(9, 0, 1), (4, 1, 3), (9, 3, 4)]
+    assert ctc_runs([]) == []
+
+
+def test_the_frame_of_a_transducer_step_is_the_sum_of_earlier_durations():
+    # start, label that stays, label that advances, blank, label, then padding
     ids, durations = [9, 4, 5, 9, 4, 2, 2], [0, 0, 3, 1, 2, 0, 0]
-    sure = [0.0, 0.4, 0.5, 0.0, 0.6, 0.0, 0.0]
-    assert transducer_emissions(ids, durations, {9, 2}, sure) == Emissions(
-        [4, 5, 4], [0, 0, 4], [0, 3, 2], [0.4, 0.5, 0.6]
-    )
+    assert transducer_emissions(ids, durations, {9, 2}) == Emissions([4, 5, 4], [0, 0, 4], [0, 3, 2])
     assert transducer_emissions(ids, durations, {9, 2}).confidence is None
     assert transducer_emissions([], [], {9}) == Emissions([], [], [])
 
 
-def test_transducer_emissions_need_one_duration_per_step():
+def test_every_transducer_step_needs_a_duration():
     with pytest.raises(ValueError, match="zip"):
         transducer_emissions([1, 2], [1], {9})
 
 
-def test_supported_punctuation_leaves_out_word_starts_and_special_tokens():
+def test_word_starts_and_special_tokens_have_no_supported_punctuation():
     pieces = ["\u2581-", "-", "a.b", "<;>", "[:]", "##!", "?", "\u00bf", "$", "+", "x", "<", "&"]
-    # dollar and plus are symbols, not punctuation; so is a lone angle
+    # the dollar, plus and angle signs are symbols and not punctuation
     assert supported_punctuation(pieces) == {"-", ".", "?", "\u00bf", "&"}
-    assert supported_punctuation([*pieces, "!blank!"], blank="!blank!") == {"-", ".", "?", "\u00bf", "&"}
+    assert supported_punctuation([*pieces, "!blank!"], blank_token="!blank!") == {"-", ".", "?", "\u00bf", "&"}
     assert supported_punctuation([]) == frozenset()
 
 
@@ -128,18 +142,18 @@ def test_is_special(piece: str, special: bool):
 LETTERS = Emissions([7, 8, 9], [2, 5, 6], [1, 0, 4], [0.5, 0.25, 0.75])
 
 
-def test_char_spans_of_each_head():
+def test_times_of_tokens_by_hand():
     def spans(kind: str) -> list[tuple[int, int]]:
         return [(span.start, span.end) for span in char_spans(kind, LETTERS, ["a", "?", "b"], {"?"})]
 
-    # punctuation is a point at the end of what it follows, except in RNN-T
+    # punctuation has no length, except in RNN-T
     assert spans("tdt") == [(2, 3), (3, 3), (6, 10)]
     assert spans("rnnt") == [(2, 3), (5, 6), (6, 7)]
-    # CTC: a token spans from the token before it to itself, the first from one frame before
+    # a CTC token starts at the token before it, the first one frame before itself
     assert spans("ctc") == [(1, 2), (2, 2), (5, 6)]
 
 
-def test_punctuation_that_comes_first_keeps_its_time():
+def test_punctuation_at_the_start_of_a_clip_keeps_its_time():
     first = Emissions([8], [3], [2])
     assert char_spans("tdt", first, ["?"], {"?"}) == [Span("?", 3, 5)]
     assert char_spans("ctc", Emissions([8], [0], [2]), ["?"], {"?"}) == [Span("?", 0, 0)]
@@ -154,7 +168,7 @@ def test_words_start_with_pieces_that_differ_from_their_text():
         return "".join(pieces[i] for i in ids).replace("\u2581", " ").strip()
 
     words = word_spans(chars, list(range(6)), pieces, decode, {".", "?"})
-    # a bare word start opens a word, which the punctuation then joins
+    # a piece that is only a word start begins a word, which the punctuation joins
     assert [(word.text, word.start, word.end) for word in words] == [("soon.", 0, 5), ("?", 6, 9), ("no", 10, 11)]
     assert [word.confidence for word in words] == pytest.approx([0.7, 0.5, 0.4])
     means = word_spans(chars, list(range(6)), pieces, decode, {".", "?"}, "mean")
@@ -165,27 +179,31 @@ def test_words_start_with_pieces_that_differ_from_their_text():
 WORDS = [Span("Well.", 0, 4, 0.5), Span("so", 5, 9, 0.5), Span("it", 30, 31, 0.25), Span("is?", 33, 40, 0.5)]
 
 
-def test_segments_end_with_punctuation():
+def test_segments_end_after_punctuation():
     assert segment_spans(WORDS, ".?!") == [Span("Well.", 0, 4, 0.5), Span("so it is?", 5, 40, 0.25)]
     assert segment_spans(WORDS[:3], ".?!")[-1] == Span("so it", 5, 31, 0.25)
     assert segment_spans(WORDS, "") == [Span("Well. so it is?", 0, 40, 0.25)]
     assert segment_spans([], ".") == []
 
 
-def test_segments_end_with_gaps():
-    # punctuation counts on the first word of a segment only, and the gap is between the words
+def test_segments_end_at_gaps():
+    # with a gap threshold, punctuation ends a segment only after the first word of the segment
     assert [s.text for s in segment_spans(WORDS, ".?!", gap_threshold=21)] == ["Well.", "so", "it is?"]
     assert [s.text for s in segment_spans(WORDS, ".?!", gap_threshold=22)] == ["Well.", "so it is?"]
     assert [s.text for s in segment_spans(WORDS, "", gap_threshold=2)] == ["Well. so", "it", "is?"]
 
 
-def test_aggregation_by_hand():
+def test_aggregation_of_confidences_by_hand():
     spans = [Span("a", 0, 1, 0.5), Span("b", 1, 2, 0.25), Span("c", 2, 3)]
-    assert {how: aggregate(spans, how) for how in AGGREGATIONS} == {"mean": 0.375, "min": 0.25, "prod": 0.125}
-    assert aggregate([Span("c", 2, 3)], "min") is None
+    assert {how: aggregate_confidence(spans, how) for how in AGGREGATIONS} == {
+        "mean": 0.375,
+        "min": 0.25,
+        "prod": 0.125,
+    }
+    assert aggregate_confidence([Span("c", 2, 3)], "min") is None
 
 
-@pytest.mark.parametrize("call", [aggregate, lambda s, how: segment_spans(s, ".", aggregation=how)])
-def test_aggregation_must_be_known(call: Any):
+@pytest.mark.parametrize("call", [aggregate_confidence, lambda s, how: segment_spans(s, ".", aggregation=how)])
+def test_unknown_aggregations_are_refused(call: Any):
     with pytest.raises(ValueError, match="must be one of mean, min, prod, got 'max'"):
         call([Span("a", 0, 1, 0.5)], "max")

@@ -322,8 +322,9 @@ class ParakeetRNNTConfig(_HeadConfig):
         encoder_config: configuration of the encoder, or its fields as a dict.
         pad_token_id: id of the padding of labels and generated sequences; may be the blank.
         blank_token_id: id of the blank.
-        forced_blanks: `generate` writes the move that `max_symbols_per_step` forces as a blank step of its own, as NeMo
-            counts, instead of adding it to the last label's duration, as stock transformers' RNN-T does.
+        forced_blanks: how `generate` returns an advance that `max_symbols_per_step` forces. `True`: as an additional
+            blank step, so that durations are the predicted ones, as in NeMo. `False`: as part of the duration of the
+            last label, as in stock transformers' RNN-T.
         decoder_dropout: dropout probability of the prediction network.
         joint_dropout: dropout probability of the joint network.
         loss_reduction: `"mean"`, `"mean_batch"`, `"mean_volume"`, `"sum"` or `"none"`, see `ctc_loss_reduction`.

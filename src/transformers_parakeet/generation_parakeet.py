@@ -1,11 +1,11 @@
-"""`generate()`: Hugging Face arguments in, greedy decoding, Hugging Face outputs out.
+"""`generate()`: reads the arguments of Hugging Face, runs greedy decoding, and returns the outputs of Hugging Face.
 
-The decoding itself is in `decoding.py`; text and times are made by the processor.
+The search itself is in `decoding/`. Text and times are made by the processor.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,48 +17,37 @@ from transformers.generation import (
     GenerationMixin,
     GenerationMode,
     MaxLengthCriteria,
-    SuppressTokensLogitsProcessor,
 )
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
-from .decoding import Shortcuts, TransducerOptions, confidence, greedy_ctc, greedy_transducer
+from .decoding import (
+    Hypotheses,
+    Shortcuts,
+    TransducerOptions,
+    collapse_ctc,
+    greedy_ctc,
+    greedy_transducer,
+    insert_forced_blanks,
+    token_confidence,
+)
+from .generation_arguments import confidence_method, ctc_request, refuse_processors, without_targets
 
-logger = logging.get_logger(__name__)
-
-# arguments of the encoder that `generate` of a CTC head passes on
-FORWARD_ARGUMENTS = {"output_attentions", "output_hidden_states", "output_attention_mask", "return_dict"}
-
-# arguments of transformers' `generate` that say nothing about the result of a CTC head
-NEUTRAL_ARGUMENTS = {
-    "synced_gpus", "use_cache", "cache_implementation", "cache_config", "transformers_version", "_from_model_config",
-    "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "output_logits", "tokenizer",
-}  # fmt: skip
-# and those that ask for what greedy decoding does anyway
-NEUTRAL_VALUES = {
-    "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "decoder": "ctc",
-    "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
-}  # fmt: skip
-# arguments of sampling, of beams, and limits: a CTC head gives one token per frame in a single step
-ARGUMENTS_WITHOUT_EFFECT = {
-    "max_new_tokens", "max_length", "min_new_tokens", "min_length", "max_time", "stop_strings", "stopping_criteria",
-    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "length_penalty",
-    "early_stopping",
-}  # fmt: skip
-
-# a limit on steps that no audio reaches
+# a limit of steps that no audio reaches
 UNLIMITED = 2**31
 
 
 class CTCTokens(Tensor):
-    """Frame-wise tokens (B, N) from the CTC head of a hybrid; slices and copies have this type as well.
+    """Frame-wise tokens (B, N) from the CTC head of a hybrid. Slices and copies have this type as well.
 
-    A hybrid's processor has the type of the transducer, and reads here that these tokens are of the other kind.
+    The processor of a hybrid decodes transducer output by default. It recognises CTC output by this type.
     """
 
     decoder_type = "ctc"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CTCTokens:
-        return self.clone()  # type: ignore[return-value]  # operations keep the type
+        """Copy the tokens and keep the type."""
+        # mypy does not know that operations keep the type
+        return self.clone()  # type: ignore[return-value]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Save a plain tensor, which `torch.load` reads without this package."""
@@ -67,15 +56,16 @@ class CTCTokens(Tensor):
 
 @dataclass
 class ParakeetCTCGenerateOutput(ModelOutput):
-    """What `ParakeetForCTC.generate` returns with `return_dict_in_generate=True`.
+    """Output of `ParakeetForCTC.generate` with `return_dict_in_generate=True`.
 
     Args:
-        sequences: (B, N) best token of every frame, blanks and repeats included; blank past a clip's end.
+        sequences: (B, N) best token of every frame, blanks and repeats included; the blank past the end of a clip.
         logits: (B, N, V) scores.
-        attentions: the encoder's, when asked for.
-        hidden_states: the encoder's, when asked for.
+        attentions: attentions of the encoder, if requested.
+        hidden_states: hidden states of the encoder, if requested.
         token_confidence: (B, N) confidence of each frame's token, with `output_confidence`.
-        scores: the logits again, with `output_scores`: greedy decoding does not change them.
+        scores: the same as `logits`, with `output_scores`; greedy decoding does not change the scores.
+        hypotheses: the tokens without blanks and repeats, with their frames.
     """
 
     sequences: Tensor | None = None
@@ -84,27 +74,11 @@ class ParakeetCTCGenerateOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     token_confidence: Tensor | None = None
     scores: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class CTCRequest:
-    """What a caller of `generate` asks of a CTC head.
-
-    Args:
-        forward: arguments of the encoder.
-        streamer: shown the tokens of all frames, or nothing.
-        return_dict: return a `ParakeetCTCGenerateOutput`.
-        scores: fill its `scores`.
-    """
-
-    forward: dict[str, Any]
-    streamer: Any = None
-    return_dict: bool = False
-    scores: bool = False
+    hypotheses: Hypotheses | None = None
 
 
 class ParakeetCTCGenerationMixin(GenerationMixin):
-    """Greedy CTC `generate`; keeps nothing on the model."""
+    """`generate` of a CTC model. It stores nothing on the model."""
 
     @torch.no_grad()
     def generate(
@@ -117,23 +91,24 @@ class ParakeetCTCGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> ParakeetCTCGenerateOutput | Tensor:
-        """Take the best token of every frame.
+        """Return the best token of every frame.
 
         Args:
             input_features: (B, T, F) log-mel features.
-            attention_mask: (B, T), 1 on valid mel frames.
+            attention_mask: (B, T), 1 on valid mel frames; `None` if all are valid.
             return_dict_in_generate: return a `ParakeetCTCGenerateOutput` instead of a tensor.
             compile_config: compile the forward pass with these settings.
-            output_confidence: also give confidences; `True` means `"max_prob"`, see `decoding.confidence`.
-            generation_config: its settings count like arguments; arguments come first.
-            **kwargs: `streamer`, `output_scores`, arguments of `forward`; other arguments of transformers' `generate`
-                are accepted when they ask for greedy decoding, and ignored with a warning when they have no effect.
+            output_confidence: also return confidences; `True` means `"max_prob"`, see `decoding.token_confidence`.
+            generation_config: its settings are used like arguments; arguments have priority.
+            **kwargs: `streamer`, `output_scores` and arguments of `forward`. Other arguments of transformers'
+                `generate` are accepted if they ask for greedy decoding, and ignored with a warning if they have no
+                effect.
 
         Returns:
-            (B, N) token ids, blanks and repeats included: `processor.batch_decode` merges them.
+            (B, N) token ids, blanks and repeats included; `processor.batch_decode` merges them.
 
         Raises:
-            ValueError: an argument that asks for another result, such as one of beam search or sampling.
+            ValueError: an argument asks for anything but greedy decoding, or is unknown.
         """
         if return_dict_in_generate:
             kwargs["return_dict_in_generate"] = True
@@ -141,25 +116,28 @@ class ParakeetCTCGenerationMixin(GenerationMixin):
         forward = self.__call__ if compile_config is None else self.get_compiled_call(compile_config)
         outputs = forward(input_features=input_features, attention_mask=attention_mask, **request.forward)
         lengths = None if attention_mask is None else self._get_subsampling_output_length(attention_mask.sum(-1))
-        sequences = greedy_ctc(outputs.logits, lengths, self.config.pad_token_id)
-        stream(sequences, self.config.pad_token_id, request.streamer)
+        blank_id = self.config.pad_token_id
+        sequences = greedy_ctc(outputs.logits, lengths, blank_id)
+        stream_frames(sequences, blank_id, request.streamer)
         if not request.return_dict:
             return sequences
-        return ctc_output(outputs, outputs.logits, sequences, output_confidence, request.scores)
+        return ctc_output(outputs, outputs.logits, sequences, blank_id, output_confidence, request.scores)
 
 
 @dataclass
 class ParakeetRNNTGenerateOutput(ModelOutput):
-    """What `generate` of a transducer returns.
+    """Output of `generate` of a transducer.
 
     Args:
-        sequences: (B, 1 + S) the blank, then the token or blank of every step; `pad_token_id` past a row's end.
-        durations: (B, 1 + S) 0, then the frames that each step advanced: the frame of a step is their sum before it.
-        attentions: the encoder's, when asked for.
-        hidden_states: the encoder's, when asked for.
-        token_confidence: (B, 1 + S) confidence of each label, 0 on blanks, with `output_confidence`.
-        logits: S scores (B, V + D), one per step, with `output_logits`; 0 past a row's end.
-        scores: the same, with `output_scores`: greedy decoding does not change them.
+        sequences: (B, 1 + S) the blank, then the label or blank of every step; `pad_token_id` past the end of a row.
+        durations: (B, 1 + S) 0, then the frames that each step advances. The frame of a step is the sum of the
+            durations before it.
+        attentions: attentions of the encoder, if requested.
+        hidden_states: hidden states of the encoder, if requested.
+        token_confidence: (B, 1 + S) confidence of each label, 0 for blanks, with `output_confidence`.
+        logits: S scores (B, V + D), one per step, with `output_logits`; 0 past the end of a row.
+        scores: the same as `logits`, with `output_scores`; greedy decoding does not change the scores.
+        hypotheses: the labels with their frames and predicted durations, without blanks.
     """
 
     sequences: Tensor | None = None
@@ -169,32 +147,33 @@ class ParakeetRNNTGenerateOutput(ModelOutput):
     token_confidence: Tensor | None = None
     logits: tuple[Tensor, ...] | None = None
     scores: tuple[Tensor, ...] | None = None
+    hypotheses: Hypotheses | None = None
 
 
 class ParakeetTransducerGenerationMixin(GenerationMixin):
-    """Greedy transducer `generate`, by transformers' own route up to the loop; keeps nothing on the model."""
+    """`generate` of a transducer: transformers' `generate` with the search replaced. It stores nothing on the model."""
 
     _supported_generation_modes: ClassVar[list[GenerationMode]] = [GenerationMode.GREEDY_SEARCH]
-    # arguments of ours that travel from `generate` to the loop
-    _own_arguments = ("output_confidence", "forced_blanks")
+    # arguments of `generate` that transformers does not know
+    _additional_arguments = ("output_confidence",)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, decoder: str = "transducer", **kwargs: Any) -> Any:
         """Decode a batch greedily.
 
         Args:
-            inputs: (B, T, F) log-mel features; or as `input_features`.
+            inputs: (B, T, F) log-mel features, also accepted as `input_features`.
             *args: further arguments of transformers' `generate`.
-            decoder: `"transducer"`, or `"ctc"` for the second head of a hybrid.
-            **kwargs: `attention_mask` (B, T) and the arguments of transformers' `generate` that greedy decoding can
-                honour: `max_new_tokens` (steps, blanks included), `streamer`, `stopping_criteria`, `output_logits`,
-                `output_scores`, …; `output_confidence` (`True` for `"max_prob"`, or a method of `decoding.confidence`);
-                `forced_blanks` (default `config.forced_blanks`).
+            decoder: `"transducer"`, or `"ctc"` for the CTC head of a hybrid.
+            **kwargs: `attention_mask` (B, T); `output_confidence`, `True` for `"max_prob"` or a method of
+                `decoding.token_confidence`; and those arguments of transformers' `generate` that fit greedy decoding:
+                `max_new_tokens` (steps, blanks included), `streamer`, `stopping_criteria`, `output_logits`,
+                `output_scores`, ...
 
         Returns:
-            `ParakeetRNNTGenerateOutput`; with `decoder="ctc"`, what `ParakeetForCTC.generate` returns.
+            `ParakeetRNNTGenerateOutput`; with `decoder="ctc"` the same as `ParakeetForCTC.generate`.
 
         Raises:
-            ValueError: an argument of beam search or sampling, or `decoder="ctc"` without a CTC head.
+            ValueError: an argument asks for beam search or sampling, or `decoder="ctc"` without a CTC head.
         """
         kwargs = without_targets(kwargs)
         if decoder == "ctc":
@@ -213,51 +192,55 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> ParakeetCTCGenerateOutput | Tensor:
-        """Decode with the CTC head of a hybrid."""
+        """Decode a batch with the CTC head of a hybrid; arguments and result as in `ParakeetForCTC.generate`."""
         if not self.config.ctc_head:
-            raise ValueError("`decoder='ctc'` needs a hybrid checkpoint, this one has no CTC head: leave `decoder` out")
-        kwargs.pop("forced_blanks", None)
+            raise ValueError(
+                "`decoder='ctc'` needs a hybrid checkpoint, but this one has no CTC head: leave out `decoder`"
+            )
         request = ctc_request(kwargs, generation_config)
         encoded = self.encoder(input_features=input_features, attention_mask=attention_mask, **request.forward)
         logits = self.ctc_logits(encoded.last_hidden_state)
         lengths = None if attention_mask is None else encoded.attention_mask.sum(-1)
-        sequences = greedy_ctc(logits, lengths, self.config.blank_token_id).as_subclass(CTCTokens)
-        stream(sequences, self.config.blank_token_id, request.streamer)
+        blank_id = self.config.blank_token_id
+        sequences = greedy_ctc(logits, lengths, blank_id).as_subclass(CTCTokens)
+        stream_frames(sequences, blank_id, request.streamer)
         if not request.return_dict:
             return sequences
-        return ctc_output(encoded, logits, sequences, output_confidence, request.scores)
+        return ctc_output(encoded, logits, sequences, blank_id, output_confidence, request.scores)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in self._own_arguments})
+        """Let transformers check all arguments of `generate` but those that only this package knows."""
+        known = {name: value for name, value in model_kwargs.items() if name not in self._additional_arguments}
+        super()._validate_model_kwargs(known)
 
     def _prepare_special_tokens(self, generation_config: Any, *args: Any, **kwargs: Any) -> None:
-        """The start is known from the model's configuration; `generation_config` is a copy of this call."""
+        """Set the start token to the blank; `generation_config` is a copy that belongs to this call."""
         generation_config.decoder_start_token_id = self.config.blank_token_id
         super()._prepare_special_tokens(generation_config, *args, **kwargs)
 
     def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, str, dict[str, Any]]:
-        """Run the encoder."""
+        """Run the encoder, unless its output was passed, and store its output as `encoder_outputs`."""
         inputs, name, model_kwargs = super()._prepare_model_inputs(*args, **kwargs)
         if model_kwargs.get("encoder_outputs") is None:
-            wanted = {k: v for k, v in model_kwargs.items() if k in ("output_attentions", "output_hidden_states")}
+            requested = {k: v for k, v in model_kwargs.items() if k in ("output_attentions", "output_hidden_states")}
             model_kwargs["encoder_outputs"] = self.get_audio_features(
-                inputs, attention_mask=model_kwargs.get("attention_mask"), **wanted
+                inputs, attention_mask=model_kwargs.get("attention_mask"), **requested
             )
         return inputs, name, model_kwargs
 
     def _prepare_decoder_input_ids_for_generation(
         self, batch_size: int, model_kwargs: dict[str, Any], device: Any = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Every row starts from the blank."""
+        """Start every row from the blank: return (B, 1) blanks and the unchanged `model_kwargs`."""
         return torch.full((batch_size, 1), self.config.blank_token_id, device=device), model_kwargs
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """The LSTM state lives in the decoding loop."""
+        """Create no cache: the search keeps the LSTM state in local variables."""
 
     def _prepare_generated_length(
         self, generation_config: Any, has_default_max_length: bool, *args: Any, **kwargs: Any
     ) -> Any:
-        """Without a limit of the caller, steps are bounded by the frames alone."""
+        """Set `max_length`: unlimited by default, because the number of frames bounds the number of steps."""
         if has_default_max_length and generation_config.max_new_tokens is None:
             generation_config.max_length = UNLIMITED
         elif generation_config.max_new_tokens is not None:
@@ -265,9 +248,10 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         return generation_config
 
     def _validate_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> None:
+        """Raise ValueError if `max_length` leaves no room for a step after the start token."""
         if generation_config.max_length < 2:
             raise ValueError(
-                "a transducer's sequence starts with a blank: `max_length` must be at least 2, "
+                "the sequence of a transducer starts with a blank: `max_length` must be at least 2, "
                 f"got {generation_config.max_length}"
             )
 
@@ -281,12 +265,25 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> ParakeetRNNTGenerateOutput:
-        """The decoding loop, called by transformers' `generate`."""
+        """Run the greedy search; transformers' `generate` calls this method in place of its own search.
+
+        Args:
+            input_ids: (B, 1) blanks.
+            logits_processor: processors that would change the scores; only the stock suppression is accepted.
+            stopping_criteria: the caller's criteria, and the limit of steps, which the search checks itself.
+            generation_config: the settings of this call.
+            synced_gpus: not needed, because a search does not wait for other processes.
+            streamer: receives every step; `None` for no streamer.
+            **model_kwargs: `encoder_outputs` and `output_confidence`.
+
+        Returns:
+            The output of `generate`.
+        """
         refuse_processors(logits_processor, self.config.vocab_size)
         encoded = model_kwargs["encoder_outputs"]
-        criteria = [c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria)]
-        watched = bool(criteria) or streamer is not None
-        options = self._decoding_options(generation_config, model_kwargs, watched)
+        criteria = [criterion for criterion in stopping_criteria if not isinstance(criterion, MaxLengthCriteria)]
+        is_observed = bool(criteria) or streamer is not None
+        options = self._decoding_options(generation_config, model_kwargs.get("output_confidence"), is_observed)
         hypotheses = greedy_transducer(
             encoded.pooler_output,
             frame_lengths(encoded),
@@ -295,142 +292,175 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             options=options,
             pad_id=self.config.pad_token_id,
             shortcuts=Shortcuts(*self.joint.fast_argmax(options.vocab_size)),
-            on_step=Watcher(input_ids, self.config.pad_token_id, criteria, streamer) if watched else None,
+            on_step=StepObserver(input_ids, self.config.pad_token_id, criteria, streamer) if is_observed else None,
         )
         if streamer is not None:
             streamer.end()
-        logits = None if hypotheses.logits is None else tuple(hypotheses.logits.unbind(1))
-        return ParakeetRNNTGenerateOutput(
-            sequences=torch.cat([input_ids, hypotheses.tokens], dim=1),
-            durations=F.pad(hypotheses.durations, (1, 0)),
-            attentions=encoded.attentions,
-            hidden_states=encoded.hidden_states,
-            token_confidence=None if hypotheses.scores is None else F.pad(hypotheses.scores, (1, 0)),
-            logits=logits if generation_config.output_logits else None,
-            scores=logits if generation_config.output_scores else None,
-        )
+        return transducer_output(hypotheses, input_ids, encoded, self.config, options.max_steps, generation_config)
 
     def _decoding_options(
-        self, generation_config: Any, model_kwargs: dict[str, Any], watched: bool
+        self, generation_config: Any, output_confidence: bool | str | None, is_observed: bool
     ) -> TransducerOptions:
-        config, wanted = self.config, model_kwargs.get("output_confidence")
-        forced_blanks = model_kwargs.get("forced_blanks")
+        """Collect the settings of the search.
+
+        Args:
+            generation_config: the settings of this call of `generate`.
+            output_confidence: `True`, the name of a method, or `False` or `None` for no confidence.
+            is_observed: a streamer or stopping criterion must see every step before the next one.
+        """
+        config = self.config
         return TransducerOptions(
             blank_id=config.blank_token_id,
             vocab_size=config.vocab_size,
             durations=tuple(config.durations) if hasattr(config, "durations") else None,
             max_symbols=config.max_symbols_per_step,
             max_steps=None if generation_config.max_length >= UNLIMITED else generation_config.max_length - 1,
-            forced_blanks=config.forced_blanks if forced_blanks is None else forced_blanks,
-            # whoever watches sees every step on its own
-            lookahead=1 if watched else 0,
-            confidence="max_prob" if wanted is True else wanted or None,
-            keep_scores=bool(generation_config.output_logits or generation_config.output_scores),
+            lookahead=1 if is_observed else 0,
+            confidence=confidence_method(output_confidence),
+            keep_logits=bool(generation_config.output_logits or generation_config.output_scores),
         )
 
 
-class Watcher:
-    """Shows the steps of a decoding loop to a streamer and to stopping criteria."""
+class StepObserver:
+    """Passes the steps of a transducer search to a streamer and to stopping criteria while the search runs.
 
-    def __init__(self, start: Tensor, pad_id: int, criteria: list[Any], streamer: Any) -> None:
-        self.start, self.pad_id, self.criteria, self.streamer = start, pad_id, criteria, streamer
-        self.shown = 0
+    Args:
+        start_tokens: (B, 1) the blank, which starts every sequence.
+        pad_id: token id past the end of a row.
+        criteria: stopping criteria of transformers.
+        streamer: receives the tokens of the first row; `None` for no streamer.
+    """
+
+    def __init__(self, start_tokens: Tensor, pad_id: int, criteria: list[Any], streamer: Any) -> None:
+        self.start_tokens, self.pad_id, self.criteria, self.streamer = start_tokens, pad_id, criteria, streamer
+        self.num_streamed = 0
 
     def __call__(self, rows: list[list[int]]) -> list[bool]:
-        """Pass new steps on; return which rows are to stop."""
+        """Stream the new tokens and ask the criteria.
+
+        Args:
+            rows: all tokens of each row so far.
+
+        Returns:
+            For each row, whether it must stop.
+        """
         if self.streamer is not None:
-            for token in rows[0][self.shown :]:
+            for token in rows[0][self.num_streamed :]:
                 self.streamer.put(torch.tensor([token]))
-            self.shown = len(rows[0])
+            self.num_streamed = len(rows[0])
         if not self.criteria:
             return [False] * len(rows)
         width = max(map(len, rows))
-        padded = torch.tensor([row + [self.pad_id] * (width - len(row)) for row in rows], device=self.start.device)
-        sequences = torch.cat([self.start, padded.long()], dim=1)
-        # scores of single steps are not kept
-        stops = [criterion(sequences, None) for criterion in self.criteria]
-        return torch.stack([torch.as_tensor(stop).expand(len(rows)) for stop in stops]).any(0).tolist()
+        padded = [row + [self.pad_id] * (width - len(row)) for row in rows]
+        tokens = torch.tensor(padded, dtype=torch.long, device=self.start_tokens.device)
+        sequences = torch.cat([self.start_tokens, tokens], dim=1)
+        # the search does not keep the scores of single steps
+        stops = [torch.as_tensor(criterion(sequences, None)).expand(len(rows)) for criterion in self.criteria]
+        return torch.stack(stops).any(0).tolist()
+
+
+def transducer_output(
+    hypotheses: Hypotheses,
+    start_tokens: Tensor,
+    encoded: Any,
+    config: Any,
+    max_steps: int | None,
+    generation_config: GenerationConfig,
+) -> ParakeetRNNTGenerateOutput:
+    """Convert the result of a search to the output of `generate` in transformers.
+
+    Args:
+        hypotheses: the result, with its steps.
+        start_tokens: (B, 1) the blank, which starts every sequence.
+        encoded: the output of the encoder.
+        config: the configuration of the model.
+        max_steps: limit of steps in the output; `None` for no limit.
+        generation_config: says which scores to return.
+
+    Returns:
+        The steps in the layout of transformers, and the hypotheses.
+    """
+    steps = hypotheses.steps
+    # the transducer search always returns its steps
+    assert steps is not None
+    if config.forced_blanks:
+        # as in NeMo, the duration of the label is the predicted one
+        steps = insert_forced_blanks(steps, config.blank_token_id, config.pad_token_id, max_steps)
+    else:
+        # as in stock transformers, the duration of the label includes the forced move
+        steps = replace(steps, durations=steps.durations + steps.forced_moves)
+    logits = None if steps.logits is None else tuple(steps.logits.unbind(1))
+    return ParakeetRNNTGenerateOutput(
+        sequences=torch.cat([start_tokens, steps.tokens], dim=1),
+        durations=F.pad(steps.durations, (1, 0)),
+        attentions=encoded.attentions,
+        hidden_states=encoded.hidden_states,
+        token_confidence=None if steps.confidence is None else F.pad(steps.confidence, (1, 0)),
+        logits=logits if generation_config.output_logits else None,
+        scores=logits if generation_config.output_scores else None,
+        hypotheses=replace(hypotheses, steps=None),
+    )
 
 
 def frame_lengths(encoded: Any) -> Tensor:
-    """(B,) valid frames of an encoder's output; all of them when the input had no mask."""
-    batch, frames = encoded.last_hidden_state.shape[:2]
+    """Return the number of valid frames (B,) of an encoder output; all frames are valid without an attention mask.
+
+    Args:
+        encoded: has `last_hidden_state` (B, N, H) and `attention_mask` (B, N) or `None`.
+    """
+    batch, num_frames = encoded.last_hidden_state.shape[:2]
     if encoded.attention_mask is None:
-        return torch.full((batch,), frames, device=encoded.last_hidden_state.device)
+        return torch.full((batch,), num_frames, device=encoded.last_hidden_state.device)
     return encoded.attention_mask.sum(-1)
 
 
 def ctc_output(
-    encoded: ModelOutput, logits: Tensor, sequences: Tensor, output_confidence: bool | str, output_scores: bool
+    encoded: ModelOutput,
+    logits: Tensor,
+    sequences: Tensor,
+    blank_id: int,
+    output_confidence: bool | str,
+    output_scores: bool,
 ) -> ParakeetCTCGenerateOutput:
-    """Collect what a CTC head gave."""
-    method = "max_prob" if output_confidence is True else output_confidence
+    """Collect the output of `generate` with a CTC head.
+
+    Args:
+        encoded: the output of the encoder, with its attentions and hidden states.
+        logits: (B, N, V) scores.
+        sequences: (B, N) best token of every frame.
+        blank_id: id of the blank.
+        output_confidence: the argument of `generate`.
+        output_scores: return the scores in the field `scores` as well.
+
+    Returns:
+        The best tokens of all frames, and the hypotheses.
+    """
+    method = confidence_method(output_confidence)
+    frame_confidence = None if method is None else token_confidence(logits, method)
     return ParakeetCTCGenerateOutput(
         sequences=sequences,
         logits=logits,
         attentions=encoded.attentions,
         hidden_states=encoded.hidden_states,
-        token_confidence=confidence(logits, method) if method else None,
+        token_confidence=frame_confidence,
         scores=logits if output_scores else None,
+        hypotheses=collapse_ctc(sequences.as_subclass(Tensor), blank_id, frame_confidence),
     )
 
 
-def without_targets(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Drop what a processor adds for training: decoding looks at the audio alone."""
-    return {name: value for name, value in kwargs.items() if name not in ("labels", "decoder_input_ids")}
+def stream_frames(sequences: Tensor, blank_id: int, streamer: Any) -> None:
+    """Pass the tokens of all frames to a streamer, one frame after the other.
 
-
-def ctc_request(kwargs: dict[str, Any], generation_config: GenerationConfig | None) -> CTCRequest:
-    """Sort the arguments of `generate` for a CTC head.
+    A streamer of transformers expects the prompt first, so the blank is passed before the first frame.
 
     Args:
-        kwargs: arguments of the caller.
-        generation_config: its settings that differ from transformers' defaults count as well.
-
-    Raises:
-        ValueError: an argument that asks for another result than the best token of every frame, or is not known.
+        sequences: (B, N) best token of every frame.
+        blank_id: id of the blank.
+        streamer: a streamer of transformers; `None` to do nothing.
     """
-    settings = {} if generation_config is None else generation_config.to_diff_dict()
-    asked = {**settings, **without_targets(kwargs)}
-    forward = {name: asked[name] for name in FORWARD_ARGUMENTS if asked.get(name) is not None}
-    streamer, scores, as_dict = (asked.get(n) for n in ("streamer", "output_scores", "return_dict_in_generate"))
-    done = {*FORWARD_ARGUMENTS, *NEUTRAL_ARGUMENTS, "streamer", "output_scores", "return_dict_in_generate"}
-    rest = {name for name, value in asked.items() if name not in done and not is_neutral(name, value)}
-    unused = sorted(rest & ARGUMENTS_WITHOUT_EFFECT)
-    if unused:
-        logger.warning_once(
-            f"{', '.join(unused)}: no effect on a CTC model, which gives one token per frame in a single step."
-        )
-    refused = sorted(rest - ARGUMENTS_WITHOUT_EFFECT)
-    if refused:
-        raise ValueError(
-            f"CTC decoding takes the best token of every frame and cannot honour {', '.join(refused)}: leave it out"
-        )
-    return CTCRequest({**forward, "return_dict": True}, streamer, bool(as_dict), bool(scores))
-
-
-def is_neutral(name: str, value: Any) -> bool:
-    """Tell whether an argument asks for nothing, or for what greedy decoding does."""
-    nothing = value is None or value is False or (isinstance(value, (list, tuple, dict)) and not value)
-    return nothing or (name in NEUTRAL_VALUES and NEUTRAL_VALUES[name] == value)
-
-
-def stream(sequences: Tensor, blank_id: int, streamer: Any) -> None:
-    """Show (B, N) frame-wise tokens to a streamer, the blank in place of a prompt first, as transformers does."""
     if streamer is None:
         return
     streamer.put(torch.full((len(sequences), 1), blank_id))
     for tokens in sequences.as_subclass(Tensor).cpu().unbind(1):
         streamer.put(tokens)
     streamer.end()
-
-
-def refuse_processors(processors: Any, vocab_size: int) -> None:
-    """Raise on processors of the scores, but for the one that stock checkpoints carry to suppress duration outputs."""
-    for processor in processors:
-        if isinstance(processor, SuppressTokensLogitsProcessor) and min(processor.suppress_tokens) >= vocab_size:
-            continue
-        raise ValueError(
-            f"greedy transducer decoding takes scores as they are: {type(processor).__name__} cannot be honoured; "
-            "leave out the `generate` argument or generation config entry that asks for it"
-        )

@@ -1,6 +1,6 @@
-"""`pipeline("automatic-speech-recognition")` for Parakeet: text, times, confidence, batches and chunks.
+"""`pipeline("automatic-speech-recognition")` for Parakeet: text, times, confidence, batches and long audio.
 
-Every other model is passed on to the stock pipeline, untouched.
+Models of other families get the pipeline of transformers.
 """
 
 from collections.abc import Iterator
@@ -11,164 +11,236 @@ from transformers import AutomaticSpeechRecognitionPipeline
 from transformers.utils import logging
 
 from .audio import load_audio
-from .long_audio import Window, merge, windows
-from .processing_parakeet import LEVELS, ParakeetProcessor
-from .timestamps import DEFAULT_AGGREGATION, ctc_emissions, transducer_emissions
+from .configuration_parakeet import kind_of
+from .long_audio import Window, cut_windows, merge_windows
+from .processing_parakeet import DECODER_TYPES, LEVELS, ParakeetProcessor, to_emissions
+from .timestamps import DEFAULT_AGGREGATION
 
 logger = logging.get_logger(__name__)
 
-# model type -> how its generated steps are read
-KINDS = {"parakeet_ctc": "ctc", "parakeet_rnnt": "rnnt", "parakeet_tdt": "tdt"}
-
-# where transformers' own classes are, which a program has in its hands if it imported their names first
+# module of transformers' own Parakeet classes; a program that imports them before this package uses them
 STOCK_MODULE = "transformers.models.parakeet.modeling_parakeet"
 
-# keys under which a dict carries audio; all others are handed through to the result
+# keys of an input dict that describe the audio; all others are returned with the result
 AUDIO_KEYS = {"array", "raw", "sampling_rate", "path", "bytes"}
 
-# part of a chunk that overlaps with its neighbours on each side, as in the stock pipeline
-STRIDE_SHARE = 6
+# keys of a processed window that are not returned with the result
+WINDOW_KEYS = {"hypotheses", "window", "is_last"}
+
+# a chunk overlaps its neighbours on each side by this fraction of its length, as in the stock pipeline
+DEFAULT_STRIDE = 1 / 6
 
 
 class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
     """Speech recognition with any Parakeet head; created by `pipeline("automatic-speech-recognition", model=...)`.
 
-    Call it with a file name, URL, bytes, array, tensor or `{"array", "sampling_rate"}`, or an iterable of these. Beyond
-    the arguments of the stock pipeline:
+    Call it with a file name, URL, bytes, array, tensor or `{"array", "sampling_rate"}`, or with an iterable of these.
+    If the model is not of this package, creating this class gives a pipeline of transformers.
 
     Args:
+        model: a model of this package.
+        *args: further arguments of the stock pipeline: `feature_extractor`, `tokenizer`, ...
+        processor: the processor to use; `None` builds one from `feature_extractor` and `tokenizer`.
+        **kwargs: arguments of the stock pipeline, and those below, which a call accepts as well.
         return_timestamps: `"char"` (one entry per token), `"word"` or `"segment"` (also `True`).
-        return_confidence: give every chunk, and without timestamps the whole text, a `confidence`; `True` means the
-            method `"max_prob"`.
-        confidence_aggregation: from token to word and segment confidence: `"min"` (default), `"mean"` or `"prod"`.
-        chunk_length_s: cut longer audio into overlapping chunks of so many seconds.
-        stride_length_s: seconds of overlap on each side, a number or a pair; default a sixth of the chunk.
+        return_confidence: add a `confidence` to every chunk, or to the result if there are no timestamps; `True` means
+            the method `"max_prob"`.
+        confidence_aggregation: how words and segments get their confidence from tokens: `"min"` (default), `"mean"` or
+            `"prod"`.
+        chunk_length_s: cut longer audio into overlapping chunks of this many seconds.
+        stride_length_s: seconds of overlap on each side, one number or a pair; default a sixth of the chunk.
         generate_kwargs: arguments of `generate`, such as `{"decoder": "ctc"}` for a hybrid.
     """
 
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        self._kind = KINDS.get(model.config.model_type)
-        if self._kind is not None and is_stock(model):
-            self._kind = None
-            logger.warning(
-                f"{type(model).__name__} is transformers' own class, imported before transformers_parakeet: it runs in "
-                "transformers' own pipeline. Import transformers_parakeet first for times and chunks on "
-                "every head."
-            )
-        super().__init__(model, *args, **kwargs)
-        if self._kind is not None:
-            self._processor = ParakeetProcessor(self.feature_extractor, self.tokenizer, decoder_type=self._kind)
+    processor: Any
+
+    def __new__(cls, model: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Create this pipeline, or the one of transformers if the model is not of this package.
+
+        Args:
+            model: the model; `None` while a pickled pipeline is loaded.
+            *args: arguments of the stock pipeline.
+            **kwargs: the same.
+        """
+        if model is None or is_our_model(model):
+            return super().__new__(cls)
+        return AutomaticSpeechRecognitionPipeline(model, *args, **kwargs)
+
+    def __init__(self, model: Any, *args: Any, processor: Any = None, **kwargs: Any) -> None:
+        # with a processor alone, the base class takes tokenizer and feature extractor from it
+        super().__init__(model, *args, processor=processor, **kwargs)
+        if self.processor is None:
+            kind = kind_of(model.config)
+            self.processor = ParakeetProcessor(self.feature_extractor, self.tokenizer, decoder_type=kind)
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        if self._kind is None:
-            return super()._sanitize_parameters(**kwargs)
-        preprocess: dict[str, Any] = {k: kwargs.pop(k) for k in ("chunk_length_s", "stride_length_s") if k in kwargs}
+        """Sort the arguments of a call into those of `preprocess`, `_forward` and `postprocess`.
+
+        Args:
+            **kwargs: arguments of a call; those that the pipeline does not know are arguments of `generate`.
+        """
         kwargs.pop("ignore_warning", None)
-        postprocess: dict[str, Any] = {
-            k: kwargs.pop(k) for k in ("return_timestamps", "confidence_aggregation") if k in kwargs
-        }
+        preprocess = pop_arguments(kwargs, "chunk_length_s", "stride_length_s")
+        postprocess = pop_arguments(kwargs, "return_timestamps", "confidence_aggregation")
         if "return_timestamps" in postprocess:
-            postprocess["return_timestamps"] = timestamp_level(postprocess["return_timestamps"])
-        forward = {**kwargs.pop("generate_kwargs", {})}
+            postprocess["return_timestamps"] = check_level(postprocess["return_timestamps"])
+        generate = {**kwargs.pop("generate_kwargs", {})}
         if "return_confidence" in kwargs:
-            forward["output_confidence"] = kwargs.pop("return_confidence")
-        forward.update(kwargs)
-        return preprocess, forward, postprocess
+            generate["output_confidence"] = kwargs.pop("return_confidence")
+        generate.update(kwargs)
+        if "decoder" in generate:
+            postprocess["kind"] = "ctc" if generate["decoder"] == "ctc" else kind_of(self.model.config)
+        return preprocess, generate, postprocess
 
     def preprocess(
         self, inputs: Any, chunk_length_s: float | None = None, stride_length_s: Any = None, **kwargs: Any
     ) -> Iterator[dict[str, Any]]:
-        """Read one input and yield the features of its windows."""
-        if self._kind is None:
-            yield from super().preprocess(inputs, chunk_length_s or 0, stride_length_s, **kwargs)
-            return
-        extra = {k: v for k, v in inputs.items() if k not in AUDIO_KEYS} if isinstance(inputs, dict) else {}
-        if "stride" in extra:
+        """Load one input and compute the features of its windows.
+
+        Args:
+            inputs: an audio source; of a dict, the keys that do not describe the audio are returned with the result.
+            chunk_length_s: seconds of a window; `None` or 0 for one window.
+            stride_length_s: seconds of context on each side, one number or a pair; `None` for the default.
+            **kwargs: not used.
+
+        Yields:
+            The features of one window, with `window`, `is_last` and the additional keys of the input.
+        """
+        metadata = {k: v for k, v in inputs.items() if k not in AUDIO_KEYS} if isinstance(inputs, dict) else {}
+        if "stride" in metadata:
             raise ValueError(
-                "a clip of its own has no `stride`: pass the whole audio and `chunk_length_s`, `stride_length_s`"
+                "an input must have no `stride`: pass the whole audio with `chunk_length_s` and `stride_length_s`"
             )
-        rate = self.feature_extractor.sampling_rate
-        samples = load_audio(inputs, target_rate=rate)
+        extractor = self.processor.feature_extractor
+        samples = load_audio(inputs, target_rate=extractor.sampling_rate)
         # a forked worker process cannot use the GPU of its parent
         device = self.device if torch.utils.data.get_worker_info() is None else torch.device("cpu")
-        for window in windows(len(samples), *self._window_samples(chunk_length_s, stride_length_s)):
-            features = self.feature_extractor(
-                samples[window.start : window.stop], sampling_rate=rate, return_tensors="pt", device=device
+        for window in cut_windows(len(samples), *self._window_samples(chunk_length_s, stride_length_s)):
+            features = extractor(
+                samples[window.start : window.stop],
+                sampling_rate=extractor.sampling_rate,
+                return_tensors="pt",
+                device=device,
             )
-            yield {"is_last": window.keep_to is None, "window": window, **features, **extra}
+            yield {"is_last": window.keep_to is None, "window": window, **features, **metadata}
 
     def _window_samples(self, chunk_length_s: float | None, stride_length_s: Any) -> tuple[int, int, int]:
-        """Return chunk length and both strides in samples, whole encoder frames each."""
+        """Convert the lengths of windows and of their left and right context to samples.
+
+        Args:
+            chunk_length_s: seconds of a window; `None` or 0 for one window over the whole clip.
+            stride_length_s: seconds of context on each side, one number or a pair; `None` for the default.
+
+        Returns:
+            Window, left and right context in samples, each rounded to whole encoder frames; zeros for one window.
+        """
         if not chunk_length_s:
             return 0, 0, 0
-        stride = chunk_length_s / STRIDE_SHARE if stride_length_s is None else stride_length_s
-        left, right = stride if isinstance(stride, (list, tuple)) else (stride, stride)
-        frame, rate = self.model.config.inputs_to_logits_ratio, self.feature_extractor.sampling_rate
-        length, left, right = (round(seconds * rate / frame) * frame for seconds in (chunk_length_s, left, right))
+        stride = chunk_length_s * DEFAULT_STRIDE if stride_length_s is None else stride_length_s
+        left_s, right_s = stride if isinstance(stride, (list, tuple)) else (stride, stride)
+        samples_per_frame = self.model.config.inputs_to_logits_ratio
+        frames_per_second = self.processor.feature_extractor.sampling_rate / samples_per_frame
+        length, left, right = (
+            round(seconds * frames_per_second) * samples_per_frame for seconds in (chunk_length_s, left_s, right_s)
+        )
         return length, left, right
 
     def _forward(self, model_inputs: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        if self._kind is None:
-            return super()._forward(model_inputs, **kwargs)
+        """Decode one batch of windows.
+
+        Args:
+            model_inputs: what `preprocess` yields, collated by transformers.
+            **kwargs: arguments of `generate`.
+
+        Returns:
+            The inputs without features, and the decoded tokens as `hypotheses`.
+        """
         features, mask = model_inputs.pop("input_features"), model_inputs.pop("attention_mask")
-        if self._kind != "ctc":
-            # the times of tokens are those that the model predicted, as in NeMo
-            kwargs.setdefault("forced_blanks", True)
-        out = self.model.generate(input_features=features, attention_mask=mask, return_dict_in_generate=True, **kwargs)
-        steps = {"tokens": out.sequences, "durations": out.get("durations"), "confidence": out.get("token_confidence")}
-        return {**model_inputs, **{key: value for key, value in steps.items() if value is not None}}
+        output = self.model.generate(
+            input_features=features, attention_mask=mask, return_dict_in_generate=True, **kwargs
+        )
+        return {**model_inputs, "hypotheses": output.hypotheses.cpu()}
 
     def postprocess(
         self,
         model_outputs: list[dict[str, Any]],
         return_timestamps: str | None = None,
         confidence_aggregation: str = DEFAULT_AGGREGATION,
+        kind: str | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Merge the windows of one input and make text, chunks and confidence of them."""
-        if self._kind is None:
-            return super().postprocess(model_outputs, return_timestamps=return_timestamps, **kwargs)
+        """Merge the windows of one input and compute text, chunks and confidence.
+
+        Args:
+            model_outputs: what `_forward` returns, one dict per window with one row of `hypotheses` each.
+            return_timestamps: `"char"`, `"word"` or `"segment"`; `None` for no chunks.
+            confidence_aggregation: `"min"`, `"mean"` or `"prod"`.
+            kind: `"ctc"`, `"rnnt"` or `"tdt"`, the head that decoded; `None` for that of the model.
+            **kwargs: not used.
+
+        Returns:
+            `text`, and if requested `chunks` or `confidence`; the additional keys of the input as lists, one entry per
+            window.
+        """
         config = self.model.config
-        spans: list[Window] = [out.pop("window") for out in model_outputs]
-        # a hybrid's CTC head gives no durations
-        kind = self._kind if "durations" in model_outputs[0] else "ctc"
-        emissions = merge([self._emissions(out) for out in model_outputs], spans, config.inputs_to_logits_ratio)
-        result: dict[str, Any] = {"text": self._processor.to_text(emissions)}
+        windows: list[Window] = [output["window"] for output in model_outputs]
+        hypotheses = [output["hypotheses"] for output in model_outputs]
+        emissions = to_emissions(merge_windows(hypotheses, windows, config.inputs_to_logits_ratio))
+        result: dict[str, Any] = {"text": self.processor.to_text(emissions)}
         if return_timestamps:
-            result["chunks"] = self._processor.chunks(
+            result["chunks"] = self.processor.chunks(
                 emissions,
                 return_timestamps,
-                kind,
-                config.inputs_to_logits_ratio / self.feature_extractor.sampling_rate,
+                kind or kind_of(config),
+                config.inputs_to_logits_ratio / self.processor.feature_extractor.sampling_rate,
                 config.segment_separators,
                 config.segment_gap_threshold,
                 confidence_aggregation,
             )
         elif emissions.confidence is not None:
-            result["confidence"] = self._processor.overall_confidence(emissions, confidence_aggregation)
-        for key in model_outputs[0].keys() - {"tokens", "durations", "confidence", "is_last"}:
-            result[key] = [out[key] for out in model_outputs]
+            result["confidence"] = self.processor.overall_confidence(emissions, confidence_aggregation)
+        for key in model_outputs[0].keys() - WINDOW_KEYS:
+            result[key] = [output[key] for output in model_outputs]
         return result
 
-    def _emissions(self, out: dict[str, Any]) -> Any:
-        """Read the generated row of one window."""
-        ids = out["tokens"].flatten().tolist()
-        sure = out["confidence"].flatten().tolist() if "confidence" in out else None
-        blank = getattr(self.model.config, "blank_token_id", self.model.config.pad_token_id)
-        if "durations" not in out:
-            return ctc_emissions(ids, blank, sure)
-        return transducer_emissions(
-            ids, out["durations"].flatten().tolist(), {blank, self.model.config.pad_token_id}, sure
+
+def is_our_model(model: Any) -> bool:
+    """Tell whether a model is a Parakeet model of this package, and warn about a Parakeet model of transformers.
+
+    An adapter or compiler may be wrapped around the model.
+
+    Args:
+        model: a model with a configuration.
+    """
+    if kind_of(model.config) not in DECODER_TYPES:
+        return False
+    is_stock = any(type(module).__module__ == STOCK_MODULE for module in model.modules())
+    if is_stock:
+        logger.warning(
+            f"{type(model).__name__} is transformers' own class, imported before transformers_parakeet: it runs in "
+            "transformers' own pipeline. Import transformers_parakeet first for times and chunks on every head."
         )
+    return not is_stock
 
 
-def is_stock(model: Any) -> bool:
-    """Tell whether a model, or what an adapter or compiler has wrapped around it, is one of transformers' own."""
-    return any(type(module).__module__ == STOCK_MODULE for module in model.modules())
+def pop_arguments(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Remove arguments from `kwargs` and return those that were present.
+
+    Args:
+        kwargs: arguments, which are changed in place.
+        *names: names of the arguments to remove.
+    """
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
 
 
-def timestamp_level(return_timestamps: Any) -> str | None:
-    """Check what was asked for; `True` means segments.
+def check_level(return_timestamps: Any) -> str | None:
+    """Return the level of timestamps that an argument asks for.
+
+    Args:
+        return_timestamps: `"char"`, `"word"`, `"segment"`, `True` for segments, or `False` or `None`.
+
+    Returns:
+        The level; `None` for no timestamps.
 
     Raises:
         ValueError: there is no such level.

@@ -1,6 +1,6 @@
-"""From frames to character, word and segment times, exactly as NVIDIA NeMo computes them; pure Python.
+"""From encoder frames to times of characters, words and segments, exactly as NVIDIA NeMo computes them; pure Python.
 
-Knows token ids, frames and two callables of a tokenizer; seconds and text come from the processor.
+Works on token ids, frames and texts of tokens. Seconds are computed and texts are decoded by the processor.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ AGGREGATIONS: dict[str, Callable[[Sequence[float]], float]] = {
     "prod": math.prod,
 }
 
-# NeMo's default way from token to word confidence
+# default aggregation of NeMo's `ConfidenceConfig`, from tokens to words
 DEFAULT_AGGREGATION = "min"
 
 
 @dataclass(frozen=True)
 class Emissions:
-    """The tokens of one clip, without blanks.
+    """The tokens that a model emitted for one clip, without blanks, as Python lists with one entry per token.
 
     Args:
-        tokens: ids.
+        tokens: token ids.
         frames: encoder frame at which each token was emitted.
-        durations: frames that each token spans (TDT: as predicted; CTC: its run; RNN-T: 0 or 1 step of advance).
-        confidence: how sure the model was of each token, when asked for.
+        durations: frames of each token: for TDT the predicted duration, for CTC the number of frames that repeat the
+            token, for RNN-T 0 (not used for times).
+        confidence: confidence of each token, from 0 to 1; `None` if it was not requested.
     """
 
     tokens: list[int]
@@ -40,7 +41,14 @@ class Emissions:
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of text with its start and end in frames, and its confidence."""
+    """A piece of text with its time.
+
+    Args:
+        text: a token, word or segment.
+        start: first encoder frame.
+        end: encoder frame after the last one.
+        confidence: from 0 to 1; `None` if it was not requested.
+    """
 
     text: str
     start: int
@@ -49,7 +57,14 @@ class Span:
 
 
 def ctc_runs(ids: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Merge consecutive repeats of frame-wise ids into (token, first frame, frame after the last); blanks stay in."""
+    """Merge consecutive repeats of frame-wise token ids. Blanks are merged as well and stay in the result.
+
+    Args:
+        ids: the best token of every frame.
+
+    Returns:
+        (token, first frame, frame after the last one) of every run.
+    """
     runs, frame = [], 0
     for token, group in groupby(ids):
         length = len(list(group))
@@ -58,68 +73,69 @@ def ctc_runs(ids: Sequence[int]) -> list[tuple[int, int, int]]:
     return runs
 
 
-def ctc_emissions(ids: Sequence[int], blank_id: int, confidence: Sequence[float] | None = None) -> Emissions:
-    """Merge the frame-wise ids of a CTC head: repeats collapse, blanks go.
+def transducer_emissions(ids: Sequence[int], durations: Sequence[int], ignored_ids: Collection[int]) -> Emissions:
+    """Read the output of stock transformers' `generate`, where the frame of a step is the sum of earlier durations.
 
     Args:
-        ids: best id of every frame.
-        blank_id: the blank.
-        confidence: confidence of every frame; a token takes the smallest of its frames.
-    """
-    runs = [run for run in ctc_runs(ids) if run[0] != blank_id]
-    sure = None if confidence is None else [min(confidence[start:end]) for _, start, end in runs]
-    return Emissions([t for t, _, _ in runs], [f for _, f, _ in runs], [end - f for _, f, end in runs], sure)
-
-
-def transducer_emissions(
-    ids: Sequence[int], durations: Sequence[int], skip: Collection[int], confidence: Sequence[float] | None = None
-) -> Emissions:
-    """Take the tokens out of generated steps; the frame of a step is the sum of the durations before it.
-
-    Args:
-        ids: token or blank of every step.
+        ids: label or blank of every step, then padding.
         durations: frames that every step advances.
-        skip: ids that are no tokens: the blank and the pad.
-        confidence: confidence of every step.
-    """
-    steps, frame = [], 0
-    for index, (token, duration) in enumerate(zip(ids, durations, strict=True)):
-        if token not in skip:
-            steps.append((token, frame, duration, index))
-        frame += duration
-    sure = None if confidence is None else [confidence[index] for *_, index in steps]
-    return Emissions([s[0] for s in steps], [s[1] for s in steps], [s[2] for s in steps], sure)
-
-
-def supported_punctuation(pieces: Iterable[str], blank: str | None = None) -> frozenset[str]:
-    """Collect the punctuation that a vocabulary can write inside or after a word.
-
-    Args:
-        pieces: the vocabulary.
-        blank: its blank piece.
+        ignored_ids: the ids that are not labels: the blank and the padding.
 
     Returns:
-        Characters of Unicode category P in the pieces that start no word and are no special token.
+        The labels, without confidence.
     """
-    inner = (p for p in pieces if not p.startswith(("\u2581", "##")) and not is_special(p) and p != blank)
-    return frozenset(char for piece in inner for char in piece if unicodedata.category(char).startswith("P"))
+    tokens, frames, label_durations = [], [], []
+    frame = 0
+    for token, duration in zip(ids, durations, strict=True):
+        if token not in ignored_ids:
+            tokens.append(token)
+            frames.append(frame)
+            label_durations.append(duration)
+        frame += duration
+    return Emissions(tokens, frames, label_durations)
+
+
+def supported_punctuation(pieces: Iterable[str], blank_token: str | None = None) -> frozenset[str]:
+    """Collect the punctuation that a vocabulary can write inside or at the end of a word.
+
+    Args:
+        pieces: the entries of the vocabulary.
+        blank_token: the entry of the blank; `None` if there is none.
+
+    Returns:
+        All characters of Unicode category P in pieces that do not start a word and are not special tokens.
+    """
+    characters: set[str] = set()
+    for piece in pieces:
+        starts_word = piece.startswith(("\u2581", "##"))
+        if not starts_word and not is_special(piece) and piece != blank_token:
+            characters.update(character for character in piece if unicodedata.category(character).startswith("P"))
+    return frozenset(characters)
 
 
 def is_special(piece: str) -> bool:
-    """Whether a piece is written like a special token, `<...>` or `[...]`."""
+    """Tell whether a vocabulary entry is written like a special token: `<...>` or `[...]`.
+
+    Args:
+        piece: the entry.
+    """
     return (piece[:1], piece[-1:]) in {("<", ">"), ("[", "]")} and len(piece) > 1
 
 
 def char_spans(
     kind: str, emissions: Emissions, texts: Sequence[str], punctuation: Collection[str] = frozenset()
 ) -> list[Span]:
-    """Time every token.
+    """Compute the start and end frame of every token.
+
+    As in NeMo, a token of TDT lasts for its duration and a token of RNN-T for one frame. A token of CTC starts at the
+    frame of the token before it and ends at its own frame. In TDT and CTC punctuation has no length: for TDT it stands
+    at the end of the token before it.
 
     Args:
-        kind: `ctc`, `rnnt` or `tdt`.
+        kind: `"ctc"`, `"rnnt"` or `"tdt"`.
         emissions: the tokens.
-        texts: text of each token on its own.
-        punctuation: see `supported_punctuation`; such a token shrinks to a point in TDT and CTC.
+        texts: text of each token, decoded alone.
+        punctuation: see `supported_punctuation`.
 
     Returns:
         One span per token.
@@ -131,15 +147,14 @@ def char_spans(
         elif kind == "rnnt":
             start, end = frame, frame + 1
         else:
-            # a CTC token ends where it appears and starts where the one before it did
             start, end = (emissions.frames[index - 1] if index else max(0, frame - 1)), frame
         if index and texts[index] in punctuation:
             if kind == "tdt":
                 start = end = spans[-1].end
             elif kind == "ctc":
                 end = start
-        sure = None if emissions.confidence is None else emissions.confidence[index]
-        spans.append(Span(texts[index], start, end, sure))
+        confidence = None if emissions.confidence is None else emissions.confidence[index]
+        spans.append(Span(texts[index], start, end, confidence))
     return spans
 
 
@@ -153,30 +168,30 @@ def word_spans(
 ) -> list[Span]:
     """Join tokens to words.
 
-    A piece that differs from its own text starts a word, punctuation never does: it goes to the open word.
+    As in NeMo, a token starts a word if its vocabulary entry differs from its text. Punctuation never starts a word.
 
     Args:
-        chars: see `char_spans`.
+        chars: the spans of the tokens, see `char_spans`.
         tokens: their ids.
         pieces: their vocabulary entries.
-        decode: ids to text.
+        decode: turns a list of ids into text.
         punctuation: see `supported_punctuation`.
-        aggregation: `mean`, `min` or `prod` of the tokens' confidences.
+        aggregation: `"mean"`, `"min"` or `"prod"` of the confidences of the tokens.
 
     Returns:
         One span per word.
     """
     groups: list[list[int]] = []
     for index, char in enumerate(chars):
-        starts = pieces[index] != char.text and char.text not in punctuation
-        if starts or not groups:
+        starts_word = pieces[index] != char.text and char.text not in punctuation
+        if starts_word or not groups:
             groups.append([])
         groups[-1].append(index)
     words = []
     for group in groups:
-        members = [chars[i] for i in group]
-        text = decode([tokens[i] for i in group])
-        words.append(Span(text, members[0].start, members[-1].end, aggregate(members, aggregation)))
+        members = [chars[index] for index in group]
+        text = decode([tokens[index] for index in group])
+        words.append(Span(text, members[0].start, members[-1].end, aggregate_confidence(members, aggregation)))
     return words
 
 
@@ -190,9 +205,10 @@ def segment_spans(
 
     Args:
         words: see `word_spans`.
-        separators: characters that end a segment.
-        gap_threshold: frames between words that end a segment; then punctuation counts on a segment's first word only.
-        aggregation: see `word_spans`.
+        separators: characters that end a segment at the end of a word.
+        gap_threshold: number of frames between two words that ends a segment; `None` or 0 for no such rule. With it,
+            as in NeMo, a separator ends a segment only after the first word of the segment.
+        aggregation: `"mean"`, `"min"` or `"prod"` of the confidences of the words.
 
     Returns:
         One span per segment.
@@ -207,18 +223,32 @@ def segment_spans(
         segments[-1].append(word)
         if word.text and word.text[-1] in separators:
             segments.append([])
-    return [
-        Span(" ".join(w.text for w in part), part[0].start, part[-1].end, aggregate(part, aggregation))
-        for part in segments
-        if part
-    ]
+    return [join_words(segment, aggregation) for segment in segments if segment]
 
 
-def aggregate(spans: Sequence[Span], aggregation: str) -> float | None:
-    """Aggregate the confidences of some spans; `None` where they have none.
+def join_words(words: Sequence[Span], aggregation: str) -> Span:
+    """Join the words of one segment to one span.
+
+    Args:
+        words: the words, at least one.
+        aggregation: `"mean"`, `"min"` or `"prod"` of their confidences.
+    """
+    text = " ".join(word.text for word in words)
+    return Span(text, words[0].start, words[-1].end, aggregate_confidence(words, aggregation))
+
+
+def aggregate_confidence(spans: Sequence[Span], aggregation: str) -> float | None:
+    """Aggregate the confidences of spans.
+
+    Args:
+        spans: spans with or without confidence.
+        aggregation: `"mean"`, `"min"` or `"prod"`.
+
+    Returns:
+        The aggregated confidence; `None` if no span has one.
 
     Raises:
-        ValueError: unknown aggregation.
+        ValueError: the aggregation is unknown.
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"`aggregation` must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")

@@ -14,10 +14,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Column, Table
-from transformers import pipeline
 from transformers.utils import logging
 
-from .. import demo_model_path, load_nemo
+from .. import ParakeetASRPipeline, demo_model_path, load_nemo
 from ..nemo import convert_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -75,12 +74,7 @@ def load_pipeline(model: str | None) -> Any:
     """
     logging.disable_progress_bar()
     loaded, processor = load_nemo(model or demo_model_path())
-    return pipeline(
-        "automatic-speech-recognition",
-        model=loaded,
-        tokenizer=processor.tokenizer,
-        feature_extractor=processor.feature_extractor,
-    )
+    return ParakeetASRPipeline(loaded, processor=processor, task="automatic-speech-recognition")
 
 
 @app.command()

@@ -1,9 +1,9 @@
-"""Long audio: windows and the merging of their results."""
+"""Long audio: windows, and the merging of their hypotheses."""
 
-from .windows import Window, merge, windows
+from .windows import Window, cut_windows, merge_windows
 
 __all__ = [
     "Window",
-    "merge",
-    "windows",
+    "cut_windows",
+    "merge_windows",
 ]

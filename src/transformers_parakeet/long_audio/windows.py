@@ -1,6 +1,6 @@
-"""Long audio: cut into overlapping windows, decode each, keep every token once by its time.
+"""Long audio: cuts it into overlapping windows, and merges the hypotheses of the windows by time.
 
-Knows samples, frames and emissions; the model is run by the pipeline.
+The pipeline runs the model on the windows.
 """
 
 from __future__ import annotations
@@ -8,18 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..timestamps import Emissions
+import torch
+from torch import Tensor
+
+from ..decoding import Hypotheses
 
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of audio and the part of it whose tokens count; in samples of the whole clip.
+    """A window of a clip. All numbers count samples from the start of the clip.
+
+    The samples outside `keep_from` and `keep_to` are context: the model sees them, but their tokens are dropped.
 
     Args:
-        start: first sample.
-        stop: sample after the last.
-        keep_from: tokens before this sample belong to the window before.
-        keep_to: tokens from this sample on belong to the next window; `None` for the last window.
+        start: first sample of the window.
+        stop: sample after the last one.
+        keep_from: tokens before this sample are taken from the previous window.
+        keep_to: tokens from this sample on are taken from the next window; `None` for the last window.
     """
 
     start: int
@@ -28,20 +33,20 @@ class Window:
     keep_to: int | None
 
 
-def windows(samples: int, length: int, left: int, right: int) -> Iterator[Window]:
+def cut_windows(num_samples: int, length: int, left: int, right: int) -> Iterator[Window]:
     """Cut a clip into windows that overlap by `left + right` samples.
 
     Args:
-        samples: length of the clip.
+        num_samples: length of the clip.
         length: samples of a window; 0 for one window over the whole clip.
-        left: samples at a window's start that are context only.
-        right: samples at its end that are context only.
+        left: samples at the start of a window that are only context.
+        right: samples at the end of a window that are only context.
 
     Yields:
-        Windows whose kept parts cover the clip once.
+        Windows whose kept ranges cover every sample of the clip once.
 
     Raises:
-        ValueError: the context leaves nothing to keep.
+        ValueError: a window consists of context only.
     """
     if length and length <= left + right:
         raise ValueError(
@@ -49,31 +54,63 @@ def windows(samples: int, length: int, left: int, right: int) -> Iterator[Window
             "raise `chunk_length_s` or lower `stride_length_s`"
         )
     start = 0
-    while length and start + length < samples:
+    while length and start + length < num_samples:
         yield Window(start, start + length, start + left if start else 0, start + length - right)
         start += length - left - right
-    yield Window(start, samples, start + left if start else 0, None)
+    yield Window(start, num_samples, start + left if start else 0, None)
 
 
-def merge(parts: Sequence[Emissions], spans: Sequence[Window], frame_samples: int) -> Emissions:
-    """Join what the windows of one clip emitted, each token once, frames counted from the clip's start.
+def merge_windows(hypotheses: Sequence[Hypotheses], windows: Sequence[Window], samples_per_frame: int) -> Hypotheses:
+    """Join the hypotheses of the windows of one clip, so that every token occurs once.
 
     Args:
-        parts: tokens of each window, frames counted from the window's start.
-        spans: the windows.
-        frame_samples: samples per encoder frame.
+        hypotheses: one row per window, with frames counted from the start of the window.
+        windows: the windows, in order of time.
+        samples_per_frame: samples per encoder frame.
+
+    Returns:
+        One row for the clip, with frames counted from the start of the clip.
     """
-    tokens, frames, durations, confidence = [], [], [], []
-    for part, window in zip(parts, spans, strict=True):
-        first = window.start // frame_samples
-        for index, frame in enumerate(part.frames):
-            at = window.start + frame * frame_samples
-            if at < window.keep_from or (window.keep_to is not None and at >= window.keep_to):
-                continue
-            tokens.append(part.tokens[index])
-            frames.append(first + frame)
-            durations.append(part.durations[index])
-            if part.confidence is not None:
-                confidence.append(part.confidence[index])
-    has_confidence = bool(parts) and parts[0].confidence is not None
-    return Emissions(tokens, frames, durations, confidence if has_confidence else None)
+    kept = [
+        keep_tokens(hypothesis, window, samples_per_frame)
+        for hypothesis, window in zip(hypotheses, windows, strict=True)
+    ]
+    confidences = [row.confidence for row in kept if row.confidence is not None]
+    return Hypotheses(
+        tokens=torch.cat([row.tokens for row in kept], dim=1),
+        frames=torch.cat([row.frames for row in kept], dim=1),
+        durations=torch.cat([row.durations for row in kept], dim=1),
+        lengths=torch.stack([row.lengths for row in kept]).sum(0),
+        confidence=torch.cat(confidences, dim=1) if confidences else None,
+    )
+
+
+def keep_tokens(hypothesis: Hypotheses, window: Window, samples_per_frame: int) -> Hypotheses:
+    """Select the tokens of one window that lie in its kept range.
+
+    Args:
+        hypothesis: one row, with frames counted from the start of the window.
+        window: the window.
+        samples_per_frame: samples per encoder frame.
+
+    Returns:
+        One row, with frames counted from the start of the clip.
+    """
+    row = hypothesis[0]
+    # (1, L) first sample of the frame of every token
+    samples = window.start + row.frames * samples_per_frame
+    is_kept = samples >= window.keep_from
+    if window.keep_to is not None:
+        is_kept &= samples < window.keep_to
+
+    def select(values: Tensor) -> Tensor:
+        """Return the values (1, L) of the kept tokens."""
+        return values[is_kept][None]
+
+    return Hypotheses(
+        tokens=select(row.tokens),
+        frames=select(row.frames) + window.start // samples_per_frame,
+        durations=select(row.durations),
+        lengths=is_kept.sum(1),
+        confidence=None if row.confidence is None else select(row.confidence),
+    )
