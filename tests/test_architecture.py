@@ -42,8 +42,18 @@ def module_name(path):
 MODULES = {module_name(path): path for path in FILES}
 
 
+def walk_module_level(tree):
+    """Yield the nodes of a syntax tree that run when the module is imported, which the bodies of functions do not."""
+    nodes = [tree]
+    while nodes:
+        node = nodes.pop()
+        yield node
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            nodes += ast.iter_child_nodes(node)
+
+
 @cache
-def find_imports(module):
+def find_imports(module, walk=ast.walk):
     """Return (imported module, imported names) for each import statement of a source file.
 
     The name of a module of this package starts with a dot and is relative to the package, such as `.nemo.reader`.
@@ -51,7 +61,7 @@ def find_imports(module):
     path = MODULES[module]
     package = list(path.relative_to(SOURCE).parts[:-1])
     statements = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             statements += [(alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -72,9 +82,12 @@ def defining_module(package, name):
 
 
 def imported_modules(module):
-    """Return the modules of this package that a module imports; a re-exported name counts for its defining module."""
+    """Return the modules of this package that are imported together with a module.
+
+    A name that a sub-package re-exports counts for its defining module.
+    """
     targets = set()
-    for target, names in find_imports(module):
+    for target, names in find_imports(module, walk_module_level):
         if not target.startswith("."):
             continue
         base = target.strip(".")

@@ -15,35 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..audio import AudioError, load_audio
+from .manifests import parse_seconds
 
 # libsndfile seeks in these formats without decoding what precedes the position; `load_audio` uses it for them as well
 SEEKABLE_SUFFIXES = {".wav", ".flac", ".aiff", ".au"}
 # seconds: an excerpt that ends this close to the end of its clip is extended to the end, because manifests round
 ROUNDING_TOLERANCE_S = 0.01
-
-
-def parse_seconds(value: Any, field_name: str) -> float | None:
-    """Convert the value of a time field to seconds.
-
-    Args:
-        value: a number, text (CSV files hold numbers as text) or None.
-        field_name: name of the field, for the error message.
-
-    Returns:
-        The seconds, or None if the value is None or empty text.
-
-    Raises:
-        ValueError: the value is not a finite number, or is negative.
-    """
-    if value is None or value == "":
-        return None
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise ValueError(f"`{field_name}` must be a number of seconds, at least 0, got {value!r}: correct it")
-    return seconds
 
 
 def read_clip(row: Mapping[str, Any], sampling_rate: int) -> npt.NDArray[np.float32]:
@@ -199,4 +176,4 @@ def add_durations(dataset: Any, sampling_rate: int = 16000) -> Any:
     return dataset.map(measure_duration, desc="durations")
 
 
-__all__ = ["add_durations", "get_clip_name", "get_durations", "parse_seconds", "read_clip"]
+__all__ = ["add_durations", "get_clip_name", "get_durations", "read_clip"]

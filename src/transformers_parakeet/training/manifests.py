@@ -7,12 +7,35 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .clips import parse_seconds
+
+def parse_seconds(value: Any, field_name: str) -> float | None:
+    """Convert the value of a time field to seconds.
+
+    Args:
+        value: a number, text (CSV files hold numbers as text) or None.
+        field_name: name of the field, for the error message.
+
+    Returns:
+        The seconds, or None if the value is None or empty text.
+
+    Raises:
+        ValueError: the value is not a finite number, or is negative.
+    """
+    if value is None or value == "":
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"`{field_name}` must be a number of seconds, at least 0, got {value!r}: correct it")
+    return seconds
 
 
 @dataclass(frozen=True)
