@@ -134,7 +134,8 @@ def test_blocks_see_what_the_rule_allows(style, context):
 def test_memory_is_linear(style, context):
     config = config_of(style, context)
     sizes = [
-        layout.num_keys * (layout.num_frames + layout.padding) for layout in (block_layout(config, n) for n in (2000, 8000))
+        layout.num_keys * (layout.num_frames + layout.padding)
+        for layout in (block_layout(config, n) for n in (2000, 8000))
     ]
     assert sizes[1] < 4.2 * sizes[0]
 
