@@ -3,8 +3,8 @@
 Each optimised function gives the result of a plain one that its docstring names. The networks that call them are in
 `conformer.py` and `transducer.py`.
 
-Milliseconds of the fastest of 80 calls with 2 threads on an AMD EPYC with AVX-512 and bfloat16 instructions, torch 2.13;
-in brackets with AVX2 only (ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2):
+Milliseconds of the fastest of 80 calls, 2 threads on an AMD EPYC with AVX-512 and bfloat16 instructions, torch 2.13; in
+brackets with AVX2 only (ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2):
 
     product with an (8198, 640) weight         1 row        4 rows       16 rows      32 rows
     F.linear                                   2.0 (2.0)    3.3 (3.2)    8.6 (3.6)    14 (5.0)
