@@ -1,8 +1,8 @@
-"""Times the encoder of the 0.6B shape and the feature extractor against stock transformers, in one run.
+"""Compares the time of the 0.6B encoder and of the feature extractor with stock transformers, in one run.
 
     python benchmarks/encoder.py [--rounds 5] [--layers 6]
 
-Checks first that both sides give the same output: float32 within 1e-4, bfloat16 no further from float32 than stock is.
+First checks that both sides give the same output: in float32 within 1e-4, in bfloat16 as close to float32 as stock.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SHAPES = ((1, 10), (8, 10), (1, 60))
 
 
 def encoder_case(module: Any, case: dict[str, Any]) -> Callable[[], torch.Tensor]:
-    """Build the encoder with fixed random weights and one batch of features."""
+    """Return a function that runs the encoder of one side, with fixed random weights, on one batch of features."""
     torch.manual_seed(0)
     config = module.ParakeetEncoderConfig(
         hidden_size=1024, num_hidden_layers=case["layers"], num_attention_heads=8, intermediate_size=4096,
@@ -48,7 +48,7 @@ def encoder_case(module: Any, case: dict[str, Any]) -> Callable[[], torch.Tensor
 
 
 def features_case(module: Any, case: dict[str, Any]) -> Callable[[], torch.Tensor]:
-    """Build the extractor and a batch of noise."""
+    """Build the feature extractor of one side and a batch of noise; return a function that runs it."""
     extractor = module.ParakeetFeatureExtractor(feature_size=MEL_BINS)
     generator = torch.Generator().manual_seed(2)
     clips = [torch.randn(16000 * case["seconds"], generator=generator).numpy() for _ in range(case["batch"])]
@@ -56,14 +56,20 @@ def features_case(module: Any, case: dict[str, Any]) -> Callable[[], torch.Tenso
 
 
 def prepare(module: Any, side: str, case: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[Any, str], None]]:
-    """Build one case on one side."""
+    """Build one case on one side; return a function that runs it and one that saves its result."""
     run = features_case(module, case) if case["what"] == "features" else encoder_case(module, case)
     run()
     return run, torch.save
 
 
 def check(rivals: rival.Rivals, case: dict[str, Any], truth: torch.Tensor | None) -> torch.Tensor:
-    """Compare the outputs of both sides; return stock's."""
+    """Compare the outputs of both sides and return the output of stock transformers.
+
+    Args:
+        rivals: the two processes.
+        case: shape and dtype of the input.
+        truth: output of stock transformers in float32; `None` if the case is float32 itself.
+    """
     out = rivals.results(case, torch.load)
     # the last encoder frame lies in the padding at these lengths
     stock, ours = (out[side].double()[:, :-1] for side in rival.SIDES)
@@ -78,7 +84,7 @@ def check(rivals: rival.Rivals, case: dict[str, Any], truth: torch.Tensor | None
 
 
 def main() -> None:
-    """Run every case and print the table."""
+    """Run all cases and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=6)

@@ -1,9 +1,9 @@
-"""Measures time and peak memory of the encoder with full and with local attention, as the audio gets longer.
+"""Measures time and peak memory of the encoder with full and with local attention for audio of several lengths.
 
     python benchmarks/local_attention.py [--minutes 1 2 4 8] [--window 128] [--rounds 3]
 
-The encoder has the shape of Parakeet TDT-CTC 110M and random weights. Every measurement runs in a process of its own.
-Local attention is first compared with full attention under a mask.
+The encoder has the shape of Parakeet TDT-CTC 110M and random weights. Every measurement runs in a separate process.
+First checks that attention in blocks equals attention in one block with a mask.
 """
 
 import argparse
@@ -25,7 +25,12 @@ SHAPE = {"hidden_size": 512, "num_hidden_layers": 17, "num_attention_heads": 8, 
 
 
 def encoder(layers: int, context: list[int]) -> ParakeetEncoder:
-    """Return a random encoder in evaluation mode."""
+    """Return a random encoder in evaluation mode.
+
+    Args:
+        layers: number of blocks.
+        context: attention context in frames, [left, right]; -1 for no limit.
+    """
     torch.manual_seed(0)
     fields = {**SHAPE, "num_hidden_layers": layers, "attention_context_size": context}
     return ParakeetEncoder(ParakeetEncoderConfig(**fields)).eval()
@@ -33,20 +38,20 @@ def encoder(layers: int, context: list[int]) -> ParakeetEncoder:
 
 @torch.inference_mode()
 def largest_difference(window: int) -> float:
-    """Compare local attention in blocks with one block under a mask, over one minute and two layers."""
+    """Return the largest difference between attention in blocks and in one masked block, for one minute of audio."""
     model = encoder(2, [window, window])
     features = torch.randn(1, FRAMES_PER_MINUTE, 80)
-    blocks = model(features).last_hidden_state
-    layout = attention_module.block_layout
+    in_blocks = model(features).last_hidden_state
+    block_layout = attention_module.block_layout
     attention_module.block_layout = lambda config, frames: attention_module.BlockLayout(frames, frames)
-    whole = model(features).last_hidden_state
-    attention_module.block_layout = layout
-    return (blocks - whole).abs().max().item()
+    in_one_block = model(features).last_hidden_state
+    attention_module.block_layout = block_layout
+    return (in_blocks - in_one_block).abs().max().item()
 
 
 @torch.inference_mode()
 def measure(minutes: float, window: int, rounds: int) -> dict[str, float]:
-    """Return the seconds of the fastest run and the memory above that of the loaded model, in MiB."""
+    """Return the seconds of the fastest run and the peak memory above that of the loaded model, in MiB."""
     model = encoder(SHAPE["num_hidden_layers"], [window, window])
     model(torch.randn(1, 400, 80))
     features = torch.randn(1, int(minutes * FRAMES_PER_MINUTE), 80)
@@ -61,7 +66,7 @@ def measure(minutes: float, window: int, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print one line per length."""
+    """Print a table with one row per length of audio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", nargs="+", type=float, default=[1, 2, 4, 8])
     parser.add_argument("--window", type=int, default=128)

@@ -1,4 +1,4 @@
-"""Configurations: stock's fields and defaults, round trips, and values that no model can be built from."""
+"""Checks configurations: fields and defaults of stock transformers, round trips through files, and invalid values."""
 
 import json
 
@@ -10,7 +10,7 @@ import transformers_parakeet as tp
 
 NAMES = ["ParakeetEncoderConfig", "ParakeetCTCConfig", "ParakeetRNNTConfig", "ParakeetTDTConfig"]
 
-# what we add to stock's fields
+# fields that stock transformers does not have
 ADDED = {
     "spec_augment", "segment_separators", "segment_gap_threshold", "joint_hidden_size", "forced_blanks",
     "decoder_dropout", "joint_dropout", "loss_reduction", "fastemit_lambda", "ctc_head", "ctc_loss_weight",
@@ -21,7 +21,7 @@ ADDED = {
 }  # fmt: skip
 
 
-def test_fields_and_defaults_are_stocks():
+def test_fields_and_defaults_equal_those_of_stock_transformers():
     printed = run_stock(
         f"""
         import json, transformers
@@ -43,11 +43,11 @@ def test_round_trip_through_a_file(name, tmp_path):
     config.save_pretrained(tmp_path)
     again = getattr(tp, name).from_pretrained(tmp_path)
     assert again.to_dict() == config.to_dict()
-    # a property that stock tools read must not turn into a field of the file
+    # a property must not be written as a field
     assert "inputs_to_logits_ratio" not in json.loads((tmp_path / "config.json").read_text())
 
 
-def test_seconds_per_frame_follow_the_subsampling():
+def test_samples_per_frame_follow_the_subsampling_factor():
     config = tp.ParakeetCTCConfig(encoder_config=encoder_fields(subsampling_factor=4))
     assert config.inputs_to_logits_ratio == 640
     assert tp.ParakeetTDTConfig().inputs_to_logits_ratio == 1280
@@ -87,13 +87,13 @@ def test_seconds_per_frame_follow_the_subsampling():
         ("ParakeetTDTConfig", {"durations": [-1, 1]}, "durations"),
     ],
 )
-def test_values_that_no_model_can_have_are_named(name, fields, message):
+def test_an_invalid_value_is_named_in_the_error(name, fields, message):
     with pytest.raises(ValueError, match=message):
         getattr(tp, name)(**fields)
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
-def test_inner_configurations_are_described_as_the_installed_release_wants(name):
+def test_nested_configurations_are_described_for_the_installed_release(name):
     config = getattr(tp, name)
     spec = getattr(configuration_utils, "SubConfigSpec", None)
     if spec is None:

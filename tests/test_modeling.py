@@ -1,4 +1,4 @@
-"""The encoder and the models: attention backends, masks, precision, losses, gradients, compilation."""
+"""Checks the encoder and the models: attention functions, masks, precision, losses, gradients and compilation."""
 
 import copy
 
@@ -18,18 +18,20 @@ TOLERANCE = 2e-5
 
 
 def encoder(seed=0, **changes):
+    """Return a small random encoder."""
     torch.manual_seed(seed)
     return tp.ParakeetEncoder(tp.ParakeetEncoderConfig(**encoder_fields(**changes))).eval()
 
 
 def features(batch=3, frames=200, valid=(200, 117, 40)):
+    """Return (batch, frames, 80) random features and their mask."""
     torch.manual_seed(1)
     mask = torch.arange(frames) < torch.tensor(valid)[:, None]
     return torch.randn(batch, frames, 80), mask
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
-def test_attention_backends_agree(backend):
+def test_attention_functions_agree(backend):
     model, (inputs, mask) = encoder(), features()
     with torch.no_grad():
         model.set_attn_implementation("eager")
@@ -40,7 +42,7 @@ def test_attention_backends_agree(backend):
     torch.testing.assert_close(got.last_hidden_state * valid, wanted.last_hidden_state * valid, atol=TOLERANCE, rtol=0)
 
 
-def test_what_lies_in_the_padding_does_not_matter():
+def test_the_padding_does_not_change_the_output():
     model, (inputs, mask) = encoder(), features()
     dirty = torch.where(mask[..., None], inputs, 1e3)
     with torch.no_grad():
@@ -54,7 +56,7 @@ def test_what_lies_in_the_padding_does_not_matter():
                 torch.testing.assert_close(got, alone.last_hidden_state[0], atol=TOLERANCE, rtol=0)
 
 
-def test_a_full_mask_is_no_mask():
+def test_a_mask_of_ones_equals_no_mask():
     model, (inputs, _) = encoder(), features()
     with torch.no_grad():
         masked = model(inputs, attention_mask=torch.ones(3, 200, dtype=torch.long))
@@ -62,7 +64,7 @@ def test_a_full_mask_is_no_mask():
     assert masked.attention_mask.tolist() == [[1] * 25] * 3
 
 
-def test_a_row_without_frames_is_finite():
+def test_a_clip_without_frames_gives_finite_states():
     model, (inputs, mask) = encoder(), features(valid=(200, 117, 0))
     with torch.no_grad():
         out = model(inputs, attention_mask=mask)
@@ -90,7 +92,7 @@ def test_relative_shift_against_its_definition():
 
 @pytest.mark.parametrize("norm_type", ["batch_norm", "layer_norm"])
 @pytest.mark.parametrize("context", [[8, 0], [6, 2], [0, 8]])
-def test_an_uneven_convolution_sees_its_context(context, norm_type):
+def test_an_uneven_convolution_reads_its_context(context, norm_type):
     module = encoder(conv_context_size=context, conv_norm_type=norm_type).layers[0].conv
     hidden = torch.randn(2, 30, 32)
     with torch.no_grad():
@@ -106,7 +108,7 @@ def test_an_uneven_convolution_sees_its_context(context, norm_type):
         torch.testing.assert_close(module(hidden), plain, atol=TOLERANCE, rtol=0)
 
 
-def test_the_evaluated_convolution_has_the_norm_folded_in():
+def test_outside_training_the_norm_is_folded_into_the_convolution():
     module = encoder().layers[0].conv
     torch.nn.init.normal_(module.norm.running_mean)
     torch.nn.init.uniform_(module.norm.running_var, 0.5, 2.0)
@@ -129,7 +131,7 @@ def test_features_are_cast_to_the_models_dtype(dtype):
     assert (got.float() - wanted).abs().mean().item() < 0.06
 
 
-def test_gradient_checkpointing_changes_no_gradient():
+def test_gradient_checkpointing_does_not_change_gradients():
     model, _ = ctc_model()
     inputs, mask = features()
     labels = torch.randint(1, 50, (3, 4))
@@ -201,7 +203,7 @@ def test_ctc_loss_ignores_padding_of_both_kinds():
         torch.testing.assert_close(loss.double(), truth, atol=1e-4, rtol=1e-5)
 
 
-def test_generate_gives_the_best_token_of_each_frame_and_blanks_behind():
+def test_generate_returns_the_best_token_of_each_frame_and_blanks_after_the_clip():
     model, _ = ctc_model()
     inputs, mask = features()
     with torch.no_grad():
@@ -218,7 +220,7 @@ def test_generate_gives_the_best_token_of_each_frame_and_blanks_behind():
     assert tuple(out.logits.shape) == (3, 25, model.config.vocab_size)
 
 
-def test_generate_refuses_a_search():
+def test_generate_refuses_beam_search():
     model, _ = ctc_model()
     inputs, mask = features()
     with pytest.raises(ValueError, match="num_beams"):
@@ -230,7 +232,7 @@ def test_generate_compiles_as_one_graph():
     batch = processor([noise(1.0)], sampling_rate=16000, padding="max_length", max_length=32000)
     wanted = model.generate(**batch)
     torch._dynamo.reset()
-    # tracing is what is tested: the compiler behind it takes a minute and is PyTorch's
+    # only tracing is tested: compiling takes a minute and is done by PyTorch
     compiled = torch.compile(model.generate, fullgraph=True, backend="eager")
     assert compiled(**batch).tolist() == wanted.tolist()
 
@@ -255,13 +257,13 @@ def transducer(kind="tdt", seed=0, **changes):
     return tp.ParakeetForTDT(tp.ParakeetTDTConfig(**fields)).eval()
 
 
-# -100 and the pad token, wherever they stand
+# labels with padding of both kinds, -100 and the pad token, at any position
 PADDED = torch.tensor([[3, 7, -100, 1, 28], [28, 28, -100, -100, -100], [5, 5, 5, 5, 5]])
 LABELS, COUNTS = torch.tensor([[3, 7, 1, 0, 0], [0, 0, 0, 0, 0], [5, 5, 5, 5, 5]]), torch.tensor([3, 0, 5])
 
 
 def loss_from_logits(model, out, **options):
-    """The loss of the returned logits, which reach the loss by another way."""
+    """Compute the loss from the returned logits, without the fused loss."""
     lengths = out.attention_mask.sum(-1), COUNTS
     config, reduction = model.config, model.config.loss_reduction
     if isinstance(model, tp.ParakeetForTDT):
@@ -280,29 +282,29 @@ def loss_from_logits(model, out, **options):
         ("tdt", {"hidden_act": "sigmoid", "fastemit_lambda": 0.2}),
     ],
 )
-def test_the_loss_of_a_transducer_is_that_of_its_logits(kind, changes):
+def test_the_fused_loss_of_a_transducer_equals_the_loss_of_its_logits(kind, changes):
     model, (inputs, mask) = transducer(kind, **changes), features()
     out = model(inputs, attention_mask=mask, labels=PADDED)
     assert out.logits is None
-    asked = model(inputs, attention_mask=mask, labels=PADDED, output_logits=True)
-    truth = loss_from_logits(model, asked, fastemit_lambda=model.config.fastemit_lambda)
-    assert torch.equal(out.loss, asked.loss)
+    with_logits = model(inputs, attention_mask=mask, labels=PADDED, output_logits=True)
+    truth = loss_from_logits(model, with_logits, fastemit_lambda=model.config.fastemit_lambda)
+    assert torch.equal(out.loss, with_logits.loss)
     torch.testing.assert_close(out.loss, truth, rtol=1e-6, atol=0)
     prefix = torch.nn.functional.pad(LABELS, (1, 0), value=29)
     plain = model(inputs, attention_mask=mask, decoder_input_ids=prefix)
     assert plain.loss is None
-    assert torch.equal(plain.logits, asked.logits)
+    assert torch.equal(plain.logits, with_logits.logits)
     parameters = [p for p in model.parameters() if p.requires_grad]
     ours = torch.autograd.grad(out.loss, parameters, allow_unused=True)
     wanted = torch.autograd.grad(truth, parameters, allow_unused=True)
-    for one, other in zip(ours, wanted, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
+    for gradient, expected in zip(ours, wanted, strict=True):
+        assert (gradient is None) == (expected is None)
+        if gradient is not None:
             # float32 sums in another order, measured: 4e-6 of the largest entry
-            assert (one - other).abs().max() <= 2e-5 * other.abs().max() + 1e-7
+            assert (gradient - expected).abs().max() <= 2e-5 * expected.abs().max() + 1e-7
 
 
-def test_the_loss_of_a_hybrid_is_the_weighted_sum():
+def test_the_loss_of_a_hybrid_is_the_weighted_sum_of_both_losses():
     model, (inputs, mask) = transducer(ctc_head=True, ctc_loss_weight=0.3), features()
     out = model(inputs, attention_mask=mask, labels=PADDED, output_logits=True)
     scores = pointwise(model.ctc_head, out.last_hidden_state).double().log_softmax(-1).transpose(0, 1)
@@ -314,11 +316,11 @@ def test_the_loss_of_a_hybrid_is_the_weighted_sum():
     assert model.ctc_head.weight.grad.abs().sum().item() > 0
 
 
-def test_the_joint_drops_inputs_in_training_only():
+def test_dropout_of_the_joint_is_applied_in_training_only():
     model, (inputs, mask) = transducer(joint_dropout=0.5), features()
     model.encoder.eval()
-    calm = model(inputs, attention_mask=mask, labels=PADDED).loss
-    assert torch.equal(calm, model(inputs, attention_mask=mask, labels=PADDED).loss)
+    expected = model(inputs, attention_mask=mask, labels=PADDED).loss
+    assert torch.equal(expected, model(inputs, attention_mask=mask, labels=PADDED).loss)
     model.train()
     for module in model.encoder.modules():
         module.training = False
@@ -330,7 +332,7 @@ def test_the_joint_drops_inputs_in_training_only():
     assert torch.equal(third, model(inputs, attention_mask=mask, labels=PADDED).loss)
 
 
-def test_omega_trains_the_tokens_with_the_rnnt_loss():
+def test_with_omega_1_the_loss_is_the_rnnt_loss_of_the_tokens():
     model, (inputs, mask) = transducer(loss_omega=1.0), features()
     out = model(inputs, attention_mask=mask, labels=PADDED, output_logits=True)
     lengths = out.attention_mask.sum(-1), COUNTS
@@ -346,27 +348,27 @@ def test_lora_on_the_output_layer(dtype):
     inputs = inputs.to(dtype)
     out = model(input_features=inputs, attention_mask=mask, labels=PADDED, output_logits=True)
     truth = loss_from_logits(model.base_model.model, out)
-    # bfloat16 rounds every score to 8 bits on both ways; measured: 2e-4
+    # bfloat16 rounds every score to 8 bits in both computations; measured: 2e-4
     torch.testing.assert_close(out.loss, truth, rtol=1e-5 if dtype == torch.float32 else 2e-3, atol=0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     assert len(parameters) == 2
     ours, wanted = (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (out.loss, truth))
-    for one, other in zip(ours, wanted, strict=True):
-        assert (one - other).abs().max() <= (1e-5 if dtype == torch.float32 else 0.03) * other.abs().max()
+    for gradient, expected in zip(ours, wanted, strict=True):
+        assert (gradient - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 0.03) * expected.abs().max()
     base = model.base_model.model.joint.head.base_layer
     assert base.weight.grad is None
     with model.disable_adapter():
         assert (model(input_features=inputs, attention_mask=mask, labels=PADDED).loss - out.loss).abs() > 1e-3
 
 
-def test_a_layer_behind_a_hook_is_read_through_it():
+def test_an_offloaded_output_layer_gives_the_same_loss_and_tokens():
     model, (inputs, mask) = transducer(), features()
     wanted = model(inputs, attention_mask=mask, labels=PADDED).loss
-    heard = model.generate(inputs, attention_mask=mask)
+    expected = model.generate(inputs, attention_mask=mask)
     accelerate = pytest.importorskip("accelerate")
     accelerate.cpu_offload(model.joint.head, torch.device("cpu"))
     assert model.joint.head.weight.device.type == "meta"
     torch.testing.assert_close(model(inputs, attention_mask=mask, labels=PADDED).loss, wanted, rtol=1e-6, atol=0)
     again = model.generate(inputs, attention_mask=mask)
-    assert torch.equal(again.sequences, heard.sequences)
-    assert torch.equal(again.durations, heard.durations)
+    assert torch.equal(again.sequences, expected.sequences)
+    assert torch.equal(again.durations, expected.durations)

@@ -1,4 +1,4 @@
-"""Canary and Cohere-ASR of stock transformers, whose encoder is ours once this package is imported."""
+"""Checks Canary and Cohere-ASR of stock transformers, whose encoder is that of this package after its import."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SOURCE = HERE.parent.parent / "src"
 
 @pytest.fixture(scope="session")
 def stock_tests(tmp_path_factory):
-    """The folder with the package `tests` of the source distribution of the installed transformers."""
+    """Return a folder with the package `tests` from the source distribution of the installed transformers."""
     folder = tmp_path_factory.mktemp("transformers")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:",
                "--no-build-isolation", f"transformers=={version('transformers')}", "--dest", str(folder)]  # fmt: skip
@@ -39,7 +39,7 @@ def stock_tests(tmp_path_factory):
 
 @pytest.mark.parametrize("imported_first", ["transformers", "transformers_parakeet"])
 @pytest.mark.parametrize("family", ["canary", "cohere"])
-def test_stocks_common_tests(family, imported_first, stock_tests, tmp_path):
+def test_transformers_common_model_tests_pass(family, imported_first, stock_tests, tmp_path):
     environment = {
         **os.environ,
         "IMPORTED_FIRST": imported_first,
@@ -78,7 +78,7 @@ with torch.no_grad():
             tensor.copy_(0.2 * torch.randn(tensor.shape, generator=generator))
 features = torch.randn(3, 160, 80, generator=generator)
 mask = torch.arange(160) < torch.tensor([160, 99, 40])[:, None]
-# as the feature extractor leaves them
+# the feature extractor sets the padding to zero
 features = features * mask[..., None]
 labels = torch.randint(5, 99, (3, 6), generator=generator)
 model.eval()
@@ -93,7 +93,7 @@ print(json.dumps({"encoder": type(model.get_encoder()).__module__, "loss": out.l
 
 
 @pytest.mark.parametrize("family", ["canary", "cohere"])
-def test_same_numbers_with_and_without_the_import(family):
+def test_numbers_are_the_same_with_and_without_the_import(family):
     stock = json.loads(run_program(PROGRAM, "transformers", family, SOURCE, PYTHONPATH=""))
     ours = json.loads(run_program(PROGRAM, "transformers_parakeet", family, SOURCE, PYTHONPATH=str(SOURCE)))
     assert stock["encoder"].startswith("transformers.")

@@ -1,6 +1,6 @@
-"""Programs written for stock transformers, each run with and without our import in processes of their own.
+"""Runs programs written for stock transformers with and without this package, each time in a separate process.
 
-What passes on stock passes on ours, with the same numbers.
+A program that runs without this package must run with it and give the same numbers.
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import encoder_fields, noise, run_program, run_stock, tiny_tokenizer
 
-# writes a folder of each head with stock transformers
+# writes a checkpoint of each kind of head with stock transformers
 WRITE = """
 import json, sys, torch
 import transformers as t
@@ -33,7 +33,7 @@ for kind in ("ctc", "rnnt", "tdt"):
     if kind != "ctc":
         with torch.no_grad():
             model.joint.head.bias[len(tokenizer) - 1] += 1.5 if kind == "tdt" else 2.5
-            # stock's TDT has no limit on the labels of a frame: every step moves on
+            # stock's TDT has no limit on the labels of a frame: never choose duration 0
             model.joint.head.bias[len(tokenizer):len(tokenizer) + 1] -= 50.0
         model.generation_config.decoder_start_token_id = config.blank_token_id
         model.generation_config.suppress_tokens = list(range(len(tokenizer), model.joint.head.out_features)) or None
@@ -41,7 +41,7 @@ for kind in ("ctc", "rnnt", "tdt"):
     processor.save_pretrained(f"{folder}/{kind}")
 """
 
-# what the programs share: a fresh model, a batch of two clips, what is compared
+# helpers of the programs: a model, a batch of two clips, texts, losses and gradients
 START = """
 import copy, io, json, sys, tempfile, traceback, warnings, zlib
 import numpy as np, torch
@@ -62,14 +62,14 @@ def load():
 
 def text(model):
     texts = []
-    # clip by clip: in a batch stock's TDT goes on behind the end of the shorter one
+    # one clip at a time: in a batch stock's TDT continues after the end of the shorter clip
     for clip in clips:
         limit = {} if kind == "ctc" else {"max_new_tokens": 60}
         out = model.generate(**processor([clip], sampling_rate=16000), **limit)
         texts += processor.batch_decode(getattr(out, "sequences", out), skip_special_tokens=True)
     return texts
 
-# stock's RNN-T loss needs torchaudio: there a function of the encoder's output takes its place
+# stock's RNN-T loss needs torchaudio, so that RNN-T models use a function of the encoder's output instead
 def loss(model):
     if kind == "rnnt":
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -83,7 +83,7 @@ def gradients(model):
 def norms_of_gradients(model):
     return {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
 
-# adapters whose weights depend on their names alone
+# adapters whose weights depend on their names only
 def adapted(targets, rank=4):
     from peft import LoraConfig, get_peft_model
     model = get_peft_model(load(), LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
@@ -114,14 +114,14 @@ def adapters_on_pointwise_convolutions():
 def adapters_on_other_layers():
     targets = ["depthwise_conv", "subsampling.linear", "linear1"]
     heads = {"ctc": ["ctc_head"], "rnnt": [], "tdt": ["joint.head"]}[kind]
-    # peft wants a rank that the groups of a convolution divide
+    # peft requires a rank that is a multiple of the groups of a convolution
     model = adapted(targets + heads, rank=32)
     return text(model), gradients(model)
 
 @program
 def adapters_on_the_subsampling():
     model = adapted([f"subsampling.layers.{n}" for n in (0, 2, 3, 6)], rank=16)
-    # without a mask: stock does not mask behind a convolution with an adapter
+    # without a mask, because stock does not mask the output of a convolution with an adapter
     encoded = model.base_model.model.encoder(input_features=batch["input_features"]).last_hidden_state
     encoded.square().mean().backward()
     return float(encoded.abs().mean()), norms_of_gradients(model)
@@ -149,7 +149,7 @@ def forward_hooks():
         model.get_submodule(name).register_forward_hook(keep(name))
     model.generate(**clip)
 
-    # frames near the end see those of the padding, which the two mask at different places
+    # frames near the end depend on the padding, which the two mask at different layers
     def mean(name, output):
         if name.endswith("activation") and "conv" in name:
             return None
@@ -198,8 +198,8 @@ def offloading_to_memory():
 def offloading_to_disk():
     from accelerate import disk_offload
     model = load()
-    with tempfile.TemporaryDirectory() as place:
-        disk_offload(model, place, execution_device="cpu")
+    with tempfile.TemporaryDirectory() as directory:
+        disk_offload(model, directory, execution_device="cpu")
         return text(model), float(loss(model))
 
 @program
@@ -267,9 +267,9 @@ def seq2seq_trainer():
     if kind != "ctc":
         return None
     rows = [{name: value[0] for name, value in with_labels.items()}] * 2
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as directory:
         arguments = Seq2SeqTrainingArguments(
-            place, predict_with_generate=True, per_device_eval_batch_size=2, per_device_train_batch_size=2,
+            directory, predict_with_generate=True, per_device_eval_batch_size=2, per_device_train_batch_size=2,
             report_to=[], use_cpu=True, max_steps=1, save_strategy="no", disable_tqdm=True, learning_rate=1e-4, seed=3)
         trainer = Seq2SeqTrainer(model=load(), args=arguments, train_dataset=rows, eval_dataset=rows,
                                  compute_metrics=lambda p: {"sum": float(p.predictions.sum())})
@@ -297,7 +297,7 @@ for name, function in programs.items():
 print("RESULTS" + json.dumps(results))
 """
 
-# programs that fail without the import, too
+# kind of head and name of each program that also fails without this package
 FAILS_ON_STOCK: set[tuple[str, str]] = set()
 
 NAMES = re.findall(r"^def (\w+)", PROGRAMS, re.MULTILINE)
@@ -305,7 +305,7 @@ NAMES = re.findall(r"^def (\w+)", PROGRAMS, re.MULTILINE)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Folders of the three heads as stock writes them, and two clips."""
+    """Return a folder with a checkpoint of each kind of head, written by stock transformers, and two clips."""
     folder = tmp_path_factory.mktemp("stock")
     for kind in ("ctc", "rnnt", "tdt"):
         tiny_tokenizer(kind).save_pretrained(folder / f"tokens_{kind}")
@@ -317,14 +317,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcomes(folder):
-    """What every program gives with and without the import, by kind of head; computed when first asked for."""
+    """Return a function of the kind of head that runs all programs once without and once with this package."""
 
     @cache
     def run(kind):
         program = textwrap.dedent(START + PROGRAMS + FINISH)
-        with ThreadPoolExecutor() as both:
-            stock = both.submit(run_stock, program, folder, kind)
-            ours = both.submit(run_program, "import transformers_parakeet\n" + program, folder, kind)
+        with ThreadPoolExecutor() as pool:
+            stock = pool.submit(run_stock, program, folder, kind)
+            ours = pool.submit(run_program, "import transformers_parakeet\n" + program, folder, kind)
         return [json.loads(printed.result().partition("RESULTS")[2]) for printed in (stock, ours)]
 
     return run
@@ -332,7 +332,7 @@ def outcomes(folder):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["ctc", "rnnt", "tdt"])
-def test_what_passes_on_stock_passes_on_ours(kind, name, outcomes):
+def test_a_program_gives_the_same_results_as_on_stock_transformers(kind, name, outcomes):
     stock, ours = (results[name] for results in outcomes(kind))
     if (kind, name) in FAILS_ON_STOCK:
         assert "error" in stock
@@ -342,25 +342,25 @@ def test_what_passes_on_stock_passes_on_ours(kind, name, outcomes):
     compare(ours["result"], stock["result"], name)
 
 
-def compare(ours, stock, place):
-    """Compare what JSON can hold; numbers but for the order of sums in float32."""
+def compare(ours, stock, path):
+    """Compare two results read from JSON, numbers up to the rounding of float32 sums; `path` names them in errors."""
     if isinstance(stock, dict):
-        assert stock.keys() <= ours.keys(), f"{place}: {sorted(stock.keys() - ours.keys())} missing"
+        assert stock.keys() <= ours.keys(), f"{path}: {sorted(stock.keys() - ours.keys())} missing"
         for key, value in stock.items():
-            compare(ours[key], value, f"{place}, {key}")
+            compare(ours[key], value, f"{path}, {key}")
     elif isinstance(stock, list):
-        assert len(ours) == len(stock), place
+        assert len(ours) == len(stock), path
         for index, value in enumerate(stock):
-            compare(ours[index], value, f"{place}, {index}")
+            compare(ours[index], value, f"{path}, {index}")
     elif isinstance(stock, float):
-        # measured: 4e-5; in int8 a whole step of the activations
-        tolerance = 2e-2 if place.startswith("dynamic_quantisation") else 5e-4
-        assert ours == pytest.approx(stock, rel=tolerance, abs=1e-6), place
+        # measured: 4e-5; in int8 one step of the quantised activations
+        tolerance = 2e-2 if path.startswith("dynamic_quantisation") else 5e-4
+        assert ours == pytest.approx(stock, rel=tolerance, abs=1e-6), path
     else:
-        assert ours == stock, place
+        assert ours == stock, path
 
 
-# the import comes after a program took names from transformers
+# a program that imports names from transformers before it imports this package
 LATE = """
 from transformers import ParakeetForTDT, ParakeetProcessor, pipeline
 import IMPORT
@@ -377,14 +377,14 @@ print(json.dumps({"generate": processor.batch_decode(output.sequences, skip_spec
 """
 
 
-def test_a_name_taken_before_the_import_works_as_in_stock(folder):
+def test_a_class_imported_from_transformers_first_works_as_in_stock(folder):
     stock = json.loads(run_stock(LATE.replace("IMPORT", "json"), folder))
     assert len(stock["pipe"]["text"]) > 5
     ours = run_program(LATE.replace("IMPORT", "transformers_parakeet"), folder)
     assert json.loads(ours) == stock
 
 
-def test_the_user_is_told_what_to_import_first(folder):
+def test_a_warning_says_what_to_import_first(folder):
     program = LATE.replace(
         "IMPORT", "transformers_parakeet, transformers; transformers.logging.set_verbosity_warning()"
     )

@@ -1,4 +1,4 @@
-"""transformers' common model tests on tiny models of other families whose encoder is Parakeet's."""
+"""Runs the common model tests of transformers on tiny models of other families that use the Parakeet encoder."""
 
 import os
 import unittest
@@ -28,7 +28,7 @@ DECODER = {
 
 
 class Inputs:
-    """What the common tests ask about a model: its configuration, inputs and sizes."""
+    """Configuration, inputs and sizes of a model, under the names that the common tests read."""
 
     is_training = False
     batch_size, seq_length, encoder_seq_length, decoder_seq_length = CLIPS, LABELS, MEL_FRAMES // 8, LABELS
@@ -38,6 +38,7 @@ class Inputs:
         self.config = config
 
     def prepare_config_and_inputs_for_common(self):
+        """Return the configuration and random inputs of the model."""
         inputs = {
             "input_features": floats_tensor([CLIPS, MEL_FRAMES, MEL_BINS]),
             "attention_mask": torch.ones(CLIPS, MEL_FRAMES, dtype=torch.bool),
@@ -47,38 +48,45 @@ class Inputs:
 
 
 class CommonTests(ModelTesterMixin):
-    """Settings that both families share."""
+    """Settings of the common tests for both families."""
 
     test_resize_embeddings = False
     is_encoder_decoder = True
 
     def setUp(self):
+        """Build the inputs of the family under test."""
         self.model_tester = Inputs(self.make_config())
 
     def test_the_encoder_comes_from_the_package_that_was_imported_first(self):
         model = self.all_model_classes[0](self.model_tester.config)
         assert type(model.get_encoder()).__module__.startswith(os.environ["IMPORTED_FIRST"] + ".")
 
-    @unittest.skip("the source distribution has no tests of generation")
+    @unittest.skip("the source distribution of transformers does not contain the tests of generation")
     def test_generation_tester_mixin_inheritance(self):
         pass
 
-    @unittest.skip("of the released checkpoint's names, which a tiny model does not have")
+    @unittest.skip("needs the weight names of a released checkpoint")
     def test_reverse_loading_mapping(self):
         pass
 
 
 class CanaryTest(CommonTests, unittest.TestCase):
+    """Common tests of Canary."""
+
     all_model_classes = (CanaryModel, CanaryForConditionalGeneration)
 
     @staticmethod
     def make_config():
+        """Return the configuration of a tiny Canary model."""
         return CanaryConfig(encoder_config=dict(ENCODER), decoder_config=dict(DECODER), vocab_size=VOCABULARY)
 
 
 class CohereTest(CommonTests, unittest.TestCase):
+    """Common tests of Cohere-ASR."""
+
     all_model_classes = (CohereAsrModel, CohereAsrForConditionalGeneration)
 
     @staticmethod
     def make_config():
+        """Return the configuration of a tiny Cohere-ASR model."""
         return CohereAsrConfig(encoder_config=dict(ENCODER), **DECODER)

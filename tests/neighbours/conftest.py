@@ -1,7 +1,7 @@
-"""Makes transformers' common model tests importable, and imports the package under test before any class is looked up.
+"""Makes the common model tests of transformers importable, and imports the package under test before all others.
 
-tests/test_neighbours.py runs it in a process of its own, with the tests of transformers' source distribution on the
-path.
+tests/test_neighbours.py runs pytest on this folder in a separate process, with the tests from transformers' source
+distribution on the path.
 """
 
 import importlib
@@ -12,15 +12,15 @@ import warnings
 
 warnings.filterwarnings("ignore")
 
-# modules that a source distribution leaves out; the first two hold further tests, the last one downloads files
-ABSENT = {
+# replacements for modules that the source distribution does not contain: further tests, and a download of files
+MISSING_MODULES = {
     "tests.generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
     "tests.exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
     "tests.utils.test_configuration_utils": {"config_common_kwargs": {}},
     "fetch_hub_objects_for_ci": {"url_to_local_path": str},
 }
 
-for name, content in ABSENT.items():
+for name, content in MISSING_MODULES.items():
     package, _, _ = name.rpartition(".")
     if package and package not in sys.modules:
         sys.modules[package] = types.ModuleType(package)

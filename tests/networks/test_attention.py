@@ -1,4 +1,4 @@
-"""Attention contexts against attention with a mask, written out pair by pair; numbers of NeMo are in test_family.py."""
+"""Checks attention contexts against a mask for each pair of frames; test_family.py compares with NeMo."""
 
 import math
 
@@ -38,13 +38,14 @@ CONTEXTS = [
 
 
 def config_of(style, context, **fields):
+    """Return the configuration of a small encoder with an attention context."""
     return tp.ParakeetEncoderConfig(
         **encoder_fields(attention_context_style=style, attention_context_size=context, **fields)
     )
 
 
 def may_attend(style, context, query, key):
-    """The rule of each style for one pair of frames, as NeMo documents it."""
+    """Tell whether a query frame may attend to a key frame, by NeMo's documentation of the style."""
     left, right = context[0], context[-1]
     if style == "regular":
         return (left < 0 or key >= query - left) and (right < 0 or key <= query + right)
@@ -56,6 +57,7 @@ def may_attend(style, context, query, key):
 
 
 def attention(config, dtype=torch.float64):
+    """Return an attention module with random weights."""
     torch.manual_seed(0)
     config._attn_implementation = "eager"
     module = ParakeetEncoderAttention(config, 0).to(dtype).eval()
@@ -65,7 +67,7 @@ def attention(config, dtype=torch.float64):
 
 
 def plain_attention(module, hidden, mask):
-    """Relative attention of one clip with an (N, N) mask, one pair of frames at a time."""
+    """Compute relative attention of one clip with an (N, N) mask, one pair of frames at a time."""
     config, frames = module.config, hidden.shape[0]
     heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     query, key, value = (p(hidden).view(frames, heads, width) for p in (module.q_proj, module.k_proj, module.v_proj))
@@ -84,17 +86,19 @@ def plain_attention(module, hidden, mask):
 
 
 def one_block(config, frames):
+    """Replace `block_layout` by a single block of all frames."""
     return BlockLayout(frames, frames)
 
 
 def attend(module, hidden, valid=None):
+    """Return the output of an attention module without gradients."""
     with torch.no_grad():
         return module(hidden, ParakeetEncoderRelPositionalEncoding(module.config)(hidden), valid)[0]
 
 
 @pytest.mark.parametrize(("style", "context"), CONTEXTS)
 @pytest.mark.parametrize("frames", [1, 2, 23])
-def test_a_context_is_a_mask(style, context, frames):
+def test_a_context_equals_masked_attention(style, context, frames):
     module = attention(config_of(style, context))
     hidden = torch.randn(2, frames, 32, dtype=torch.float64)
     mask = torch.tensor([[may_attend(style, context, i, j) for j in range(frames)] for i in range(frames)])
@@ -105,21 +109,19 @@ def test_a_context_is_a_mask(style, context, frames):
 
 @pytest.mark.parametrize(("style", "context"), CONTEXTS)
 @pytest.mark.parametrize("frames", [64, 137, 500])
-def test_blocks_equal_one_block(style, context, frames, monkeypatch):
+def test_attention_in_blocks_equals_attention_in_one_block(style, context, frames, monkeypatch):
     module = attention(config_of(style, context))
     hidden = torch.randn(3, frames, 32, dtype=torch.float64)
     valid = torch.arange(frames) < torch.tensor([frames, frames // 2, 1])[:, None]
     blocked = attend(module, hidden, valid)
-    monkeypatch.setattr(
-        "transformers_parakeet.networks.attention.block_layout", lambda config, frames: BlockLayout(frames, frames)
-    )
-    whole = attend(module, hidden, valid)
-    torch.testing.assert_close(blocked[valid], whole[valid], atol=TOLERANCE, rtol=0)
+    monkeypatch.setattr("transformers_parakeet.networks.attention.block_layout", one_block)
+    unblocked = attend(module, hidden, valid)
+    torch.testing.assert_close(blocked[valid], unblocked[valid], atol=TOLERANCE, rtol=0)
     assert blocked.isfinite().all()
 
 
 @pytest.mark.parametrize(("style", "context"), CONTEXTS)
-def test_blocks_see_what_the_rule_allows(style, context):
+def test_the_visible_keys_of_a_block_follow_the_rule_of_the_style(style, context):
     config, frames = config_of(style, context), 300
     layout = block_layout(config, frames)
     visible = visible_keys(config, layout, torch.device("cpu"))
@@ -131,7 +133,7 @@ def test_blocks_see_what_the_rule_allows(style, context):
 
 
 @pytest.mark.parametrize(("style", "context"), [c for c in CONTEXTS if min(c[1]) >= 0])
-def test_memory_is_linear(style, context):
+def test_the_number_of_scores_is_linear_in_the_number_of_frames(style, context):
     config = config_of(style, context)
     sizes = [
         layout.num_keys * (layout.num_frames + layout.padding)
@@ -141,7 +143,7 @@ def test_memory_is_linear(style, context):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_backends_agree_in_blocks(implementation):
+def test_attention_functions_agree_in_blocks(implementation):
     config = config_of("regular", [20, 20])
     module = attention(config, torch.float32)
     hidden = torch.randn(2, 200, 32)
@@ -150,22 +152,22 @@ def test_backends_agree_in_blocks(implementation):
     torch.testing.assert_close(attend(module, hidden), expected, atol=TOLERANCE, rtol=0)
 
 
-def test_gradients_of_blocks_equal_those_of_one_block(monkeypatch):
+def test_gradients_in_blocks_equal_gradients_in_one_block(monkeypatch):
     module = attention(config_of("regular", [12, 7]))
     inputs = torch.randn(1, 150, 32, dtype=torch.float64)
     gradients = []
-    for whole in (False, True):
-        if whole:
+    for in_one_block in (False, True):
+        if in_one_block:
             monkeypatch.setattr("transformers_parakeet.networks.attention.block_layout", one_block)
         hidden = inputs.clone().requires_grad_()
         output, _ = module(hidden, ParakeetEncoderRelPositionalEncoding(module.config)(hidden))
         gradients.append(torch.autograd.grad(output.square().sum(), [hidden, *module.parameters()]))
     # the weights are computed in float32; measured: 1.6e-5 where gradients are up to 3
-    for blocked, one in zip(*gradients, strict=True):
-        torch.testing.assert_close(blocked, one, atol=5e-5, rtol=1e-5)
+    for blocked, unblocked in zip(*gradients, strict=True):
+        torch.testing.assert_close(blocked, unblocked, atol=5e-5, rtol=1e-5)
 
 
-def test_positions_of_an_uneven_local_window():
+def test_positions_of_an_uneven_local_context():
     # 2 before, 3 after: NeMo's table has rows of the positions 2 .. -3, its scores have columns of 3 .. -3
     positions, has_embedding = nemo_local_positions(torch.tensor([2, 1, 0, -1, -2, -3]), 2, 3)
     # column 1 gets row 1 (position 1), column 2 no row, columns 3 to 6 rows 2 to 5 (positions 0 to -3)
@@ -173,8 +175,8 @@ def test_positions_of_an_uneven_local_window():
     assert positions[has_embedding].tolist() == [1, 0, -1, -2, -3]
 
 
-def test_positions_of_an_even_local_window_are_their_own():
-    own = torch.arange(7, -8, -1)
-    positions, has_embedding = nemo_local_positions(own, 7, 7)
+def test_positions_of_an_even_local_context_keep_their_embedding():
+    expected = torch.arange(7, -8, -1)
+    positions, has_embedding = nemo_local_positions(expected, 7, 7)
     assert has_embedding.all()
-    assert torch.equal(positions, own)
+    assert torch.equal(positions, expected)

@@ -24,6 +24,11 @@ POSITION_BASE = 10000.0
 MIN_BLOCK_SIZE = 64
 
 
+def pad_frames(frames: Tensor, before: int, after: int) -> Tensor:
+    """Add frames of zeros before the first and after the last frame of (B, N, ...)."""
+    return F.pad(frames, (*[0, 0] * (frames.ndim - 2), before, after))
+
+
 @dataclass(frozen=True)
 class BlockLayout:
     """How the N queries are cut into blocks, and which keys the queries of a block read.
@@ -59,25 +64,21 @@ class BlockLayout:
 
     def relative_positions(self, device: torch.device) -> Tensor:
         """Return the (K + c - 1,) relative positions query - key of a block, from the largest to the smallest."""
-        return torch.arange(
-            self.keys_before + self.block_size - 1, -self.block_size - self.keys_after, -1, device=device
-        )
+        largest, smallest = self.keys_before + self.block_size - 1, 1 - self.block_size - self.keys_after
+        return torch.arange(largest, smallest - 1, -1, device=device)
 
     def split_queries(self, queries: Tensor) -> Tensor:
         """Cut the frames of (B, N, ...) into blocks and return (B * blocks, c, ...); zeros fill the last block."""
         if self.is_single_block:
             return queries
-        # F.pad lists the last dimension first
-        unpadded_dims = [0, 0] * (queries.ndim - 2)
-        return F.pad(queries, (*unpadded_dims, 0, self.padding)).unflatten(1, (-1, self.block_size)).flatten(0, 1)
+        padded = pad_frames(queries, 0, self.padding)
+        return padded.unflatten(1, (-1, self.block_size)).flatten(0, 1)
 
     def split_keys(self, keys: Tensor) -> Tensor:
         """Return the keys (B * blocks, K, ...) that each block reads from (B, N, ...), zeros outside the clip."""
         if self.is_single_block:
             return keys
-        # F.pad lists the last dimension first
-        unpadded_dims = [0, 0] * (keys.ndim - 2)
-        padded = F.pad(keys, (*unpadded_dims, self.keys_before, self.padding + self.keys_after))
+        padded = pad_frames(keys, self.keys_before, self.padding + self.keys_after)
         # (B, blocks, ..., K) view: neighbouring blocks share keys
         overlapping = padded.unfold(1, self.num_keys, self.block_size)
         return overlapping.movedim(-1, 2).flatten(0, 1)
@@ -92,10 +93,6 @@ class BlockLayout:
 
 def block_layout(config: ParakeetEncoderConfig, num_frames: int) -> BlockLayout:
     """Choose the blocks for the attention context of a configuration.
-
-    Args:
-        config: configuration of the encoder.
-        num_frames: number of frames N.
 
     Returns:
         Blocks about half as long as the context. If the context is unlimited on one side or about as long as the clip,
@@ -121,11 +118,6 @@ def visible_keys(config: ParakeetEncoderConfig, layout: BlockLayout, device: tor
     """Build the mask of the keys that are in the attention context of each query of a block.
 
     The mask is the same for all blocks, because each block begins with a chunk.
-
-    Args:
-        config: configuration of the encoder.
-        layout: blocks of the attention.
-        device: device of the result.
 
     Returns:
         (c, K) boolean mask, true where the query may attend to the key; `None` if every key is visible.
@@ -155,11 +147,7 @@ def visible_keys(config: ParakeetEncoderConfig, layout: BlockLayout, device: tor
 
 
 class ParakeetEncoderRelPositionalEncoding(nn.Module):
-    """Sinusoidal embeddings of the relative positions query - key, sines on even and cosines on odd channels.
-
-    Args:
-        config: configuration of the encoder.
-    """
+    """Sinusoidal embeddings of the relative positions query - key, sines on even and cosines on odd channels."""
 
     inv_freq: Tensor
 
@@ -258,8 +246,7 @@ def eager_attention_forward(
     Args:
         module: the attention module; its training flag switches dropout on.
         query: (B, heads, N, head_dim).
-        key: (B, heads, K, head_dim).
-        value: (B, heads, K, head_dim).
+        key, value: (B, heads, K, head_dim).
         attention_mask: (B, heads, N, K) bias that is added to the scores.
         scaling: factor of the dot products.
         dropout: dropout probability of the attention weights.
@@ -282,8 +269,7 @@ class AttentionInputs:
 
     Args:
         queries: (M, c, heads, head_dim).
-        keys: (M, K, heads, head_dim).
-        values: (M, K, heads, head_dim).
+        keys, values: (M, K, heads, head_dim).
         bias: (M, heads, c, K), added to the scaled dot products: position scores, and the lowest score for masked keys.
     """
 
@@ -299,9 +285,7 @@ class GlobalTokens:
 
     Args:
         frames: indices of the G frames.
-        query: (B, N, heads, head_dim) projections for the attention from and to these frames.
-        key: as `query`.
-        value: as `query`.
+        query, key, value: (B, N, heads, head_dim) projections for the attention from and to these frames.
     """
 
     frames: list[int]
@@ -311,12 +295,7 @@ class GlobalTokens:
 
 
 class ParakeetEncoderAttention(nn.Module):
-    """Multi-head attention with relative positions (Transformer-XL, arXiv 1901.02860, section 3.3).
-
-    Args:
-        config: configuration of the encoder.
-        layer_idx: index of the encoder block.
-    """
+    """Multi-head attention with relative positions (Transformer-XL, arXiv 1901.02860, section 3.3)."""
 
     def __init__(self, config: ParakeetEncoderConfig, layer_idx: int) -> None:
         super().__init__()
@@ -380,15 +359,12 @@ class ParakeetEncoderAttention(nn.Module):
         return hidden.unflatten(-1, (self.num_heads, self.head_dim))
 
     def _position_scores(self, queries: Tensor, position_embeddings: Tensor, layout: BlockLayout) -> Tensor:
-        """Return the scaled scores of each query with the relative position of each key.
+        """Return the (B * blocks, heads, c, K) scaled scores of each query with the relative position of each key.
 
         Args:
             queries: (B * blocks, c, heads, head_dim).
             position_embeddings: (K + c - 1, H).
             layout: blocks of the attention.
-
-        Returns:
-            (B * blocks, heads, c, K).
         """
         num_blocks, block_size = queries.shape[:2]
         position_keys = self._split_heads(self.relative_k_proj(position_embeddings)).permute(1, 2, 0)
@@ -422,20 +398,17 @@ class ParakeetEncoderAttention(nn.Module):
 
         Args:
             inputs: queries, keys, values and bias of M blocks.
-            kwargs: further arguments of transformers' attention functions.
+            kwargs: further arguments of the attention function.
 
         Returns:
             (M, c, heads, head_dim) output, and (M, heads, c, K) weights or `None`.
         """
-        implementation = self.config._attn_implementation
-        attention_function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            implementation, eager_attention_forward
-        )
-        if implementation == "flex_attention":
+        name = self.config._attn_implementation
+        attention_function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        bias_arguments: dict[str, Tensor | None] = {"attention_mask": inputs.bias}
+        if name == "flex_attention":
             # flex attention reads the first head of a mask only, and the position scores differ between heads
             bias_arguments = {"attention_mask": None, "position_bias": inputs.bias}
-        else:
-            bias_arguments = {"attention_mask": inputs.bias}
         output, weights = attention_function(
             self,
             query=(inputs.queries + self.bias_u).transpose(1, 2),
@@ -453,9 +426,7 @@ class ParakeetEncoderAttention(nn.Module):
 
         Args:
             hidden: (B, N, H) frames.
-            query: (B, N, heads, head_dim) projections of the local attention, which global tokens share by default.
-            key: as `query`.
-            value: as `query`.
+            query, key, value: (B, N, heads, head_dim) of the local attention, which global tokens share by default.
         """
         config = self.config
         is_local = config.self_attention_model == "rel_pos_local_attn" and max(config.attention_context_size) >= 0

@@ -15,6 +15,7 @@ from ..configuration_parakeet import ParakeetRNNTConfig
 from .fast_linear import (
     MIN_SEARCH_ROWS,
     Bfloat16Search,
+    add_gate_products,
     few_rows_linear,
     is_plain,
     plain_argmax,
@@ -99,11 +100,12 @@ class ParakeetRNNTDecoder(nn.Module):
         weight_ih, weight_hh, bias_ih, bias_hh = (
             getattr(self.lstm, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         )
-        gates = few_rows_linear(inputs, weight_ih, bias_ih) + few_rows_linear(hidden, weight_hh, bias_hh)
-        # (B, 4P) in torch's order of the gates
-        input_gate, forget_gate, candidate, output_gate = gates.chunk(4, dim=1)
-        cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
-        return output_gate.sigmoid() * cell.tanh(), cell
+        # (4, B, P) in torch's order: input gate, forget gate, candidate, output gate
+        gates = (bias_ih + bias_hh).view(4, 1, -1)
+        gates = add_gate_products(add_gate_products(gates, inputs, weight_ih), hidden, weight_hh)
+        (input_gate, forget_gate), candidate, output_gate = gates[:2].sigmoid(), gates[2].tanh(), gates[3].sigmoid()
+        cell = torch.addcmul(input_gate * candidate, forget_gate, cell)
+        return output_gate * cell.tanh(), cell
 
 
 class ParakeetRNNTJointNetwork(nn.Module):

@@ -1,0 +1,127 @@
+"""Checks the optimised convolutions of the encoder against PyTorch's modules; whole blocks are in test_modeling.py."""
+
+import pytest
+import torch
+from conftest import encoder_fields
+from torch import nn
+from torch.nn import functional as F
+
+import transformers_parakeet as tp
+from transformers_parakeet.networks.conformer import (
+    ParakeetEncoderConvolutionModule,
+    ParakeetEncoderSubsamplingConv2D,
+    activate,
+    channels_last_conv,
+    depthwise,
+    fold_batch_norm,
+)
+
+ODD_SIZES = [1, 63, 500]
+# float64 sums in another order; measured: up to 2e-15
+EXACT = {"rtol": 0.0, "atol": 1e-12}
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fill uninitialised memory with NaN, so that reading it changes a result."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def module_gradients(output, inputs):
+    """Return the gradients of a fixed function of the output."""
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+    return torch.autograd.grad((output * weights).sum(), inputs)
+
+
+def batch_norm(width):
+    """Return a batch norm in evaluation mode with random statistics and parameters."""
+    norm = nn.BatchNorm1d(width).double().eval()
+    for tensor in (norm.running_mean, norm.weight.data, norm.bias.data):
+        tensor.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    return norm
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frames", ODD_SIZES)
+def test_a_depthwise_convolution_equals_conv1d(frames, bias):
+    torch.manual_seed(0)
+    conv = nn.Conv1d(17, 17, 9, padding=4, groups=17, bias=bias).double()
+    hidden = torch.randn(2, frames, 17).double().requires_grad_()
+    plain = conv(hidden.transpose(1, 2)).transpose(1, 2)
+    fast = depthwise(hidden, conv.weight, conv.bias, 4)
+    torch.testing.assert_close(fast, plain, **EXACT)
+    inputs = [hidden, *conv.parameters()]
+    torch.testing.assert_close(module_gradients(fast, inputs), module_gradients(plain, inputs), **EXACT)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("frames", ODD_SIZES)
+@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (16, 16), (16, 1)])
+def test_a_channels_last_convolution_equals_conv2d(frames, channels, groups):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, 16, 3, stride=2, padding=1, groups=groups).double()
+    images = torch.randn(2, channels, frames, 13).double().requires_grad_()
+    plain, fast = conv(images), channels_last_conv(conv, images)
+    torch.testing.assert_close(fast, plain, **EXACT)
+    assert fast.is_contiguous(memory_format=torch.channels_last)
+    inputs = [images, *conv.parameters()]
+    torch.testing.assert_close(module_gradients(fast, inputs), module_gradients(plain, inputs), **EXACT)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_folded_batch_norm_equals_convolution_and_norm(bias):
+    torch.manual_seed(0)
+    conv, norm = nn.Conv1d(17, 17, 9, padding=4, groups=17, bias=bias).double(), batch_norm(17)
+    hidden = torch.randn(2, 17, 63).double()
+    weight, folded_bias = fold_batch_norm(conv, norm)
+    folded = F.conv1d(hidden, weight, folded_bias, padding=4, groups=17)
+    # the filter is folded in float32; measured: 8e-7
+    torch.testing.assert_close(folded, norm(conv(hidden)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("frames", ODD_SIZES)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_subsampling_equals_its_layers_called_in_turn(frames, is_causal):
+    torch.manual_seed(0)
+    config = tp.ParakeetEncoderConfig(**encoder_fields(causal_downsampling=is_causal))
+    module = ParakeetEncoderSubsamplingConv2D(config).double()
+    features = torch.randn(2, frames, 80).double()
+    hidden = features[:, None]
+    for layer in module.layers:
+        if is_causal and getattr(layer, "stride", None) == (2, 2):
+            hidden = F.pad(hidden, (2, 1, 2, 1))
+        hidden = layer(hidden)
+    expected = module.linear(hidden.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(module(features), expected, **EXACT)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_convolution_module_ignores_frames_outside_the_clips(training):
+    torch.manual_seed(0)
+    module = ParakeetEncoderConvolutionModule(tp.ParakeetEncoderConfig(**encoder_fields(conv_norm_type="layer_norm")))
+    module.double().train(training)
+    hidden, valid = torch.randn(2, 63, 32).double(), torch.arange(63) < torch.tensor([[63], [20]])
+    changed = torch.where(valid[..., None], hidden, 1e3)
+    torch.testing.assert_close(module(changed, valid)[valid], module(hidden, valid)[valid], **EXACT)
+
+
+def test_an_activation_overwrites_its_input_only_if_nothing_else_needs_it():
+    source, silu = nn.Linear(3, 3), nn.SiLU()
+    own_silu = tp.networks.conformer.ACT2FN["silu"]
+    hidden = torch.randn(5, 3)
+    expected = F.silu(hidden)
+    with torch.no_grad():
+        torch.testing.assert_close(activate(silu, hidden, source), expected)
+        overwritten = hidden.clone()
+        assert activate(own_silu, overwritten, source) is overwritten
+        torch.testing.assert_close(overwritten, expected)
+        source.register_forward_hook(lambda module, inputs, output: None)
+        assert activate(own_silu, hidden, source) is not hidden
+    assert activate(own_silu, hidden, nn.Linear(3, 3)) is not hidden
+    torch.testing.assert_close(own_silu(hidden), expected)
