@@ -167,11 +167,7 @@ class ParakeetPreTrainedModel(PreTrainedModel):
 
 
 class ParakeetEncoder(ParakeetPreTrainedModel):
-    """FastConformer encoder (arXiv 2305.05084).
-
-    Args:
-        config: configuration of the encoder, of this package or of stock transformers.
-    """
+    """FastConformer encoder (arXiv 2305.05084)."""
 
     config: ParakeetEncoderConfig
     base_model_prefix = "encoder"
@@ -335,15 +331,12 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
     def get_audio_features(
         self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> ParakeetEncoderModelOutput:
-        """Encode a batch and project the encoder states for the joint network.
+        """Return the encoder's output with encoder states projected for the joint network, `pooler_output` (B, N, J).
 
         Args:
             input_features: (B, T, F) log-mel features.
             attention_mask: (B, T), 1 on valid mel frames; `None` if all frames are valid.
             **kwargs: further arguments of the encoder.
-
-        Returns:
-            The encoder's output with `pooler_output` (B, N, J).
         """
         encoded = self.encoder(input_features=input_features, attention_mask=attention_mask, **kwargs)
         encoded.pooler_output = self.encoder_projector(encoded.last_hidden_state)
@@ -402,10 +395,9 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         )
 
     def _remove_padding(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Move the labels of each row to its front and count them; -100, the padding and the blank are no labels.
+        """Move the labels of each row of (B, U) token ids to its front and count them.
 
-        Args:
-            labels: (B, U) token ids with padding.
+        -100, the padding token and the blank are not labels.
 
         Returns:
             (B, U) labels with zeros after the last label of a row, and (B,) numbers of labels.
@@ -423,9 +415,6 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
             predictor_states: (B, U+1, J).
             labels: (B, U) labels without padding inside a row.
             label_lengths: (B,) number of labels.
-
-        Returns:
-            Scalar, or (B,) for the reduction `"none"`.
         """
         config, lengths = self.config, frame_lengths(encoded)
         loss = self._transducer_loss(encoded.pooler_output, predictor_states, labels, lengths, label_lengths)
@@ -443,14 +432,9 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         return (1 - config.ctc_loss_weight) * loss + config.ctc_loss_weight * ctc
 
     def _transducer_loss(
-        self,
-        encoder_states: Tensor,
-        predictor_states: Tensor,
-        labels: Tensor,
-        lengths: Tensor,
-        label_lengths: Tensor,
+        self, encoder_states: Tensor, predictor_states: Tensor, labels: Tensor, lengths: Tensor, label_lengths: Tensor
     ) -> Tensor:
-        """Compute the RNN-T or TDT loss with the settings of the configuration.
+        """Compute the RNN-T or TDT loss with the settings of the configuration: a scalar, or (B,) without reduction.
 
         Args:
             encoder_states: (B, N, J) projected encoder states.
@@ -458,9 +442,6 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
             labels: (B, U).
             lengths: (B,) number of valid encoder frames.
             label_lengths: (B,) number of labels.
-
-        Returns:
-            Scalar, or (B,) for the reduction `"none"`.
         """
         config = self.config
         loss = select_loss(config.kernel, encoder_states, config.hidden_act)
