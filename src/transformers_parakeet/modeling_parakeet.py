@@ -98,15 +98,15 @@ class ParakeetPreTrainedModel(PreTrainedModel):
 
     @property
     def _encoder_config(self) -> Any:
-        """Configuration of the encoder, which is the model's own configuration if the model is an encoder."""
+        """Configuration of the encoder, which is `config` itself if the model is an encoder."""
         return getattr(self.config, "encoder_config", self.config)
 
     def set_attention_context(self, left: int, right: int, chunk: int | None = None) -> None:
         """Set how many encoder frames a frame attends to; `save_pretrained` writes the setting.
 
-        `set_attention_context(-1, -1)` gives full attention. A model trained with full attention may be limited, too:
-        each frame then attends to the frames around it. A context that is limited on both sides needs memory linear
-        in the length of a clip.
+        `set_attention_context(-1, -1)` gives full attention. The context of a model trained with full attention can be
+        limited as well: each frame then attends to the frames around it. A context that is limited on both sides needs
+        memory linear in the length of a clip.
 
         Args:
             left: number of frames before a frame (or before its chunk); -1 for no limit.
@@ -149,11 +149,11 @@ class ParakeetPreTrainedModel(PreTrainedModel):
         return spec_augment(features, lengths, self.config.spec_augment)
 
     def _get_subsampling_output_length(self, input_lengths: Tensor) -> Tensor:
-        """Convert numbers of mel frames to numbers of encoder frames; transformers' tools call this by its name."""
+        """Convert numbers of mel frames to numbers of encoder frames; the name is that in stock transformers."""
         return subsampled_lengths(input_lengths, self._encoder_config)
 
     def _get_output_attention_mask(self, attention_mask: Tensor, target_length: int | None = None) -> Tensor:
-        """Convert a mask of mel frames to a mask of encoder frames; transformers' tools call this by its name.
+        """Convert a mask of mel frames to a mask of encoder frames; the name is that in stock transformers.
 
         Args:
             attention_mask: (B, T), 1 on valid mel frames.
