@@ -44,14 +44,14 @@ def test_attention_functions_agree(backend):
 
 def test_the_padding_does_not_change_the_output():
     model, (inputs, mask) = encoder(), features()
-    dirty = torch.where(mask[..., None], inputs, 1e3)
+    changed = torch.where(mask[..., None], inputs, 1e3)
     with torch.no_grad():
-        clean = model(inputs, attention_mask=mask)
-        other = model(dirty, attention_mask=mask)
+        expected = model(inputs, attention_mask=mask)
+        with_changed_padding = model(changed, attention_mask=mask)
         for row, frames in enumerate((200, 117, 40)):
             alone = model(inputs[row : row + 1, :frames], attention_mask=mask[row : row + 1, :frames])
             count = alone.last_hidden_state.shape[1]
-            for batch in (clean, other):
+            for batch in (expected, with_changed_padding):
                 got = batch.last_hidden_state[row, :count]
                 torch.testing.assert_close(got, alone.last_hidden_state[0], atol=TOLERANCE, rtol=0)
 
@@ -171,7 +171,7 @@ def test_hidden_states_and_attentions():
     assert [tuple(h.shape) for h in out.hidden_states] == [(3, 25, 32)] * 3
     assert [tuple(a.shape) for a in out.attentions] == [(3, 4, 25, 25)] * 2
     torch.testing.assert_close(out.attentions[0].sum(-1), torch.ones(3, 4, 25))
-    # nobody attends to the padding
+    # no frame attends to the padding
     assert out.attentions[0][2, :, :, 5:].max().item() == 0.0
 
 
@@ -248,7 +248,7 @@ def test_training_step_as_documented():
 
 
 def transducer(kind="tdt", seed=0, **changes):
-    """A random transducer of 30 tokens whose joint is wider than its decoder."""
+    """Return a random transducer of 30 tokens whose joint network is wider than its prediction network."""
     torch.manual_seed(seed)
     fields = {"vocab_size": 30, "pad_token_id": 28, "blank_token_id": 29, "decoder_hidden_size": 16}
     fields |= {"joint_hidden_size": 24, "num_decoder_layers": 1, "encoder_config": encoder_fields(), **changes}

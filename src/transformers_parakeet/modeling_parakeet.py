@@ -98,15 +98,15 @@ class ParakeetPreTrainedModel(PreTrainedModel):
 
     @property
     def _encoder_config(self) -> Any:
-        """Configuration of the encoder, which is the model's own configuration if the model is an encoder."""
+        """Configuration of the encoder, which is `config` itself if the model is an encoder."""
         return getattr(self.config, "encoder_config", self.config)
 
     def set_attention_context(self, left: int, right: int, chunk: int | None = None) -> None:
         """Set how many encoder frames a frame attends to; `save_pretrained` writes the setting.
 
-        `set_attention_context(-1, -1)` gives full attention. A model trained with full attention may be limited, too:
-        each frame then attends to the frames around it. A context that is limited on both sides needs memory linear
-        in the length of a clip.
+        `set_attention_context(-1, -1)` gives full attention. The context of a model trained with full attention can be
+        limited as well: each frame then attends to the frames around it. A context that is limited on both sides needs
+        memory linear in the length of a clip.
 
         Args:
             left: number of frames before a frame (or before its chunk); -1 for no limit.
@@ -149,11 +149,11 @@ class ParakeetPreTrainedModel(PreTrainedModel):
         return spec_augment(features, lengths, self.config.spec_augment)
 
     def _get_subsampling_output_length(self, input_lengths: Tensor) -> Tensor:
-        """Convert numbers of mel frames to numbers of encoder frames; transformers' tools call this by its name."""
+        """Convert numbers of mel frames to numbers of encoder frames; the name is that in stock transformers."""
         return subsampled_lengths(input_lengths, self._encoder_config)
 
     def _get_output_attention_mask(self, attention_mask: Tensor, target_length: int | None = None) -> Tensor:
-        """Convert a mask of mel frames to a mask of encoder frames; transformers' tools call this by its name.
+        """Convert a mask of mel frames to a mask of encoder frames; the name is that in stock transformers.
 
         Args:
             attention_mask: (B, T), 1 on valid mel frames.
@@ -167,11 +167,7 @@ class ParakeetPreTrainedModel(PreTrainedModel):
 
 
 class ParakeetEncoder(ParakeetPreTrainedModel):
-    """FastConformer encoder (arXiv 2305.05084).
-
-    Args:
-        config: configuration of the encoder, of this package or of stock transformers.
-    """
+    """FastConformer encoder (arXiv 2305.05084)."""
 
     config: ParakeetEncoderConfig
     base_model_prefix = "encoder"
@@ -335,15 +331,12 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
     def get_audio_features(
         self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> ParakeetEncoderModelOutput:
-        """Encode a batch and project the encoder states for the joint network.
+        """Return the encoder's output with encoder states projected for the joint network, `pooler_output` (B, N, J).
 
         Args:
             input_features: (B, T, F) log-mel features.
             attention_mask: (B, T), 1 on valid mel frames; `None` if all frames are valid.
             **kwargs: further arguments of the encoder.
-
-        Returns:
-            The encoder's output with `pooler_output` (B, N, J).
         """
         encoded = self.encoder(input_features=input_features, attention_mask=attention_mask, **kwargs)
         encoded.pooler_output = self.encoder_projector(encoded.last_hidden_state)
@@ -402,10 +395,9 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         )
 
     def _remove_padding(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Move the labels of each row to its front and count them; -100, the padding and the blank are no labels.
+        """Move the labels of each row of (B, U) token ids to its front and count them.
 
-        Args:
-            labels: (B, U) token ids with padding.
+        -100, the padding token and the blank are not labels.
 
         Returns:
             (B, U) labels with zeros after the last label of a row, and (B,) numbers of labels.
@@ -423,9 +415,6 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
             predictor_states: (B, U+1, J).
             labels: (B, U) labels without padding inside a row.
             label_lengths: (B,) number of labels.
-
-        Returns:
-            Scalar, or (B,) for the reduction `"none"`.
         """
         config, lengths = self.config, frame_lengths(encoded)
         loss = self._transducer_loss(encoded.pooler_output, predictor_states, labels, lengths, label_lengths)
@@ -443,14 +432,9 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         return (1 - config.ctc_loss_weight) * loss + config.ctc_loss_weight * ctc
 
     def _transducer_loss(
-        self,
-        encoder_states: Tensor,
-        predictor_states: Tensor,
-        labels: Tensor,
-        lengths: Tensor,
-        label_lengths: Tensor,
+        self, encoder_states: Tensor, predictor_states: Tensor, labels: Tensor, lengths: Tensor, label_lengths: Tensor
     ) -> Tensor:
-        """Compute the RNN-T or TDT loss with the settings of the configuration.
+        """Compute the RNN-T or TDT loss with the settings of the configuration: a scalar, or (B,) without reduction.
 
         Args:
             encoder_states: (B, N, J) projected encoder states.
@@ -458,9 +442,6 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
             labels: (B, U).
             lengths: (B,) number of valid encoder frames.
             label_lengths: (B,) number of labels.
-
-        Returns:
-            Scalar, or (B,) for the reduction `"none"`.
         """
         config = self.config
         weight, bias = self.joint.output_layer(encoder_states)

@@ -1,4 +1,4 @@
-"""Checks the optimised convolutions of the encoder against PyTorch's modules; whole blocks are in test_modeling.py."""
+"""Checks the optimised convolutions of the encoder against PyTorch's modules; test_modeling.py checks the encoder."""
 
 import pytest
 import torch

@@ -115,13 +115,14 @@ def block_layout(config: ParakeetEncoderConfig, num_frames: int) -> BlockLayout:
 
 
 def visible_keys(config: ParakeetEncoderConfig, layout: BlockLayout, device: torch.device) -> Tensor | None:
-    """Build the mask of the keys that are in the attention context of each query of a block.
+    """Build the mask of the K keys that are in the attention context of each of the c queries of a block.
 
     The mask is the same for all blocks, because each block begins with a chunk.
 
     Returns:
         (c, K) boolean mask, true where the query may attend to the key; `None` if every key is visible.
     """
+    # [left, right] or [left, chunk, right] frames, -1 for no limit
     context = config.attention_context_size
     if max(context) < 0:
         return None

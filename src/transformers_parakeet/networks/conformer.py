@@ -97,7 +97,7 @@ class ParakeetEncoderSubsamplingConv2D(nn.Module):
         }
         num_stages = int(math.log2(config.subsampling_factor))
         layers: list[nn.Module] = [nn.Conv2d(1, channels, kernel_size, **strided), nn.ReLU()]
-        # kind of each layer; its type cannot be asked, because an adapter may replace a convolution
+        # kind of each layer, because the type of a layer is another one if an adapter has replaced it
         self.layer_kinds = ["strided", "activation", *["strided", "pointwise", "activation"] * (num_stages - 1)]
         for _ in range(num_stages - 1):
             layers.append(nn.Conv2d(channels, channels, kernel_size, groups=channels, **strided))
@@ -211,7 +211,7 @@ class ParakeetEncoderConvolutionModule(nn.Module):
         self.uneven_padding = None if before == after else (before, after)
         padding = before if before == after else 0
         self.depthwise_conv = nn.Conv1d(width, width, kernel_size, padding=padding, groups=width, bias=bias)
-        # the type of the module cannot be asked, because an adapter may replace it
+        # stored, because the type of the module is another one if an adapter has replaced it
         self.norm_type = config.conv_norm_type
         self.norm: nn.Module = nn.LayerNorm(width) if config.conv_norm_type == "layer_norm" else nn.BatchNorm1d(width)
         self.pointwise_conv2 = nn.Conv1d(width, width, 1, bias=bias)
@@ -291,7 +291,7 @@ def activate(activation: nn.Module, hidden: Tensor, source: nn.Module) -> Tensor
     Args:
         activation: the activation module.
         hidden: input of the activation, of any shape.
-        source: the module that computed the input. If it is not plain, a hook may have kept the input. If gradients
+        source: the module that computed the input. If it is not plain, a hook may have stored the input. If gradients
             are computed, autograd needs the input.
 
     Returns:
@@ -420,6 +420,7 @@ def drop_block(block_input: Tensor, block_output: Tensor, probability: float, re
     if probability == 0:
         return block_output
     if torch.rand([]) < probability:
+        # `where` keeps the block in the graph of autograd, with gradients of 0
         is_dropped = torch.ones((), dtype=torch.bool, device=block_input.device)
         return torch.where(is_dropped, block_input, block_output)
     if rescale:

@@ -3,22 +3,24 @@
 Each optimised function gives the result of a plain one that its docstring names. The networks that call them are in
 `conformer.py` and `transducer.py`.
 
-Milliseconds of the fastest of 80 calls, 2 threads on an AMD EPYC with AVX-512 and bfloat16 instructions, torch 2.13; in
-brackets with AVX2 only (ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2):
+Milliseconds of the fastest of many calls with one thread on an AMD EPYC with AVX-512 and bfloat16 instructions, torch
+2.13; in brackets with AVX2 only (ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2):
 
-    product with an (8198, 640) weight         1 row        4 rows       16 rows      32 rows
-    F.linear                                   2.0 (2.0)    3.3 (3.2)    8.6 (3.6)    14 (5.0)
-    few_rows_linear                            0.7 (0.8)    0.9 (1.1)    2.4 (2.6)    3.7 (3.5)
+    product with an (8198, 640) weight          1 row        4 rows       8 rows       32 rows
+    F.linear                                    2.0 (1.9)    3.1 (3.3)    3.6 (3.7)    6.9
+    few_rows_linear                             1.4 (1.3)    1.8 (1.8)    3.1 (3.0)    6.8
 
-    index of the largest of 8193 outputs       1 row        4 rows       16 rows      32 rows
-    plain_argmax                               0.7 (0.8)    1.0 (1.2)    2.5 (2.8)    3.6 (3.7)
-    Bfloat16Search                             1.3 (0.8)    1.5 (1.5)    1.8 (5.1)    2.4 (9.6)
+    index of the largest of 8193 outputs        1 row        4 rows       8 rows       32 rows
+    plain_argmax                                1.3 (1.2)    1.8 (1.8)    3.1 (3.1)    6.7
+    Bfloat16Search                              2.0 (1.2)    2.2 (2.7)    2.4 (5.0)    3.4
 
-    gates of an LSTM of two layers, width 640  1 row        4 rows       8 rows       16 rows
-    F.linear                                   2.5 (2.6)    3.2 (3.3)    2.8 (3.3)    3.3 (3.9)
-    add_gate_products                          0.8 (0.7)    1.2 (1.3)    2.0 (1.9)    2.5 (2.5)
+    gates of an LSTM of two layers, width 640   1 row        4 rows       8 rows
+    F.linear                                    2.5 (2.4)    3.2 (3.2)    3.7 (3.9)
+    add_gate_products                           1.3 (1.3)    2.1 (2.2)    3.5 (3.6)
 
-With one thread the last two gain 45 % and 4 % for 32 and 16 rows.
+With two threads few_rows_linear takes 2.5 instead of 3.6 for 16 rows, 3.5 instead of 5.0 for 32 and 5.6 instead of 7.5
+for 64; add_gate_products takes 2.0 instead of 2.8 for 8 rows and 2.5 instead of 3.3 for 16. Without bfloat16
+instructions the search is slower than the product, so that `Bfloat16Search.is_faster` is false.
 """
 
 from __future__ import annotations
