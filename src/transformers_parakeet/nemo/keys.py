@@ -287,7 +287,7 @@ def find_kind(settings: Settings) -> str:
 def has_ctc_head(settings: Settings, weight_names: Iterable[str]) -> bool:
     """Return whether a transducer has a CTC head as well.
 
-    The weights decide, because models of other classes may have a section `aux_ctc` that NeMo does not read.
+    The settings do not tell: models of other classes may have a section `aux_ctc` that NeMo does not read.
 
     Args:
         settings: the resolved settings.
