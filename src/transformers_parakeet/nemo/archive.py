@@ -37,7 +37,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 # what torch and `zipfile` raise for a truncated or damaged file, or one of another format
 DAMAGE_ERRORS = (
     RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OSError,
-    ArithmeticError, MemoryError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile,
+    ArithmeticError, MemoryError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
 # a zip member starts with a header of 30 bytes, which ends with the lengths of the name and of the extra field
 ZIP_HEADER_BYTES = 30
@@ -167,6 +167,11 @@ class Archive:
             return {key: self._map_tensor(key, fake, info.offset_data, records) for key, fake in fake_tensors.items()}
         except NemoError as error:
             raise NemoError(f"{WEIGHTS} of {self.path}: {error}") from error
+        except pickle.UnpicklingError as error:
+            raise NemoError(
+                f"{WEIGHTS} of {self.path} cannot be read as weights: it is damaged, or contains objects other than "
+                "tensors, which are not loaded because they can run code"
+            ) from error
         except DAMAGE_ERRORS as error:
             raise NemoError(f"{WEIGHTS} of {self.path} cannot be read as weights: {error}") from error
 

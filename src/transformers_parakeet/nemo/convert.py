@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .archive import Archive, NemoError
+from .fields import SAMPLING_RATE
 from .hub import find_checkpoint
 from .reader import load_archive, load_folder
 from .writer import export_nemo
@@ -26,7 +27,6 @@ SHARD_SIZE = "5GB"
 
 # seconds of noise that both models transcribe in the comparison
 NOISE_S = 1.5
-SAMPLING_RATE = 16000
 
 # largest accepted difference of logits, in units of the largest logit times the machine epsilon: weights at another
 # address may be summed in another order; measured with 627 M parameters: 0.5

@@ -25,6 +25,7 @@ NEEDS_NEMO = "such a model needs NeMo"
 PROMPT = "a model that takes a prompt, such as a language, with the audio"
 MULTI_TALKER = "a multi-talker model, which takes the activity of a speaker with the audio"
 
+# samples per second of every released checkpoint
 SAMPLING_RATE = 16000
 
 # the only context of `chunked_limited_with_rc` that a file can have: NeMo does not read `att_context_size` for it

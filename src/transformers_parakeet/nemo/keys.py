@@ -287,7 +287,7 @@ def find_kind(settings: Settings) -> str:
 def has_ctc_head(settings: Settings, weight_names: Iterable[str]) -> bool:
     """Return whether a transducer has a CTC head as well.
 
-    The weights decide, because models of other classes may have a section `aux_ctc` that NeMo does not read.
+    The settings do not tell: models of other classes may have a section `aux_ctc` that NeMo does not read.
 
     Args:
         settings: the resolved settings.
@@ -371,8 +371,15 @@ def check_section(values: Any, name: str, section: Section) -> list[str]:
     for key, value in values.items():
         setting = f"{name}.{key}".removeprefix(".")
         advice = ADVICE.get(setting, NEEDS_NEMO)
-        if key in section.refused and value is not None:
+        if key in section.ignored or (key in section.refused and value is None):
+            continue
+        if key in section.refused:
             raise NemoError(f"`{setting}` belongs to {section.refused[key]}: {advice}")
+        if section.strict and isinstance(value, str) and "${" in value:
+            raise NemoError(
+                f"`{setting}` must be a value, got {value!r}, an interpolation that points outside the file: write the "
+                f"value into {SETTINGS}"
+            )
         problem = find_problem(section, key, value)
         if problem and section.strict:
             raise NemoError(f"`{setting}` {problem}: {advice}")
@@ -382,11 +389,13 @@ def check_section(values: Any, name: str, section: Section) -> list[str]:
 
 
 def find_problem(section: Section, key: str, value: Any) -> str | None:
-    """Return why a setting is refused, as the rest of a sentence that starts with its name; None if it is accepted."""
-    if key in section.ignored or key in section.refused:
-        return None
-    if section.strict and isinstance(value, str) and "${" in value:
-        return f"must be a value, got {value!r}, an interpolation that points outside the file (edit {SETTINGS})"
+    """Return what is wrong with a setting, as the rest of a sentence that starts with its name; None if it is right.
+
+    Args:
+        section: the section of the setting.
+        key: name of the setting in the section.
+        value: its value.
+    """
     if key not in section.read:
         return f"is not a known setting, and its value {value!r} may change the result"
     if key == "_target_" and section.classes and class_name(value) not in section.classes:

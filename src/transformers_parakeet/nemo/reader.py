@@ -157,15 +157,8 @@ def build_from_archive(
         )
     settings = fill_missing_sizes(settings, {name: tensor.shape for name, tensor in nemo_weights.items()})
     tokenizer = read_tokenizer(settings, archive.read_artifact, kind)
-    labels = len(tokenizer) - 1
-    check_vocabulary(settings, labels)
-    config = MODELS[kind].config_class(
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        nemo_config=dump_without_pieces(raw_settings, tokenizer.convert_ids_to_tokens(range(labels))),
-        **({} if kind == "ctc" else {"blank_token_id": labels, "forced_blanks": True}),
-        **read_config_fields(settings, kind, hybrid),
-    )
+    check_vocabulary(settings, len(tokenizer) - 1)
+    config = build_config(settings, raw_settings, tokenizer, kind, hybrid)
     try:
         with torch.device("meta"):
             model = MODELS[kind](config)
@@ -175,6 +168,32 @@ def build_from_archive(
     # after the weights: `preprocessor.features` is then known to have the size of a weight
     extractor = ParakeetFeatureExtractor(**read_extractor_fields(settings))
     return model.eval(), ParakeetProcessor(extractor, tokenizer, decoder_type=kind)
+
+
+def build_config(
+    settings: Settings, raw_settings: Settings, tokenizer: ParakeetTokenizer, kind: str, hybrid: bool
+) -> Any:
+    """Build the configuration of a model from the settings of its `.nemo` file.
+
+    Args:
+        settings: the resolved and checked settings, with the sizes of the weights.
+        raw_settings: the settings before interpolations are resolved, which an export writes back.
+        tokenizer: the tokenizer, whose last token is the blank.
+        kind: `"ctc"`, `"rnnt"` or `"tdt"`.
+        hybrid: the model is a transducer with a CTC head.
+
+    Raises:
+        NemoError: a value is not implemented.
+        KeyError: a setting that has no default is missing.
+    """
+    labels = len(tokenizer) - 1
+    return MODELS[kind].config_class(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        nemo_config=dump_without_pieces(raw_settings, tokenizer.convert_ids_to_tokens(range(labels))),
+        **({} if kind == "ctc" else {"blank_token_id": labels, "forced_blanks": True}),
+        **read_config_fields(settings, kind, hybrid),
+    )
 
 
 def read_tokenizer(settings: Settings, read_artifact: Callable[[str], bytes], kind: str) -> ParakeetTokenizer:

@@ -6,7 +6,7 @@
 import base64
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -239,21 +239,33 @@ def build_sentencepiece(backend: dict[str, Any], pieces: list[str]) -> bytes:
     spec.unk_piece, spec.unk_id, spec.vocab_size = unknown_piece, pieces.index(unknown_piece), len(pieces)
     spec.bos_id = spec.eos_id = spec.pad_id = -1
     merges = [tuple(pair) for pair in model["merges"]] if is_bpe else []
-    scores = rank_merges(merges) if is_bpe else dict(model["vocab"])
-    user_defined = {token["content"] for token in backend["added_tokens"]}
-    for text in pieces:
-        # pieces that no merge produces come after all merges
-        piece = proto.pieces.add(piece=text, score=scores.get(text, -float(len(merges))))
-        if text == unknown_piece:
-            piece.type, piece.score = piece.UNKNOWN, 0.0
-        elif text in user_defined:
-            piece.type, piece.score = piece.USER_DEFINED, 0.0
-        elif spec.byte_fallback and text.startswith("<0x"):
-            piece.type = piece.BYTE
+    # pieces without a score come after all merges
+    default_score = -float(len(merges))
+    scores = dict.fromkeys(pieces, default_score) | (rank_merges(merges) if is_bpe else dict(model["vocab"]))
+    add_pieces(proto, pieces, scores, {token["content"] for token in backend["added_tokens"]})
     fill_normalizer_spec(backend, proto.normalizer_spec)
     if is_bpe and list_merges(proto) != merges:
         raise NemoError("the tokenizer's merges are not those of a SentencePiece model: train a SentencePiece model")
     return bytes(proto.SerializeToString())
+
+
+def add_pieces(proto: Any, pieces: Sequence[str], scores: Mapping[str, float], user_defined: set[str]) -> None:
+    """Add pieces with their scores and types to a SentencePiece model.
+
+    Args:
+        proto: `ModelProto`, changed in place; its trainer specification names the unknown piece.
+        pieces: the pieces in the order of their ids.
+        scores: score of each piece; those of the unknown piece and of user-defined ones are not used.
+        user_defined: pieces that are matched before the model runs.
+    """
+    for text in pieces:
+        piece = proto.pieces.add(piece=text, score=scores[text])
+        if text == proto.trainer_spec.unk_piece:
+            piece.type, piece.score = piece.UNKNOWN, 0.0
+        elif text in user_defined:
+            piece.type, piece.score = piece.USER_DEFINED, 0.0
+        elif proto.trainer_spec.byte_fallback and text.startswith("<0x"):
+            piece.type = piece.BYTE
 
 
 def rank_merges(merges: Sequence[tuple[str, ...]]) -> dict[str, float]:
