@@ -66,9 +66,6 @@ def pipeline_of(stock: Callable[..., Any], model: str | Path, args: tuple[Any, .
         dtype = getattr(torch, dtype, None)
     loaded, processor = load_nemo(model, dtype=dtype, **hub_options(options))
     parts = {"tokenizer": processor.tokenizer, "feature_extractor": processor.feature_extractor}
-    if not parts.keys() & rest.keys():
-        # `stock` needs the parts even if the processor is given
-        parts["processor"] = processor
     return stock(TASK, loaded, *args, **{**parts, **rest})
 
 
