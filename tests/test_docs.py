@@ -18,7 +18,7 @@ PAGES = [
 ]
 
 
-def small_model(kind, folder):
+def write_small_checkpoint(kind, folder):
     """Write a small random checkpoint.
 
     Args:
@@ -43,7 +43,7 @@ def workplace(tmp_path_factory, golden):
     """Create a folder with the files that the pages use: checkpoints, a `.nemo` file and a recording."""
     folder = tmp_path_factory.mktemp("docs")
     for kind, name in (("ctc", "parakeet-ctc-1.1b"), ("tdt", "parakeet-tdt-0.6b-v3")):
-        small_model(kind, folder / "nvidia" / name)
+        write_small_checkpoint(kind, folder / "nvidia" / name)
     shutil.copy(golden / "hybrid_tdt_ctc" / "model.nemo", folder / "parakeet-tdt_ctc-110m.nemo")
     soundfile.write(folder / "audio.wav", noise(2.0), 16000)
     return folder
