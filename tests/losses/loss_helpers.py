@@ -69,14 +69,15 @@ class RandomBatch:
         options = {"reduction": "none", "durations": self.durations, **options}
         return transducer_loss(*joint_inputs, self.labels, *self.lengths, BLANK_ID, **options)
 
-    def logits_losses(self, joint_inputs, sigma=0.0):
+    def logits_losses(self, joint_inputs, sigma=0.0, fastemit_lambda=0.0):
         """Return (B,) losses by `rnnt_loss` or `tdt_loss`."""
         logits = joint_logits(*joint_inputs)
+        options = {"reduction": "none", "fastemit_lambda": fastemit_lambda}
         if self.durations is None:
-            return rnnt_loss(logits, self.labels, *self.lengths, BLANK_ID, "none")
+            return rnnt_loss(logits, self.labels, *self.lengths, BLANK_ID, **options)
         token_logits, duration_logits = logits[..., :VOCAB_SIZE], logits[..., VOCAB_SIZE:]
         return tdt_loss(
-            token_logits, duration_logits, self.labels, *self.lengths, BLANK_ID, self.durations, sigma, "none"
+            token_logits, duration_logits, self.labels, *self.lengths, BLANK_ID, self.durations, sigma, **options
         )
 
 

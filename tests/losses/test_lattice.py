@@ -56,6 +56,7 @@ def test_losses_and_gradients_equal_the_reference_at_odd_sizes(num_frames, num_l
     losses = {
         "one chunk": batch.fused_losses(inputs, sigma=0.05, fastemit_lambda=0.1),
         "many chunks": batch.fused_losses(inputs, sigma=0.05, fastemit_lambda=0.1, workspace_bytes=200_000),
+        "logits": batch.logits_losses(inputs, sigma=0.05, fastemit_lambda=0.1),
     }
     for name, values in losses.items():
         torch.testing.assert_close(values, expected, rtol=1e-12, atol=0, msg=lambda text, name=name: f"{name}: {text}")
