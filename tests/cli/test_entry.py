@@ -14,7 +14,7 @@ def run_without(package, code):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("package", ["jiwer", "rich", "typer"])
+@pytest.mark.parametrize("package", ["rich", "typer"])
 def test_the_command_names_the_extra_that_is_missing(package):
     done = run_without(package, "from transformers_parakeet.cli import main; main()")
     assert done.returncode == 1
@@ -29,7 +29,7 @@ def test_another_missing_package_is_not_blamed_on_the_extra():
     assert "extra" not in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("package", ["jiwer", "rich", "typer"])
+@pytest.mark.parametrize("package", ["rich", "typer"])
 def test_the_package_and_its_pipeline_need_no_extra(package):
     done = run_without(
         package,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 # top-level modules that the extra `cli` installs
-CLI_MODULES = ("jiwer", "rich", "typer")
+CLI_MODULES = ("rich", "typer")
 
 
 def main() -> None:
