@@ -42,10 +42,10 @@ def largest_difference(window: int) -> float:
     model = encoder(2, [window, window])
     features = torch.randn(1, FRAMES_PER_MINUTE, 80)
     in_blocks = model(features).last_hidden_state
-    block_layout = attention_module.block_layout
-    attention_module.block_layout = lambda config, frames: attention_module.BlockLayout(frames, frames)
+    choose_block_layout = attention_module.choose_block_layout
+    attention_module.choose_block_layout = lambda style, context, frames: attention_module.BlockLayout(frames, frames)
     in_one_block = model(features).last_hidden_state
-    attention_module.block_layout = block_layout
+    attention_module.choose_block_layout = choose_block_layout
     return (in_blocks - in_one_block).abs().max().item()
 
 

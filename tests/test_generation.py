@@ -34,7 +34,7 @@ from transformers_parakeet import (
     ParakeetTDTConfig,
 )
 from transformers_parakeet.decoding import collapse_ctc, token_confidence
-from transformers_parakeet.networks.fast_linear import Bfloat16Search, pointwise
+from transformers_parakeet.networks.fast_linear import Bfloat16Search, apply_pointwise_conv
 
 VOCAB, BLANK, PAD, MELS = 40, 39, 2, 80
 ENCODER = {
@@ -432,7 +432,7 @@ def test_the_ctc_head_of_a_hybrid_returns_the_best_tokens(head: str):
     model = tiny(head)
     features, mask = batch_of([4, 0])
     encoded = model.encoder(input_features=features, attention_mask=mask)
-    logits = pointwise(model.ctc_head, encoded.last_hidden_state)
+    logits = apply_pointwise_conv(model.ctc_head, encoded.last_hidden_state)
     expected = torch.where(encoded.attention_mask.bool(), logits.argmax(-1), BLANK)
     assert torch.equal(model.generate(features, attention_mask=mask, decoder="ctc"), expected)
     out = run(model, features, mask, decoder="ctc", output_confidence=True)

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 import transformers_parakeet as tp
 from transformers_parakeet.losses.transducer import rnnt_loss, tdt_loss
-from transformers_parakeet.networks.attention import relative_shift
+from transformers_parakeet.networks.attention_layout import relative_shift
 from transformers_parakeet.networks.conformer import subsampled_lengths
-from transformers_parakeet.networks.fast_linear import pointwise
+from transformers_parakeet.networks.fast_linear import apply_pointwise_conv
 
 # two orders of float32 sums in a two-layer encoder of width 32, measured: 4e-6
 TOLERANCE = 2e-5
@@ -307,7 +307,7 @@ def test_the_fused_loss_of_a_transducer_equals_the_loss_of_its_logits(kind, chan
 def test_the_loss_of_a_hybrid_is_the_weighted_sum_of_both_losses():
     model, (inputs, mask) = transducer(ctc_head=True, ctc_loss_weight=0.3), features()
     out = model(inputs, attention_mask=mask, labels=PADDED, output_logits=True)
-    scores = pointwise(model.ctc_head, out.last_hidden_state).double().log_softmax(-1).transpose(0, 1)
+    scores = apply_pointwise_conv(model.ctc_head, out.last_hidden_state).double().log_softmax(-1).transpose(0, 1)
     lengths = out.attention_mask.sum(-1)
     ctc = F.ctc_loss(scores, LABELS, lengths, COUNTS, blank=29, zero_infinity=True)
     truth = 0.7 * loss_from_logits(model, out).double() + 0.3 * ctc

@@ -1,7 +1,7 @@
 # Copyright 2026 The transformers-parakeet authors. Licensed under the Apache License, Version 2.0.
 """Configurations of the Parakeet family, with the field names, defaults and model types of stock transformers.
 
-The networks that the fields describe are in the sub-package `networks`, the models in `modeling_parakeet.py`.
+The networks are in the sub-package `networks`, the models in `modeling_parakeet.py`.
 """
 
 from collections.abc import Sequence
@@ -10,32 +10,32 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, configuration_utils
+from transformers.utils import logging
 
-# samples per mel frame: 10 ms at 16 kHz, the only frame rate of the released checkpoints
+logger = logging.get_logger(__name__)
+
+# samples between two mel frames: 10 ms at 16 kHz, as in all released checkpoints
 HOP_LENGTH = 160
 
-# values of `ParakeetEncoderConfig` fields, spelled as in NeMo
+# allowed values of fields of `ParakeetEncoderConfig`, spelled as in NeMo
 SELF_ATTENTION_MODELS = ("rel_pos", "rel_pos_local_attn")
 CONTEXT_STYLES = ("regular", "chunked_limited", "chunked_limited_with_rc")
 CONV_NORM_TYPES = ("batch_norm", "layer_norm")
-# values of `loss_reduction` and `ctc_loss_reduction`
+# allowed values of `loss_reduction` and `ctc_loss_reduction`
 LOSS_REDUCTIONS = ("none", "sum", "mean", "mean_batch", "mean_volume")
 
 
-def _require(is_valid: bool, name: str, value: object, rule: str) -> None:
-    """Raise an error about a field of a configuration unless its value is valid.
+def _require(is_valid: bool, field_name: str, value: object, rule: str) -> None:
+    """Raise a ValueError if a configuration field has an invalid value.
 
     Args:
         is_valid: whether the value is valid.
-        name: name of the field.
+        field_name: name of the field.
         value: value of the field.
-        rule: what the value must be, for the message "`name` must be ...".
-
-    Raises:
-        ValueError: the value is not valid.
+        rule: description of the valid values, which completes the message "`field_name` must be ...".
     """
     if not is_valid:
-        raise ValueError(f"`{name}` must be {rule}, got {value!r}: correct it in the configuration")
+        raise ValueError(f"`{field_name}` must be {rule}, got {value!r}: correct it in the configuration")
 
 
 @strict
@@ -44,53 +44,58 @@ class ParakeetEncoderConfig(PreTrainedConfig):
 
     Args:
         hidden_size: width H of the encoder.
-        num_hidden_layers: number of conformer blocks.
-        num_attention_heads: number of attention heads; divides `hidden_size`.
+        num_hidden_layers: number of Conformer blocks.
+        num_attention_heads: number of attention heads; must divide `hidden_size`.
         intermediate_size: width of the feed-forward modules.
         hidden_act: activation of the feed-forward and convolution modules.
-        attention_bias: biases in attention and feed-forward projections.
-        convolution_bias: biases in the convolution modules.
-        conv_kernel_size: kernel size of the depthwise convolution in frames, odd.
-        subsampling_factor: mel frames per encoder frame, a power of two.
+        attention_bias: whether the linear layers of the attention and feed-forward modules have biases.
+        convolution_bias: whether the convolutions of the convolution modules have biases.
+        conv_kernel_size: kernel size of the depthwise convolution in frames; must be odd.
+        subsampling_factor: number of mel frames per encoder frame, a power of two.
         subsampling_conv_channels: number of channels of the subsampling convolutions.
         num_mel_bins: number of mel bins F of the features.
         subsampling_conv_kernel_size: kernel size of the subsampling convolutions.
         subsampling_conv_stride: stride of each subsampling convolution.
         dropout: dropout probability of the input of the first block.
         dropout_positions: dropout probability of the position embeddings.
-        layerdrop: probability of dropping a block in training.
+        layerdrop: probability of dropping a block in training; see `stochastic_depth_mode`.
         activation_dropout: dropout probability inside the feed-forward modules.
         attention_dropout: dropout probability of the attention weights.
-        max_position_embeddings: not used, because sinusoids have no maximum length; part of stock's file format.
-        scale_input: multiply the subsampled input by sqrt(H).
+        max_position_embeddings: unused, because sinusoidal embeddings have no maximum length; kept for compatibility
+            with the configuration files of stock transformers.
+        scale_input: whether to multiply the output of the subsampling by sqrt(`hidden_size`).
         initializer_range: standard deviation of the initial weights.
-        attention_context_size: encoder frames that a frame attends to: `[left, right]`, or `[left, chunk, right]` for
-            the style `chunked_limited_with_rc`. -1 means unlimited.
-        attention_context_sizes: all context sizes that the model was trained with; `None` if it was trained with
-            `attention_context_size` only.
-        attention_context_style: `"regular"`: the context is relative to each frame. `"chunked_limited"`: frames are
-            grouped in chunks of `right + 1`, and a frame attends to its chunk and to `left` frames before the chunk.
-            `"chunked_limited_with_rc"`: frames are grouped in chunks of `chunk`, and a frame attends to its chunk,
-            `left` frames before and `right` frames after it.
-        self_attention_model: `"rel_pos"`, or `"rel_pos_local_attn"` for NeMo's local attention, which differs from a
-            regular context in its global tokens and in contexts with `left != right`.
-        global_tokens: number of frames of local attention that attend to all frames and to which all frames attend.
-        global_tokens_spacing: distance of the global tokens in frames; the first one is frame 0.
-        global_attn_separate: global tokens have separate query, key and value projections.
+        attention_context_size: number of encoder frames that a frame attends to: `[left, right]`, or
+            `[left, chunk, right]` for the style `chunked_limited_with_rc`. -1 means unlimited.
+        attention_context_sizes: all values of `attention_context_size` that the model was trained with; `None` if the
+            model was trained with the present value only.
+        attention_context_style: `"regular"`: a frame attends to `left` frames before and `right` frames after it.
+            `"chunked_limited"`: frames are grouped in chunks of `right + 1` frames, and a frame attends to its chunk
+            and to `left` frames before the chunk. `"chunked_limited_with_rc"`: frames are grouped in chunks of `chunk`
+            frames, and a frame attends to its chunk, `left` frames before and `right` frames after the chunk.
+        self_attention_model: `"rel_pos"`, or `"rel_pos_local_attn"` for NeMo's local attention. Local attention can
+            have global tokens, and computes position scores differently if `left != right`.
+        global_tokens: number of global tokens in local attention: frames that attend to all frames, and to which all
+            frames attend.
+        global_tokens_spacing: number of frames from one global token to the next; the first one is frame 0.
+        global_attn_separate: whether global tokens have separate query, key and value projections.
         conv_norm_type: norm after the depthwise convolution, `"batch_norm"` or `"layer_norm"`.
-        conv_context_size: `[left, right]` frames that the depthwise convolution reads; `None` for the same number on
-            both sides.
-        causal_downsampling: pad the subsampling convolutions by 2 before and 1 after, in time and in frequency.
-        residual_dropout: dropout probability of the output of every residual branch of a block. NeMo's `dropout` sets
-            this and `activation_dropout`.
+        conv_context_size: `[left, right]` number of frames that the depthwise convolution reads before and after a
+            frame; `None` for (`conv_kernel_size` - 1) / 2 on both sides.
+        causal_downsampling: whether the subsampling convolutions are padded by kernel size - 1 before and by
+            stride - 1 after, in time and frequency, instead of equally.
+        residual_dropout: dropout probability of the output of each residual branch of a block. NeMo's `dropout` sets
+            this field and `activation_dropout`.
         stochastic_depth_mode: `None`: every block is dropped with probability `layerdrop`, as in stock transformers.
             `"uniform"` and `"linear"` are NeMo's modes: the first `stochastic_depth_start_layer` blocks are never
-            dropped, the others with probability `layerdrop`, or with a probability that grows linearly up to
-            `layerdrop`. The residual of a block that is not dropped is divided by the probability of not dropping it.
-        stochastic_depth_start_layer: number of blocks that these two modes never drop, at least 1.
+            dropped. The remaining blocks are dropped with probability `layerdrop` (`"uniform"`), or with a probability
+            that increases linearly to `layerdrop` (`"linear"`). The residual of a block that is not dropped is divided
+            by the probability of not dropping it.
+        stochastic_depth_start_layer: number of blocks that are never dropped if `stochastic_depth_mode` is set; at
+            least 1.
 
     Raises:
-        ValueError: no encoder can be built with the value of a field.
+        ValueError: a field has an invalid value.
     """
 
     model_type = "parakeet_encoder"
@@ -132,8 +137,8 @@ class ParakeetEncoderConfig(PreTrainedConfig):
     stochastic_depth_start_layer: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Complete and check the fields; `kwargs` are fields of the base class."""
-        # transformers reads the attention's number of key and value heads
+        """Set derived fields and check all fields; `kwargs` are the fields of `PreTrainedConfig`."""
+        # attention functions of transformers read this attribute
         self.num_key_value_heads = self.num_attention_heads
         self.attention_context_size = list(self.attention_context_size)
         self._check_subsampling()
@@ -143,86 +148,125 @@ class ParakeetEncoderConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_subsampling(self) -> None:
-        """Raise ValueError if the convolutions cannot shorten the features by `subsampling_factor`."""
+        """Raise a ValueError if `subsampling_conv_stride` or `subsampling_factor` is invalid."""
         stride, factor = self.subsampling_conv_stride, self.subsampling_factor
         is_power_of_two = factor >= 2 and factor & (factor - 1) == 0
         _require(stride > 1, "subsampling_conv_stride", stride, "at least 2")
         _require(is_power_of_two, "subsampling_factor", factor, "a power of two, at least 2")
 
     def _check_convolution(self) -> None:
-        """Raise ValueError if the fields of the convolution modules do not fit together."""
+        """Raise a ValueError if the fields of the convolution modules are invalid or inconsistent."""
         kernel_size, context = self.conv_kernel_size, self.conv_context_size
-        norm_types = " or ".join(CONV_NORM_TYPES)
+        norm_rule = " or ".join(CONV_NORM_TYPES)
         context_rule = f"two frame counts whose sum is `conv_kernel_size` - 1 ({kernel_size - 1})"
-        fills_kernel = context is None or (len(context) == 2 and min(context) >= 0 and sum(context) + 1 == kernel_size)
+        # the context and the frame itself must fill the kernel
+        is_valid_context = context is None or (
+            len(context) == 2 and min(context) >= 0 and sum(context) + 1 == kernel_size
+        )
         _require(kernel_size % 2 == 1, "conv_kernel_size", kernel_size, "odd")
-        _require(self.conv_norm_type in CONV_NORM_TYPES, "conv_norm_type", self.conv_norm_type, norm_types)
-        _require(fills_kernel, "conv_context_size", context, context_rule)
+        _require(self.conv_norm_type in CONV_NORM_TYPES, "conv_norm_type", self.conv_norm_type, norm_rule)
+        _require(is_valid_context, "conv_context_size", context, context_rule)
 
     def _check_attention(self) -> None:
-        """Raise ValueError if the fields of the attention do not fit together."""
+        """Raise a ValueError if the fields of the attention are invalid or inconsistent."""
         style, attention_model = self.attention_context_style, self.self_attention_model
         spacing, num_heads = self.global_tokens_spacing, self.num_attention_heads
         is_local = attention_model == "rel_pos_local_attn"
-        models = " or ".join(SELF_ATTENTION_MODELS)
-        model_rule = f"'rel_pos' when `attention_context_style` is {style!r}"
         width_rule = f"a multiple of `num_attention_heads` ({num_heads})"
+        style_rule = " or ".join(CONTEXT_STYLES)
+        model_rule = " or ".join(SELF_ATTENTION_MODELS)
+        local_style_rule = f"'rel_pos' when `attention_context_style` is {style!r}"
         global_rule = "0 unless `self_attention_model` is 'rel_pos_local_attn'"
         _require(self.hidden_size % num_heads == 0, "hidden_size", self.hidden_size, width_rule)
-        _require(style in CONTEXT_STYLES, "attention_context_style", style, " or ".join(CONTEXT_STYLES))
-        _require(attention_model in SELF_ATTENTION_MODELS, "self_attention_model", attention_model, models)
-        _require(not is_local or style == "regular", "self_attention_model", attention_model, model_rule)
+        _require(style in CONTEXT_STYLES, "attention_context_style", style, style_rule)
+        _require(attention_model in SELF_ATTENTION_MODELS, "self_attention_model", attention_model, model_rule)
+        # local attention supports only the regular style
+        _require(not is_local or style == "regular", "self_attention_model", attention_model, local_style_rule)
         check_attention_context(style, self.attention_context_size, attention_model)
         _require(self.global_tokens >= 0, "global_tokens", self.global_tokens, "at least 0")
         _require(spacing >= 1, "global_tokens_spacing", spacing, "at least 1")
         _require(is_local or not self.global_tokens, "global_tokens", self.global_tokens, global_rule)
 
     def _check_stochastic_depth(self) -> None:
-        """Raise ValueError if the fields that choose the blocks dropped in training do not fit together."""
-        mode, first_dropped, num_blocks = (
-            self.stochastic_depth_mode,
-            self.stochastic_depth_start_layer,
-            self.num_hidden_layers,
-        )
+        """Raise a ValueError if the stochastic-depth fields are invalid or inconsistent."""
+        mode = self.stochastic_depth_mode
+        start_layer, num_blocks = self.stochastic_depth_start_layer, self.num_hidden_layers
         _require(mode in (None, "linear", "uniform"), "stochastic_depth_mode", mode, "None, 'linear' or 'uniform'")
         if mode is None:
             return
-        probability_rule = "at least 0 and below 1 with `stochastic_depth_mode`"
+        layerdrop_rule = "in [0, 1) when `stochastic_depth_mode` is set"
         start_rule = f"from 1 to `num_hidden_layers` ({num_blocks})"
-        _require(0 <= self.layerdrop < 1, "layerdrop", self.layerdrop, probability_rule)
-        _require(1 <= first_dropped <= num_blocks, "stochastic_depth_start_layer", first_dropped, start_rule)
+        _require(0 <= self.layerdrop < 1, "layerdrop", self.layerdrop, layerdrop_rule)
+        _require(1 <= start_layer <= num_blocks, "stochastic_depth_start_layer", start_layer, start_rule)
 
 
-def check_attention_context(style: str, context: Sequence[int], attention_model: str) -> None:
-    """Check an attention context against the style of the context and the kind of attention.
+def check_attention_context(context_style: str, context_size: Sequence[int], attention_model: str) -> None:
+    """Check that an attention context is valid for its style and for the type of attention.
 
     Args:
-        style: value of `attention_context_style`.
-        context: value of `attention_context_size`, in encoder frames.
+        context_style: value of `attention_context_style`.
+        context_size: value of `attention_context_size`, in encoder frames.
         attention_model: value of `self_attention_model`.
 
     Raises:
-        ValueError: the combination is not possible.
+        ValueError: the combination is not supported.
     """
-    name = "attention_context_size"
-    num_counts = 3 if style == "chunked_limited_with_rc" else 2
-    rule = f"{num_counts} frame counts, each -1 or more, for the style {style!r}"
-    _require(len(context) == num_counts and min(context) >= -1, name, context, rule)
-    if style == "chunked_limited" and context[0] > 0:
+    field_name = "attention_context_size"
+    num_values = 3 if context_style == "chunked_limited_with_rc" else 2
+    rule = f"{num_values} frame counts, each -1 or more, for the style {context_style!r}"
+    _require(len(context_size) == num_values and min(context_size) >= -1, field_name, context_size, rule)
+    if context_style == "chunked_limited" and context_size[0] > 0:
+        left, right = context_size
         rule = "[left, right] with `left` a multiple of `right + 1`, the length of a chunk"
-        _require(context[1] >= 0 and context[0] % (context[1] + 1) == 0, name, context, rule)
-    if style == "chunked_limited_with_rc":
+        _require(right >= 0 and left % (right + 1) == 0, field_name, context_size, rule)
+    if context_style == "chunked_limited_with_rc":
         rule = "[left, chunk, right] with a chunk of at least 1 frame, or [-1, -1, -1]"
-        _require(context[1] > 0 or max(context) < 0, name, context, rule)
-    if attention_model == "rel_pos_local_attn" and max(context) >= 0:
-        rule = "[left, right] with no negative count and one above 0, or [-1, -1], for local attention"
-        _require(min(context) >= 0 and max(context) > 0, name, context, rule)
+        _require(context_size[1] > 0 or max(context_size) < 0, field_name, context_size, rule)
+    if attention_model == "rel_pos_local_attn" and max(context_size) >= 0:
+        rule = "[left, right] with two counts of at least 0 that are not both 0, or [-1, -1], for local attention"
+        _require(min(context_size) >= 0 and max(context_size) > 0, field_name, context_size, rule)
+
+
+def change_attention_context(config: Any, left: int, right: int, chunk: int | None) -> None:
+    """Change the attention context of an encoder configuration, with a warning if it differs from the training.
+
+    Args:
+        config: configuration of the encoder; changed in place.
+        left: number of frames before a frame or before its chunk; -1 for no limit.
+        right: number of frames after a frame or after its chunk; -1 for no limit.
+        chunk: number of frames in a chunk for the style `chunked_limited_with_rc`; `None` for the other styles.
+
+    Raises:
+        ValueError: `config.attention_context_style` does not allow these numbers.
+    """
+    style = config.attention_context_style
+    needs_chunk = style == "chunked_limited_with_rc"
+    if needs_chunk and chunk is None and (left, right) == (-1, -1):
+        chunk = -1
+    if needs_chunk is (chunk is None):
+        raise ValueError(
+            "`chunk` must be given only for the context style chunked_limited_with_rc, "
+            f"got {chunk!r} for the style {style}: {'pass' if needs_chunk else 'omit'} `chunk`"
+        )
+    context_size = [left, right] if chunk is None else [left, chunk, right]
+    check_attention_context(style, context_size, config.self_attention_model)
+    trained_sizes = config.attention_context_sizes or [config.attention_context_size]
+    if context_size not in trained_sizes and max(context_size) >= 0:
+        logger.warning_once(
+            f"The model was not trained with the attention context {context_size}, only with {trained_sizes}: the "
+            "word error rate may increase."
+        )
+    # remember the context of the training
+    if config.attention_context_sizes is None and context_size != config.attention_context_size:
+        config.attention_context_sizes = [config.attention_context_size]
+    config.attention_context_size = context_size
 
 
 def add_missing_fields(config: Any) -> None:
-    """Add the fields that only this package has, with their defaults, to a configuration of stock transformers.
+    """Add the fields that only this package defines to an encoder configuration of stock transformers.
 
-    A program gets such a configuration if it imported the class from transformers before it imported this package.
+    The new fields get their defaults. A program has such a configuration if it imported `ParakeetEncoderConfig` from
+    transformers before it imported this package.
 
     Args:
         config: a `ParakeetEncoderConfig` of this package or of transformers; changed in place.
@@ -232,33 +276,37 @@ def add_missing_fields(config: Any) -> None:
             setattr(config, field.name, field.default)
 
 
-def _sub_config_specs(**classes: type[PreTrainedConfig]) -> dict[str, Any]:
-    """Describe nested configurations in the form that transformers 5.20 and newer read from `sub_configs_defaults`.
+def _build_sub_config_specs(**config_classes: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Build the class attribute `sub_configs_defaults`, from which transformers >= 5.20 reads nested configurations.
 
     Args:
-        **classes: class of each nested configuration, by field name.
+        **config_classes: field name to class of the nested configuration.
 
     Returns:
-        A `SubConfigSpec` for each field; empty for older releases, which have no such class.
+        Field name to `SubConfigSpec`; an empty dict with older releases of transformers, which have no `SubConfigSpec`.
     """
     spec_class: Any = getattr(configuration_utils, "SubConfigSpec", None)
     if spec_class is None:
         return {}
-    return {name: spec_class(config_class=config_class) for name, config_class in classes.items()}
+    return {field_name: spec_class(config_class=config_class) for field_name, config_class in config_classes.items()}
 
 
 class _HeadConfig(PreTrainedConfig):
-    """Base of the configurations of models with a head: the nested configuration of the encoder and the frame rate."""
+    """Base class of the configurations of models with a head: nested encoder configuration and frame rate.
+
+    Args:
+        encoder_config: configuration of the encoder, or a dict of its fields; `None` for the default fields.
+    """
 
     # transformers up to 5.19 reads `sub_configs`, newer releases read `sub_configs_defaults`
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {"encoder_config": ParakeetEncoderConfig}
-    sub_configs_defaults: ClassVar[dict[str, Any]] = _sub_config_specs(encoder_config=ParakeetEncoderConfig)
+    sub_configs_defaults: ClassVar[dict[str, Any]] = _build_sub_config_specs(encoder_config=ParakeetEncoderConfig)
 
     # a dict or `None` as argument, a `ParakeetEncoderConfig` after `__post_init__`
     encoder_config: Any = None
 
     def _build_encoder_config(self) -> None:
-        """Replace an `encoder_config` that is `None` or a dict of fields by a configuration."""
+        """Build a `ParakeetEncoderConfig` if `self.encoder_config` is `None` or a dict of fields."""
         if self.encoder_config is None:
             self.encoder_config = ParakeetEncoderConfig()
         elif isinstance(self.encoder_config, dict):
@@ -267,7 +315,7 @@ class _HeadConfig(PreTrainedConfig):
 
     @property
     def inputs_to_logits_ratio(self) -> int:
-        """Samples per encoder frame at 16 kHz, from which transformers' tools compute times."""
+        """Number of samples per encoder frame at 16 kHz; tools of transformers compute times with it."""
         return HOP_LENGTH * int(self.encoder_config.subsampling_factor)
 
 
@@ -277,17 +325,19 @@ class ParakeetCTCConfig(_HeadConfig):
 
     Args:
         vocab_size: number of tokens V with the blank.
-        ctc_loss_reduction: `"mean"` (each loss divided by its number of labels, then the mean over clips), `"sum"`,
-            `"none"`, or NeMo's `"mean_batch"` (mean over clips) and `"mean_volume"` (sum over clips divided by the
-            number of labels of the batch).
-        ctc_zero_infinity: replace the infinite loss of a transcript that is too long for its frames by 0.
-        encoder_config: configuration of the encoder, or its fields as a dict.
-        pad_token_id: id of the blank, which is also the padding.
-        spec_augment: NeMo's SpecAugment settings for training: `freq_masks`, `freq_width`, `time_masks`, `time_width`.
+        ctc_loss_reduction: `"mean"` (the loss of each clip is divided by its number of labels and then averaged over
+            clips), `"sum"`, `"none"`, or NeMo's `"mean_batch"` (average over clips) and `"mean_volume"` (sum over clips
+            divided by the number of labels in the batch).
+        ctc_zero_infinity: whether to replace the infinite loss of a clip with too few frames for its transcript by 0.
+        encoder_config: configuration of the encoder, or a dict of its fields; `None` for the default fields.
+        pad_token_id: id of the blank, which is also the padding token.
+        spec_augment: NeMo's SpecAugment settings for training: `freq_masks`, `freq_width`, `time_masks`, `time_width`;
+            `None` for no SpecAugment.
         segment_separators: characters that end a segment in timestamps.
-        segment_gap_threshold: number of frames between two words from which on the second begins a new segment; `None`
-            to use the separators only.
-        nemo_config: YAML of the `.nemo` file from which the checkpoint was converted; `export_nemo` writes it again.
+        segment_gap_threshold: minimum number of frames between two words that starts a new segment; `None` to end
+            segments at separators only.
+        nemo_config: YAML of the `.nemo` file from which the checkpoint was converted, used by `export_nemo`; `None` if
+            the checkpoint was not converted.
     """
 
     model_type = "parakeet_ctc"
@@ -302,7 +352,7 @@ class ParakeetCTCConfig(_HeadConfig):
     nemo_config: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Complete and check the fields; `kwargs` are fields of the base class."""
+        """Set derived fields and check all fields; `kwargs` are the fields of `PreTrainedConfig`."""
         self._build_encoder_config()
         super().__post_init__(**kwargs)
         self.initializer_range = self.encoder_config.initializer_range
@@ -310,34 +360,37 @@ class ParakeetCTCConfig(_HeadConfig):
 
 @strict
 class ParakeetRNNTConfig(_HeadConfig):
-    """Configuration of `ParakeetForRNNT`; with `ctc_head=True`, of a hybrid of transducer and CTC.
+    """Configuration of `ParakeetForRNNT`, or of a hybrid model with an additional CTC head.
 
     Args:
         vocab_size: number of tokens V with the blank.
-        decoder_hidden_size: width P of the LSTM prediction network.
+        decoder_hidden_size: width of the prediction network.
         num_decoder_layers: number of LSTM layers of the prediction network.
-        joint_hidden_size: width J of the joint network; `None` means `decoder_hidden_size`.
+        joint_hidden_size: width J of the joint network; `None` for `decoder_hidden_size`.
         hidden_act: activation of the joint network.
-        max_symbols_per_step: largest number of labels that greedy decoding emits on one frame.
-        encoder_config: configuration of the encoder, or its fields as a dict.
-        pad_token_id: id of the padding of labels and generated sequences; may be the blank.
+        max_symbols_per_step: maximum number of labels that greedy decoding emits on one frame.
+        encoder_config: configuration of the encoder, or a dict of its fields; `None` for the default fields.
+        pad_token_id: id of the padding token of labels and generated sequences; may be the blank.
         blank_token_id: id of the blank.
-        forced_blanks: how `generate` returns an advance that `max_symbols_per_step` forces. `True`: as an additional
-            blank step, so that durations are the predicted ones, as in NeMo. `False`: as part of the duration of the
-            last label, as in stock transformers' RNN-T.
+        is_encoder_decoder: must be True; transformers' `generate` then runs the encoder before decoding.
+        forced_blanks: whether `generate` returns a blank step for each advance that `max_symbols_per_step` forces, and
+            keeps the predicted durations of the labels, as in NeMo. If False, the advance is added to the duration of
+            the last label, as in stock transformers' RNN-T.
         decoder_dropout: dropout probability of the prediction network.
         joint_dropout: dropout probability of the joint network.
-        loss_reduction: `"mean"`, `"mean_batch"`, `"mean_volume"`, `"sum"` or `"none"`, see `ctc_loss_reduction`.
+        loss_reduction: reduction of the transducer loss: `"mean"`, `"mean_batch"`, `"mean_volume"`, `"sum"` or
+            `"none"`, defined as for `ctc_loss_reduction` of `ParakeetCTCConfig`.
         fastemit_lambda: FastEmit weight (arXiv 2010.11148).
-        kernel: GPU kernel of the transducer loss: `"auto"` uses it where possible, `"off"` never, `"require"` always.
-        ctc_head: the checkpoint is a hybrid, which has a CTC head and a transducer head.
-        ctc_loss_weight: w in the hybrid loss (1 - w) * transducer loss + w * CTC loss.
-        ctc_loss_reduction: as in `ParakeetCTCConfig`.
-        ctc_zero_infinity: as in `ParakeetCTCConfig`.
-        spec_augment: as in `ParakeetCTCConfig`.
-        segment_separators: as in `ParakeetCTCConfig`.
-        segment_gap_threshold: as in `ParakeetCTCConfig`.
-        nemo_config: as in `ParakeetCTCConfig`.
+        kernel: use of the GPU kernel of the transducer loss: `"auto"` (if possible), `"off"` (never) or `"require"`
+            (raise an error if the kernel cannot be used).
+        ctc_head: whether the transducer also has a CTC head (hybrid model).
+        ctc_loss_weight: weight w in the hybrid loss (1 - w) * transducer loss + w * CTC loss.
+        ctc_loss_reduction: reduction of the CTC loss, as in `ParakeetCTCConfig`.
+        ctc_zero_infinity: whether to replace an infinite CTC loss by 0, as in `ParakeetCTCConfig`.
+        spec_augment: SpecAugment settings, as in `ParakeetCTCConfig`.
+        segment_separators: characters that end a segment in timestamps.
+        segment_gap_threshold: minimum number of frames between segments, as in `ParakeetCTCConfig`.
+        nemo_config: YAML of the `.nemo` file, as in `ParakeetCTCConfig`.
     """
 
     model_type = "parakeet_rnnt"
@@ -367,7 +420,7 @@ class ParakeetRNNTConfig(_HeadConfig):
     nemo_config: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Complete and check the fields; `kwargs` are fields of the base class."""
+        """Set derived fields and check all fields; `kwargs` are the fields of `PreTrainedConfig`."""
         self._build_encoder_config()
         super().__post_init__(**kwargs)
         self.initializer_range = self.encoder_config.initializer_range
@@ -379,12 +432,13 @@ class ParakeetRNNTConfig(_HeadConfig):
 
 @strict
 class ParakeetTDTConfig(ParakeetRNNTConfig):
-    """Configuration of `ParakeetForTDT`: the fields of `ParakeetRNNTConfig` and the durations (arXiv 2304.06795).
+    """Configuration of `ParakeetForTDT`: all fields of `ParakeetRNNTConfig`, and the fields of TDT (arXiv 2304.06795).
 
     Args:
-        durations: number of frames that each of the D duration outputs advances.
-        loss_sigma: logit under-normalisation, subtracted from the log-probability of every token in the loss.
-        loss_omega: probability of training a batch with the RNN-T loss of its token scores instead of the TDT loss.
+        durations: number of frames that each of the D duration outputs stands for.
+        loss_reduction: reduction of the TDT loss, as in `ParakeetRNNTConfig`, but with another default.
+        loss_sigma: logit under-normalisation, subtracted from the token log-probabilities in the loss.
+        loss_omega: probability that a batch is trained with the RNN-T loss of the token logits instead of the TDT loss.
     """
 
     model_type = "parakeet_tdt"
@@ -395,20 +449,20 @@ class ParakeetTDTConfig(ParakeetRNNTConfig):
     loss_omega: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Complete and check the fields; `kwargs` are fields of the base class."""
+        """Set derived fields and check all fields; `kwargs` are the fields of `PreTrainedConfig`."""
         super().__post_init__(**kwargs)
-        rule = "a list of frame counts, none negative and at least one above 0"
+        rule = "a list of frame counts that are all at least 0 and not all 0"
         _require(max(self.durations, default=0) > 0 and min(self.durations) >= 0, "durations", self.durations, rule)
 
 
-def kind_of(config: Any) -> str:
-    """Return the kind of head that a configuration of this family describes: `"ctc"`, `"rnnt"` or `"tdt"`."""
+def get_head_type(config: Any) -> str:
+    """Return the head type of a Parakeet configuration: `"ctc"`, `"rnnt"` or `"tdt"`."""
     return str(config.model_type).removeprefix("parakeet_")
 
 
-def blank_of(config: Any) -> int:
-    """Return the id of the blank token; a CTC configuration stores it as `pad_token_id`."""
-    return int(config.pad_token_id if kind_of(config) == "ctc" else config.blank_token_id)
+def get_blank_id(config: Any) -> int:
+    """Return the id of the blank token, which a CTC configuration stores as `pad_token_id`."""
+    return int(config.pad_token_id if get_head_type(config) == "ctc" else config.blank_token_id)
 
 
 __all__ = ["ParakeetCTCConfig", "ParakeetEncoderConfig", "ParakeetRNNTConfig", "ParakeetTDTConfig"]

@@ -291,7 +291,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             joint=self.joint.score,
             options=options,
             pad_id=self.config.pad_token_id,
-            shortcuts=Shortcuts(*self.joint.fast_argmax(options.vocab_size)),
+            shortcuts=Shortcuts(*self.joint.build_argmax_functions(options.vocab_size)),
             on_step=StepObserver(input_ids, self.config.pad_token_id, criteria, streamer) if is_observed else None,
         )
         if streamer is not None:

@@ -1,10 +1,9 @@
 """The Parakeet models: a base class, the encoder, and the models with CTC, RNN-T and TDT heads.
 
-The networks are in the sub-package `networks`, the losses in `losses`, and `generate` is in `generation_parakeet.py`.
+The sub-packages `networks` and `losses` contain the networks and losses, `generation_parakeet.py` contains `generate`.
 """
 
 import math
-from dataclasses import dataclass
 from itertools import count
 from typing import Any, ClassVar
 
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutput
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -26,7 +25,7 @@ from .configuration_parakeet import (
     ParakeetRNNTConfig,
     ParakeetTDTConfig,
     add_missing_fields,
-    check_attention_context,
+    change_attention_context,
 )
 from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin, frame_lengths
 from .losses import TransducerLoss, compact_labels, ctc_loss, select_loss
@@ -37,46 +36,34 @@ from .networks import (
     ParakeetEncoderSubsamplingConv2D,
     ParakeetRNNTDecoder,
     ParakeetRNNTJointNetwork,
+    apply_pointwise_conv,
+    compute_drop_probabilities,
     drop_block,
-    drop_probabilities,
     length_mask,
-    pointwise,
     subsampled_lengths,
 )
-
-logger = logging.get_logger(__name__)
-
-
-@dataclass
-class ParakeetEncoderModelOutput(BaseModelOutputWithPooling):
-    """Output of the encoder.
-
-    Args:
-        last_hidden_state: (B, N, H) frames.
-        pooler_output: (B, N, J) frames projected for the joint network, in transducers.
-        hidden_states: input of the first block and output of every block, with `output_hidden_states`.
-        attentions: (B, heads, N, N) weights of every block, with `output_attentions`.
-        attention_mask: (B, N) int mask of the valid frames; `None` if the input had no mask.
-    """
-
-    attention_mask: Tensor | None = None
+from .outputs_parakeet import ParakeetEncoderModelOutput, ParakeetRNNTOutput
 
 
 class ParakeetPreTrainedModel(PreTrainedModel):
-    """Base class of the Parakeet models: initialisation, attention context, SpecAugment, and lengths in frames."""
+    """Base class of the Parakeet models: weight initialisation, attention context, SpecAugment and frame lengths.
+
+    Args:
+        config: configuration of the model.
+    """
 
     config: ParakeetCTCConfig
     base_model_prefix = "model"
     main_input_name = "input_features"
     input_modalities = "audio"
-    # the loss is that of a batch: `Trainer` must average over batches and devices, and not pass a number of labels
+    # the loss is already reduced over the batch, so `Trainer` must not divide it by the number of labels
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["ParakeetEncoderBlock"]
     _supports_flat_attention_mask = True
     _supports_sdpa = True
     _supports_flex_attn = True
-    # relative positions are a bias of the scores, which flash attention does not accept
+    # flash attention cannot add the position scores to the attention scores
     _supports_flash_attn = False
     _can_compile_fullgraph = True
     _supports_attention_backend = True
@@ -87,87 +74,85 @@ class ParakeetPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise the parameters and buffers of one module of a new model, called by transformers."""
+        """Initialise the parameters and buffers of one module of a new model; transformers calls this method."""
         super()._init_weights(module)
         if isinstance(module, ParakeetEncoderAttention):
             std = self.config.initializer_range
             init.normal_(module.bias_u, mean=0.0, std=std)
             init.normal_(module.bias_v, mean=0.0, std=std)
         elif isinstance(module, ParakeetEncoderRelPositionalEncoding):
-            init.copy_(module.inv_freq, module.frequencies(module.config))
+            init.copy_(module.inv_freq, module.compute_frequencies(module.config))
 
     @property
     def _encoder_config(self) -> Any:
-        """Configuration of the encoder, which is `config` itself if the model is an encoder."""
+        """Encoder configuration: `config.encoder_config`, or `config` if this model is the encoder."""
         return getattr(self.config, "encoder_config", self.config)
 
     def set_attention_context(self, left: int, right: int, chunk: int | None = None) -> None:
-        """Set how many encoder frames a frame attends to; `save_pretrained` writes the setting.
+        """Set the attention context: how many encoder frames each encoder frame attends to.
 
-        `set_attention_context(-1, -1)` gives full attention. The context of a model trained with full attention can be
-        limited as well: each frame then attends to the frames around it. A context that is limited on both sides needs
-        memory linear in the length of a clip.
+        `set_attention_context(-1, -1)` gives full attention. A model that was trained with full attention also accepts
+        a limited context. If the context is limited on both sides, memory grows linearly with the length of a clip. The
+        setting is part of the configuration, so `save_pretrained` saves it.
 
         Args:
-            left: number of frames before a frame (or before its chunk); -1 for no limit.
-            right: number of frames after it; -1 for no limit. With the style `chunked_limited` this is the look-ahead,
-                and chunks have `right + 1` frames.
-            chunk: number of frames of a chunk; required with the style `chunked_limited_with_rc` only.
+            left: number of frames before a frame (with chunks, before the chunk of the frame); -1 for no limit.
+            right: number of frames after a frame; -1 for no limit. With the style `chunked_limited`, chunks have
+                `right + 1` frames. With `chunked_limited_with_rc`, `right` counts the frames after the chunk.
+            chunk: number of frames in a chunk for the style `chunked_limited_with_rc`; `None` for the other styles.
 
         Raises:
-            ValueError: the context style of the model does not permit these numbers.
+            ValueError: the context style of the model does not allow these numbers.
         """
-        config = self._encoder_config
-        has_chunk_size = config.attention_context_style == "chunked_limited_with_rc"
-        if has_chunk_size and chunk is None and (left, right) == (-1, -1):
-            chunk = -1
-        if has_chunk_size is (chunk is None):
-            raise ValueError(
-                f"`chunk` must be given only for the context style chunked_limited_with_rc, got {chunk!r} for the "
-                f"style {config.attention_context_style}: {'give' if has_chunk_size else 'leave out'} `chunk`"
-            )
-        context = [left, right] if chunk is None else [left, chunk, right]
-        check_attention_context(config.attention_context_style, context, config.self_attention_model)
-        trained = config.attention_context_sizes or [config.attention_context_size]
-        if context not in trained and max(context) >= 0:
-            logger.warning_once(
-                f"The model was not trained with the attention context {context}, only with {trained}: more words may "
-                "be recognised wrongly."
-            )
-        if config.attention_context_sizes is None and context != config.attention_context_size:
-            config.attention_context_sizes = [config.attention_context_size]
-        config.attention_context_size = context
+        change_attention_context(self._encoder_config, left, right, chunk)
 
     def _augment(self, features: Any, attention_mask: Tensor | None) -> Any:
-        """Apply `config.spec_augment` to (B, T, F) features in training; otherwise return them unchanged."""
+        """Apply SpecAugment in training mode, if `config.spec_augment` is set.
+
+        Args:
+            features: (B, T, F) log-mel features.
+            attention_mask: (B, T) mask, 1 on non-padding mel frames; `None` if there is no padding.
+
+        Returns:
+            (B, T, F) masked features, or `features` itself outside training or without SpecAugment.
+        """
         if not (self.training and self.config.spec_augment):
             return features
         if attention_mask is None:
-            lengths = features.new_full((len(features),), features.shape[1])
+            feature_lengths = features.new_full((len(features),), features.shape[1])
         else:
-            lengths = attention_mask.sum(-1)
-        return spec_augment(features, lengths, self.config.spec_augment)
+            feature_lengths = attention_mask.sum(-1)
+        return spec_augment(features, feature_lengths, self.config.spec_augment)
 
     def _get_subsampling_output_length(self, input_lengths: Tensor) -> Tensor:
-        """Convert numbers of mel frames to numbers of encoder frames; the name is that in stock transformers."""
+        """Compute the number of encoder frames from the number of mel frames, for integer tensors of any shape.
+
+        Tools of transformers call this method by its name.
+        """
         return subsampled_lengths(input_lengths, self._encoder_config)
 
     def _get_output_attention_mask(self, attention_mask: Tensor, target_length: int | None = None) -> Tensor:
-        """Convert a mask of mel frames to a mask of encoder frames; the name is that in stock transformers.
+        """Convert a mask of mel frames to a mask of encoder frames.
+
+        The method has the same name and arguments as in stock transformers.
 
         Args:
-            attention_mask: (B, T), 1 on valid mel frames.
-            target_length: number of encoder frames N; `None` for the number of the longest clip.
+            attention_mask: (B, T) mask, 1 on non-padding mel frames.
+            target_length: number of encoder frames N in the result; `None` for the length of the longest clip.
 
         Returns:
-            (B, N) boolean mask.
+            (B, N) boolean mask, True on non-padding encoder frames.
         """
-        lengths = self._get_subsampling_output_length(attention_mask.sum(-1))
-        return length_mask(lengths, int(lengths.max()) if target_length is None else target_length)
+        encoder_lengths = self._get_subsampling_output_length(attention_mask.sum(-1))
+        return length_mask(encoder_lengths, int(encoder_lengths.max()) if target_length is None else target_length)
 
 
 class ParakeetEncoder(ParakeetPreTrainedModel):
-    """FastConformer encoder (arXiv 2305.05084)."""
+    """FastConformer encoder (arXiv 2305.05084).
+
+    Args:
+        config: configuration of the encoder.
+    """
 
     config: ParakeetEncoderConfig
     base_model_prefix = "encoder"
@@ -194,32 +179,35 @@ class ParakeetEncoder(ParakeetPreTrainedModel):
         """Encode a batch of log-mel features.
 
         Args:
-            input_features: (B, T, F) features; cast to the model's dtype.
-            attention_mask: (B, T), 1 on valid mel frames; `None` if all frames are valid.
-            output_attention_mask: also return the mask of the encoder frames.
-            **kwargs: `output_hidden_states`, `output_attentions` (eager attention), `return_dict`.
+            input_features: (B, T, F) log-mel features; cast to the dtype of the model.
+            attention_mask: (B, T) mask, 1 on non-padding mel frames; `None` if there is no padding.
+            output_attention_mask: whether to return the mask of the encoder frames.
+            **kwargs: `output_hidden_states`, `output_attentions` (needs eager attention) and `return_dict`.
 
         Returns:
-            `last_hidden_state` (B, N, H) and `attention_mask` (B, N).
+            Encoder output with `last_hidden_state` (B, N, H) and `attention_mask` (B, N).
         """
-        lengths = None if attention_mask is None else attention_mask.sum(-1)
-        hidden = self.subsampling(input_features.to(self.dtype), lengths)
-        if self.config.scale_input:
+        config = self.config
+        feature_lengths = None if attention_mask is None else attention_mask.sum(-1)
+        hidden = self.subsampling(input_features.to(self.dtype), feature_lengths)
+        if config.scale_input:
             hidden = hidden * self.input_scale
-        positions = self.encode_positions(hidden)
-        hidden = F.dropout(hidden, self.config.dropout, self.training)
-        positions = F.dropout(positions, self.config.dropout_positions, self.training)
-        valid = None if attention_mask is None else self._get_output_attention_mask(attention_mask, hidden.shape[1])
-        for layer, probability in zip(self.layers, drop_probabilities(self.config), strict=True):
-            # gradient checkpointing runs a block again in the backward pass
-            checkpointing = {"pass_counter": count()} if layer.gradient_checkpointing and self.training else {}
-            output = layer(hidden, attention_mask=valid, position_embeddings=positions, **checkpointing, **kwargs)
+        position_embeddings = self.encode_positions(hidden)
+        hidden = F.dropout(hidden, config.dropout, self.training)
+        position_embeddings = F.dropout(position_embeddings, config.dropout_positions, self.training)
+        mask = None if attention_mask is None else self._get_output_attention_mask(attention_mask, hidden.shape[1])
+        block_arguments = {"attention_mask": mask, "position_embeddings": position_embeddings, **kwargs}
+        for block, drop_probability in zip(self.layers, compute_drop_probabilities(config), strict=True):
+            if self.training and block.gradient_checkpointing:
+                # the block recognises its recomputation in the backward pass by a counter of its calls
+                block_arguments["forward_counter"] = count()
+            output = block(hidden, **block_arguments)
             if self.training:
-                output = drop_block(hidden, output, probability, self.config.stochastic_depth_mode is not None)
+                output = drop_block(hidden, output, drop_probability, config.stochastic_depth_mode is not None)
             hidden = output
         return ParakeetEncoderModelOutput(
             last_hidden_state=hidden,
-            attention_mask=valid.int() if valid is not None and output_attention_mask else None,
+            attention_mask=mask.int() if mask is not None and output_attention_mask else None,
         )
 
 
@@ -239,8 +227,8 @@ class ParakeetForCTC(ParakeetPreTrainedModel, ParakeetCTCGenerationMixin):
         self.post_init()
 
     def ctc_logits(self, hidden: Tensor) -> Tensor:
-        """Return the (B, N, V) logits of the CTC head for (B, N, H) encoder states."""
-        return pointwise(self.ctc_head, hidden)
+        """Compute the (B, N, V) logits of the CTC head from (B, N, H) encoder frames."""
+        return apply_pointwise_conv(self.ctc_head, hidden)
 
     @can_return_tuple
     def forward(
@@ -250,52 +238,35 @@ class ParakeetForCTC(ParakeetPreTrainedModel, ParakeetCTCGenerationMixin):
         labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutput:
-        """Compute the logits of every frame, and the loss if labels are given.
+        """Compute the CTC logits of every frame, and the CTC loss if labels are given.
 
         Args:
             input_features: (B, T, F) log-mel features.
-            attention_mask: (B, T), 1 on valid mel frames.
-            labels: (B, U) token ids; -100 and `pad_token_id` are padding.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+            attention_mask: (B, T) mask, 1 on non-padding mel frames; `None` if there is no padding.
+            labels: (B, U) token ids of the transcripts, where -100 and `pad_token_id` are padding; `None` to compute
+                no loss.
+            **kwargs: `output_hidden_states`, `output_attentions` (needs eager attention) and `return_dict`.
 
         Returns:
-            `logits` (B, N, V) and, with labels, `loss`, reduced by `config.ctc_loss_reduction`.
+            Output with `logits` (B, N, V), with `hidden_states` and `attentions` of the encoder, and with `loss`
+            (`None` without labels).
         """
         features = self._augment(input_features, attention_mask)
-        encoded = self.encoder(input_features=features, attention_mask=attention_mask, **kwargs)
-        logits = self.ctc_logits(encoded.last_hidden_state)
+        encoder_outputs = self.encoder(input_features=features, attention_mask=attention_mask, **kwargs)
+        logits = self.ctc_logits(encoder_outputs.last_hidden_state)
         loss = None
         if labels is not None:
             loss = ctc_loss(
                 logits,
                 labels,
-                frame_lengths(encoded),
+                frame_lengths(encoder_outputs),
                 blank_token_id=self.config.pad_token_id,
                 reduction=self.config.ctc_loss_reduction,
                 zero_infinity=self.config.ctc_zero_infinity,
             )
         return CausalLMOutput(
-            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
+            loss=loss, logits=logits, hidden_states=encoder_outputs.hidden_states, attentions=encoder_outputs.attentions
         )
-
-
-@dataclass
-class ParakeetRNNTOutput(BaseModelOutputWithPooling):
-    """Output of a transducer model.
-
-    Args:
-        loss: reduced by `config.loss_reduction`; `None` without labels.
-        logits: (B, N, U+1, V) of the joint network, (B, N, U+1, V + D) for TDT; with labels only on `output_logits`.
-        last_hidden_state: (B, N, H) encoder states.
-        pooler_output: (B, N, J) encoder states projected for the joint network.
-        hidden_states: those of the encoder, with `output_hidden_states`.
-        attentions: those of the encoder, with `output_attentions`.
-        attention_mask: (B, N) int mask of the valid frames; `None` if the input had no mask.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    attention_mask: Tensor | None = None
 
 
 class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin):
@@ -313,34 +284,38 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         self.encoder = AutoModel.from_config(config.encoder_config)
         self.encoder_projector = nn.Linear(width, config.joint_hidden_size or config.decoder_hidden_size)
         self.decoder = ParakeetRNNTDecoder(config)
-        self.joint = ParakeetRNNTJointNetwork(config, self._num_outputs)
+        self.joint = ParakeetRNNTJointNetwork(config, self._num_joint_outputs)
         if config.ctc_head:
             self.ctc_head = nn.Conv1d(width, config.vocab_size, kernel_size=1)
         self.post_init()
 
     @property
-    def _num_outputs(self) -> int:
-        """Number of outputs of the joint network: V tokens."""
+    def _num_joint_outputs(self) -> int:
+        """Number of outputs of the joint network: one per token."""
         return self.config.vocab_size
 
     def ctc_logits(self, hidden: Tensor) -> Tensor:
-        """Return the (B, N, V) logits of the CTC head of a hybrid model for (B, N, H) encoder states."""
-        return pointwise(self.ctc_head, hidden)
+        """Compute the (B, N, V) logits of the CTC head of a hybrid model from (B, N, H) encoder frames."""
+        return apply_pointwise_conv(self.ctc_head, hidden)
 
     @can_return_tuple
     def get_audio_features(
         self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> ParakeetEncoderModelOutput:
-        """Return the encoder's output with encoder states projected for the joint network, `pooler_output` (B, N, J).
+        """Encode log-mel features and project the encoder frames to the width of the joint network.
 
         Args:
             input_features: (B, T, F) log-mel features.
-            attention_mask: (B, T), 1 on valid mel frames; `None` if all frames are valid.
+            attention_mask: (B, T) mask, 1 on non-padding mel frames; `None` if there is no padding.
             **kwargs: further arguments of the encoder.
+
+        Returns:
+            Encoder output with `last_hidden_state` (B, N, H) and the projected encoder states `pooler_output`
+            (B, N, J).
         """
-        encoded = self.encoder(input_features=input_features, attention_mask=attention_mask, **kwargs)
-        encoded.pooler_output = self.encoder_projector(encoded.last_hidden_state)
-        return encoded
+        encoder_outputs = self.encoder(input_features=input_features, attention_mask=attention_mask, **kwargs)
+        encoder_outputs.pooler_output = self.encoder_projector(encoder_outputs.last_hidden_state)
+        return encoder_outputs
 
     @can_return_tuple
     def forward(
@@ -353,28 +328,30 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         output_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ParakeetRNNTOutput:
-        """Compute the loss of the labels, or without labels the logits of every frame and prefix.
+        """Compute the transducer loss if labels are given, or else the logits of every frame and label prefix.
 
-        The loss never builds the B * N * (U+1) * (V + D) logits, so that with labels they are returned on request only.
+        The loss is computed without the complete logits, which need B * N * (U+1) * (V + D) numbers. Therefore the
+        logits are returned together with a loss only if `output_logits` is set.
 
         Args:
             input_features: (B, T, F) log-mel features.
-            attention_mask: (B, T), 1 on valid mel frames; `None` if all frames are valid.
-            decoder_input_ids: (B, U+1) the blank, then the labels; `None` to build them from `labels`, or without
-                labels to use the blank alone.
-            encoder_outputs: result of `get_audio_features`; replaces `input_features`.
-            labels: (B, U) token ids; -100 and `pad_token_id` are padding.
-            output_logits: also return the logits if labels are given.
-            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+            attention_mask: (B, T) mask, 1 on non-padding mel frames; `None` if there is no padding.
+            decoder_input_ids: (B, U+1) token ids: the blank, followed by the labels. `None` means the blank alone.
+                Ignored if `labels` are given.
+            encoder_outputs: result of `get_audio_features`, to be used instead of `input_features`.
+            labels: (B, U) token ids of the transcripts, where -100 and `pad_token_id` are padding.
+            output_logits: whether to return the logits as well if labels are given.
+            **kwargs: `output_hidden_states`, `output_attentions` (needs eager attention) and `return_dict`.
 
         Returns:
-            With labels `loss`, else `logits` (B, N, U+1, V [+ D]); (B, N, V [+ D]) if the prefix is the blank alone.
+            Output with `loss` or `logits`. The logits are (B, N, U+1, V) for RNN-T and (B, N, U+1, V + D) for TDT, and
+            have no prefix dimension if the only prefix is the blank.
         """
-        encoded = encoder_outputs
-        if encoded is None:
+        if encoder_outputs is None:
             features = self._augment(input_features, attention_mask)
-            encoded = self.get_audio_features(features, attention_mask=attention_mask, **kwargs)
-        encoder_states, blank_id = encoded.pooler_output, self.config.blank_token_id
+            encoder_outputs = self.get_audio_features(features, attention_mask=attention_mask, **kwargs)
+        encoder_states, blank_id = encoder_outputs.pooler_output, self.config.blank_token_id
+        # (labels, label_lengths)
         targets = None if labels is None else self._remove_padding(labels.to(encoder_states.device))
         if targets is not None:
             decoder_input_ids = F.pad(targets[0], (1, 0), value=blank_id)
@@ -385,87 +362,110 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         if targets is None or output_logits:
             logits = self.joint(predictor_states[:, None], encoder_states[:, :, None]).squeeze(2)
         return ParakeetRNNTOutput(
-            loss=None if targets is None else self._loss(encoded, predictor_states, *targets),
+            loss=None if targets is None else self._compute_loss(encoder_outputs, predictor_states, *targets),
             logits=logits,
-            last_hidden_state=encoded.last_hidden_state,
+            last_hidden_state=encoder_outputs.last_hidden_state,
             pooler_output=encoder_states,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-            attention_mask=encoded.attention_mask,
+            hidden_states=encoder_outputs.hidden_states,
+            attentions=encoder_outputs.attentions,
+            attention_mask=encoder_outputs.attention_mask,
         )
 
     def _remove_padding(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Move the labels of each row of (B, U) token ids to its front and count them.
+        """Move the labels of each transcript to the front and count them.
 
-        -100, the padding token and the blank are not labels.
+        Args:
+            labels: (B, U) token ids; -100, the padding token and the blank are not labels.
 
         Returns:
-            (B, U) labels with zeros after the last label of a row, and (B,) numbers of labels.
+            (B, U) labels with zeros after the last label of each transcript, and (B,) number of labels.
         """
         is_label = (labels >= 0) & (labels != self.config.pad_token_id) & (labels != self.config.blank_token_id)
         return compact_labels(labels, is_label)
 
-    def _loss(
-        self, encoded: ParakeetEncoderModelOutput, predictor_states: Tensor, labels: Tensor, label_lengths: Tensor
+    def _compute_loss(
+        self, encoder_outputs: Any, predictor_states: Tensor, labels: Tensor, label_lengths: Tensor
     ) -> Tensor:
-        """Compute the transducer loss, for a hybrid model (1 - w) * transducer loss + w * CTC loss.
+        """Compute the training loss: the transducer loss, or for a hybrid model its weighted sum with the CTC loss.
+
+        The hybrid loss is (1 - w) * transducer loss + w * CTC loss, where w is `config.ctc_loss_weight`.
 
         Args:
-            encoded: encoder's output with `pooler_output`.
-            predictor_states: (B, U+1, J).
-            labels: (B, U) labels without padding inside a row.
+            encoder_outputs: `ParakeetEncoderModelOutput` with `pooler_output`.
+            predictor_states: (B, U+1, J) states of the prediction network.
+            labels: (B, U) token ids of the labels; entries after the last label of a transcript are ignored.
             label_lengths: (B,) number of labels.
+
+        Returns:
+            Scalar loss, or (B,) losses without reduction.
         """
-        config, lengths = self.config, frame_lengths(encoded)
-        loss = self._transducer_loss(encoded.pooler_output, predictor_states, labels, lengths, label_lengths)
+        config, encoder_lengths = self.config, frame_lengths(encoder_outputs)
+        transducer_loss = self._compute_transducer_loss(
+            encoder_outputs.pooler_output, predictor_states, labels, encoder_lengths, label_lengths
+        )
         if not config.ctc_head:
-            return loss
-        padded = labels.masked_fill(~length_mask(label_lengths, labels.shape[1]), -100)
-        ctc = ctc_loss(
-            self.ctc_logits(encoded.last_hidden_state),
-            padded,
-            lengths,
+            return transducer_loss
+        padded_labels = labels.masked_fill(~length_mask(label_lengths, labels.shape[1]), -100)
+        ctc_head_loss = ctc_loss(
+            self.ctc_logits(encoder_outputs.last_hidden_state),
+            padded_labels,
+            encoder_lengths,
             blank_token_id=config.blank_token_id,
             reduction=config.ctc_loss_reduction,
             zero_infinity=config.ctc_zero_infinity,
         )
-        return (1 - config.ctc_loss_weight) * loss + config.ctc_loss_weight * ctc
+        return (1 - config.ctc_loss_weight) * transducer_loss + config.ctc_loss_weight * ctc_head_loss
 
-    def _transducer_loss(
-        self, encoder_states: Tensor, predictor_states: Tensor, labels: Tensor, lengths: Tensor, label_lengths: Tensor
+    def _compute_transducer_loss(
+        self,
+        encoder_states: Tensor,
+        predictor_states: Tensor,
+        labels: Tensor,
+        encoder_lengths: Tensor,
+        label_lengths: Tensor,
     ) -> Tensor:
-        """Compute the RNN-T or TDT loss with the settings of the configuration: a scalar, or (B,) without reduction.
+        """Compute the RNN-T or TDT loss with the options of `self.config`.
 
         Args:
-            encoder_states: (B, N, J) projected encoder states.
-            predictor_states: (B, U+1, J).
-            labels: (B, U).
-            lengths: (B,) number of valid encoder frames.
+            encoder_states: (B, N, J) encoder states, projected to the width of the joint network.
+            predictor_states: (B, U+1, J) states of the prediction network.
+            labels: (B, U) token ids of the labels.
+            encoder_lengths: (B,) number of encoder frames.
             label_lengths: (B,) number of labels.
+
+        Returns:
+            Scalar loss, or (B,) losses if `config.loss_reduction` is `"none"`.
         """
         config = self.config
-        weight, bias = self.joint.output_layer(encoder_states)
-        options = self._duration_options()
-        durations = options.get("durations")
-        loss = select_loss(config.kernel, TransducerLoss(), encoder_states, weight, durations, config.hidden_act)
-        return loss(
+        output_weight, output_bias = self.joint.get_output_weights(encoder_states)
+        duration_options = self._get_duration_options()
+        # the GPU kernel if it can be used, or else the implementation in PyTorch
+        compute_loss = select_loss(
+            config.kernel,
+            TransducerLoss(),
+            encoder_states,
+            output_weight,
+            duration_options.get("durations"),
+            config.hidden_act,
+        )
+        return compute_loss(
             encoder_states,
             predictor_states,
-            weight,
-            bias,
+            output_weight,
+            output_bias,
             labels,
-            lengths,
+            encoder_lengths,
             label_lengths,
             config.blank_token_id,
             fastemit_lambda=config.fastemit_lambda,
             activation=config.hidden_act,
             reduction=config.loss_reduction,
             dropout=config.joint_dropout if self.training else 0.0,
-            **options,
+            **duration_options,
         )
 
-    def _duration_options(self) -> dict[str, Any]:
-        """Return the arguments that only the TDT loss has; none for RNN-T."""
+    def _get_duration_options(self) -> dict[str, Any]:
+        """Return the arguments that the loss has only for TDT; an empty dict for RNN-T."""
         return {}
 
 
@@ -479,12 +479,12 @@ class ParakeetForTDT(ParakeetForRNNT):
     config: ParakeetTDTConfig
 
     @property
-    def _num_outputs(self) -> int:
-        """Number of outputs of the joint network: V tokens and D durations."""
+    def _num_joint_outputs(self) -> int:
+        """Number of outputs of the joint network: one per token and one per duration."""
         return self.config.vocab_size + len(self.config.durations)
 
-    def _duration_options(self) -> dict[str, Any]:
-        """Return the arguments that only the TDT loss has."""
+    def _get_duration_options(self) -> dict[str, Any]:
+        """Return the arguments that the loss has only for TDT."""
         config = self.config
         return {"durations": config.durations, "sigma": config.loss_sigma, "omega": config.loss_omega}
 

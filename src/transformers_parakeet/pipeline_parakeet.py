@@ -11,7 +11,7 @@ from transformers import AutomaticSpeechRecognitionPipeline
 from transformers.utils import logging
 
 from .audio import load_audio
-from .configuration_parakeet import kind_of
+from .configuration_parakeet import get_head_type
 from .long_audio import Window, cut_windows, merge_windows
 from .processing_parakeet import DECODER_TYPES, LEVELS, ParakeetProcessor, to_emissions
 from .timestamps import DEFAULT_AGGREGATION
@@ -70,7 +70,7 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
         # with a processor alone, the base class takes tokenizer and feature extractor from it
         super().__init__(model, *args, processor=processor, **kwargs)
         if self.processor is None:
-            kind = kind_of(model.config)
+            kind = get_head_type(model.config)
             self.processor = ParakeetProcessor(self.feature_extractor, self.tokenizer, decoder_type=kind)
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -89,7 +89,7 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
             generate["output_confidence"] = kwargs.pop("return_confidence")
         generate.update(kwargs)
         if "decoder" in generate:
-            postprocess["kind"] = "ctc" if generate["decoder"] == "ctc" else kind_of(self.model.config)
+            postprocess["kind"] = "ctc" if generate["decoder"] == "ctc" else get_head_type(self.model.config)
         return preprocess, generate, postprocess
 
     def preprocess(
@@ -191,7 +191,7 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
             result["chunks"] = self.processor.chunks(
                 emissions,
                 return_timestamps,
-                kind or kind_of(config),
+                kind or get_head_type(config),
                 config.inputs_to_logits_ratio / self.processor.feature_extractor.sampling_rate,
                 config.segment_separators,
                 config.segment_gap_threshold,
@@ -212,7 +212,7 @@ def is_our_model(model: Any) -> bool:
     Args:
         model: a model with a configuration.
     """
-    if kind_of(model.config) not in DECODER_TYPES:
+    if get_head_type(model.config) not in DECODER_TYPES:
         return False
     is_stock = any(type(module).__module__ == STOCK_MODULE for module in model.modules())
     if is_stock:

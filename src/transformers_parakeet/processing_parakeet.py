@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedConfig
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
-from .configuration_parakeet import kind_of
+from .configuration_parakeet import get_head_type
 from .decoding import Hypotheses
 from .timestamps import (
     DEFAULT_AGGREGATION,
@@ -372,7 +372,7 @@ def read_decoder_type(source: Any, options: dict[str, Any]) -> str | None:
         fields, _ = PreTrainedConfig.get_config_dict(source, **hub_options)
     except OSError:
         return None
-    kind = kind_of(SimpleNamespace(model_type=fields.get("model_type")))
+    kind = get_head_type(SimpleNamespace(model_type=fields.get("model_type")))
     return kind if kind in DECODER_TYPES else None
 
 

@@ -7,13 +7,12 @@ import torch
 from conftest import encoder_fields
 
 import transformers_parakeet as tp
-from transformers_parakeet.networks.attention import (
+from transformers_parakeet.networks.attention import ParakeetEncoderAttention, ParakeetEncoderRelPositionalEncoding
+from transformers_parakeet.networks.attention_layout import (
     BlockLayout,
-    ParakeetEncoderAttention,
-    ParakeetEncoderRelPositionalEncoding,
-    block_layout,
-    nemo_local_positions,
-    visible_keys,
+    build_context_mask,
+    choose_block_layout,
+    map_to_nemo_local_positions,
 )
 
 # float32 sums in another order; measured: up to 6e-7
@@ -85,8 +84,8 @@ def plain_attention(module, hidden, mask):
     return module.o_proj(torch.einsum("hij,jhd->ihd", weights, value).flatten(1))
 
 
-def one_block(config, frames):
-    """Replace `block_layout` by a single block of all frames."""
+def one_block(style, context, frames):
+    """Return a single block of all frames; replaces `choose_block_layout`."""
     return BlockLayout(frames, frames)
 
 
@@ -114,7 +113,7 @@ def test_attention_in_blocks_equals_attention_in_one_block(style, context, frame
     hidden = torch.randn(3, frames, 32, dtype=torch.float64)
     valid = torch.arange(frames) < torch.tensor([frames, frames // 2, 1])[:, None]
     blocked = attend(module, hidden, valid)
-    monkeypatch.setattr("transformers_parakeet.networks.attention.block_layout", one_block)
+    monkeypatch.setattr("transformers_parakeet.networks.attention.choose_block_layout", one_block)
     unblocked = attend(module, hidden, valid)
     torch.testing.assert_close(blocked[valid], unblocked[valid], atol=TOLERANCE, rtol=0)
     assert blocked.isfinite().all()
@@ -122,9 +121,9 @@ def test_attention_in_blocks_equals_attention_in_one_block(style, context, frame
 
 @pytest.mark.parametrize(("style", "context"), CONTEXTS)
 def test_the_visible_keys_of_a_block_follow_the_rule_of_the_style(style, context):
-    config, frames = config_of(style, context), 300
-    layout = block_layout(config, frames)
-    visible = visible_keys(config, layout, torch.device("cpu"))
+    frames = 300
+    layout = choose_block_layout(style, context, frames)
+    visible = build_context_mask(style, context, layout, torch.device("cpu"))
     for query in range(frames):
         start = query // layout.block_size * layout.block_size
         row = visible[query - start]
@@ -134,11 +133,8 @@ def test_the_visible_keys_of_a_block_follow_the_rule_of_the_style(style, context
 
 @pytest.mark.parametrize(("style", "context"), [c for c in CONTEXTS if min(c[1]) >= 0])
 def test_the_number_of_scores_is_linear_in_the_number_of_frames(style, context):
-    config = config_of(style, context)
-    sizes = [
-        layout.num_keys * (layout.num_frames + layout.padding)
-        for layout in (block_layout(config, n) for n in (2000, 8000))
-    ]
+    layouts = [choose_block_layout(style, context, frames) for frames in (2000, 8000)]
+    sizes = [layout.num_keys * (layout.num_frames + layout.padding) for layout in layouts]
     assert sizes[1] < 4.2 * sizes[0]
 
 
@@ -158,7 +154,7 @@ def test_gradients_in_blocks_equal_gradients_in_one_block(monkeypatch):
     gradients = []
     for in_one_block in (False, True):
         if in_one_block:
-            monkeypatch.setattr("transformers_parakeet.networks.attention.block_layout", one_block)
+            monkeypatch.setattr("transformers_parakeet.networks.attention.choose_block_layout", one_block)
         hidden = inputs.clone().requires_grad_()
         output, _ = module(hidden, ParakeetEncoderRelPositionalEncoding(module.config)(hidden))
         gradients.append(torch.autograd.grad(output.square().sum(), [hidden, *module.parameters()]))
@@ -169,7 +165,7 @@ def test_gradients_in_blocks_equal_gradients_in_one_block(monkeypatch):
 
 def test_positions_of_an_uneven_local_context():
     # 2 before, 3 after: NeMo's table has rows of the positions 2 .. -3, its scores have columns of 3 .. -3
-    positions, has_embedding = nemo_local_positions(torch.tensor([2, 1, 0, -1, -2, -3]), 2, 3)
+    positions, has_embedding = map_to_nemo_local_positions(torch.tensor([2, 1, 0, -1, -2, -3]), 2, 3)
     # column 1 gets row 1 (position 1), column 2 no row, columns 3 to 6 rows 2 to 5 (positions 0 to -3)
     assert has_embedding.tolist() == [True, False, True, True, True, True]
     assert positions[has_embedding].tolist() == [1, 0, -1, -2, -3]
@@ -177,6 +173,6 @@ def test_positions_of_an_uneven_local_context():
 
 def test_positions_of_an_even_local_context_keep_their_embedding():
     expected = torch.arange(7, -8, -1)
-    positions, has_embedding = nemo_local_positions(expected, 7, 7)
+    positions, has_embedding = map_to_nemo_local_positions(expected, 7, 7)
     assert has_embedding.all()
     assert torch.equal(positions, expected)

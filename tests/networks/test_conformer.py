@@ -11,8 +11,8 @@ from transformers_parakeet.networks.conformer import (
     ParakeetEncoderConvolutionModule,
     ParakeetEncoderSubsamplingConv2D,
     activate,
-    channels_last_conv,
-    depthwise,
+    apply_channels_last_conv,
+    apply_depthwise_conv,
     fold_batch_norm,
 )
 
@@ -53,7 +53,7 @@ def test_a_depthwise_convolution_equals_conv1d(frames, bias):
     conv = nn.Conv1d(17, 17, 9, padding=4, groups=17, bias=bias).double()
     hidden = torch.randn(2, frames, 17).double().requires_grad_()
     plain = conv(hidden.transpose(1, 2)).transpose(1, 2)
-    fast = depthwise(hidden, conv.weight, conv.bias, 4)
+    fast = apply_depthwise_conv(hidden, conv.weight, conv.bias, 4)
     torch.testing.assert_close(fast, plain, **EXACT)
     inputs = [hidden, *conv.parameters()]
     torch.testing.assert_close(module_gradients(fast, inputs), module_gradients(plain, inputs), **EXACT)
@@ -66,7 +66,7 @@ def test_a_channels_last_convolution_equals_conv2d(frames, channels, groups):
     torch.manual_seed(0)
     conv = nn.Conv2d(channels, 16, 3, stride=2, padding=1, groups=groups).double()
     images = torch.randn(2, channels, frames, 13).double().requires_grad_()
-    plain, fast = conv(images), channels_last_conv(conv, images)
+    plain, fast = conv(images), apply_channels_last_conv(conv, images)
     torch.testing.assert_close(fast, plain, **EXACT)
     assert fast.is_contiguous(memory_format=torch.channels_last)
     inputs = [images, *conv.parameters()]

@@ -16,12 +16,12 @@ from transformers_parakeet.networks.fast_linear import (
     MIN_SEARCH_ROWS,
     Bfloat16Search,
     add_gate_products,
-    few_rows_linear,
-    is_plain,
-    plain_argmax,
-    pointwise,
+    apply_pointwise_conv,
+    full_argmax,
+    is_unmodified,
     prepare_search,
-    read_affine_layer,
+    probe_affine_layer,
+    small_batch_linear,
 )
 from transformers_parakeet.networks.transducer import ParakeetRNNTJointNetwork
 
@@ -65,14 +65,14 @@ def search_argmax(weight: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("num_outputs", ODD_SIZES)
 @pytest.mark.parametrize("rows", [*ODD_SIZES, 2, 64, 65])
-def test_few_rows_linear_equals_linear(rows: int, num_outputs: int, dtype: torch.dtype):
+def test_small_batch_linear_equals_linear(rows: int, num_outputs: int, dtype: torch.dtype):
     generator = torch.Generator().manual_seed(rows)
     hidden, weight, bias = (
         torch.randn(*shape, generator=generator).to(dtype) for shape in ((rows, 63), (num_outputs, 63), (num_outputs,))
     )
     exact = F.linear(hidden.double(), weight.double(), bias.double())
     plain_error = (F.linear(hidden, weight, bias).double() - exact).abs().max()
-    fast = few_rows_linear(hidden, weight, bias)
+    fast = small_batch_linear(hidden, weight, bias)
     assert fast.shape == (rows, num_outputs)
     assert fast.dtype == dtype
     # sums in another order; measured: at most 2.1 times the largest error of `F.linear`
@@ -98,21 +98,21 @@ def test_gate_products_equal_a_linear_layer(rows: int, gate_rows: str, dtype: to
 
 
 @pytest.mark.parametrize("rows", ODD_SIZES)
-def test_gradients_of_few_rows_linear_equal_those_of_linear(rows: int):
+def test_gradients_of_small_batch_linear_equal_those_of_linear(rows: int):
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(*shape, generator=generator).requires_grad_() for shape in ((rows, 63), (37, 63), (37,))]
     grad_outputs = torch.randn(rows, 37, generator=generator)
     plain = torch.autograd.grad(F.linear(*inputs), inputs, grad_outputs)
-    fast = torch.autograd.grad(few_rows_linear(*inputs), inputs, grad_outputs)
+    fast = torch.autograd.grad(small_batch_linear(*inputs), inputs, grad_outputs)
     for fast_gradient, plain_gradient in zip(fast, plain, strict=True):
         # float32 sums of up to 500 products in another order; measured: 2e-5
         torch.testing.assert_close(fast_gradient, plain_gradient, atol=1e-4, rtol=0)
 
 
-def test_few_rows_linear_leaves_its_arguments_unchanged():
+def test_small_batch_linear_leaves_its_arguments_unchanged():
     weight, bias, hidden = random_layer(37, 16)
     copies = [tensor.clone() for tensor in (hidden, weight, bias)]
-    few_rows_linear(hidden, weight, bias)
+    small_batch_linear(hidden, weight, bias)
     assert all(torch.equal(tensor, before) for tensor, before in zip((hidden, weight, bias), copies, strict=True))
 
 
@@ -124,9 +124,9 @@ def test_a_pointwise_convolution_equals_the_convolution(frames: int, bias: bool)
     conv, hidden = nn.Conv1d(17, 33, 1, bias=bias).double(), torch.randn(2, frames, 17).double()
     expected = conv(hidden.transpose(1, 2)).transpose(1, 2)
     # float64 sums in another order; measured: 4e-16
-    torch.testing.assert_close(pointwise(conv, hidden), expected, atol=1e-13, rtol=0)
+    torch.testing.assert_close(apply_pointwise_conv(conv, hidden), expected, atol=1e-13, rtol=0)
     conv.register_forward_hook(lambda module, inputs, output: 2 * output)
-    torch.testing.assert_close(pointwise(conv, hidden), 2 * expected, atol=1e-13, rtol=0)
+    torch.testing.assert_close(apply_pointwise_conv(conv, hidden), 2 * expected, atol=1e-13, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -146,7 +146,7 @@ def test_an_affine_layer_is_read_through_its_outputs(dtype: torch.dtype):
             return self.base(hidden) + self.up(self.down(hidden))
 
     layer = LowRankAdapter().to(dtype)
-    weight, bias = read_affine_layer(layer, 24, torch.zeros(1, dtype=dtype))
+    weight, bias = probe_affine_layer(layer, 24, torch.zeros(1, dtype=dtype))
     expected = layer.base.weight + layer.up.weight @ layer.down.weight
     # measured: 1.2e-7 in float32, 2e-3 in bfloat16, of weights up to 0.4
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
@@ -160,18 +160,18 @@ def test_modules_that_are_not_plain():
     class SubclassedLinear(nn.Linear):
         pass
 
-    assert is_plain(nn.Linear(3, 3), nn.Linear)
-    assert not is_plain(SubclassedLinear(3, 3), nn.Linear)
-    assert not is_plain(nn.Linear(3, 3, device="meta"), nn.Linear)
+    assert is_unmodified(nn.Linear(3, 3), nn.Linear)
+    assert not is_unmodified(SubclassedLinear(3, 3), nn.Linear)
+    assert not is_unmodified(nn.Linear(3, 3, device="meta"), nn.Linear)
     hooked, replaced, wrapped = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
     hooked.register_forward_hook(lambda module, inputs, output: output)
     replaced.forward = lambda hidden: hidden
     nn.utils.parametrizations.weight_norm(wrapped)
-    assert not any(is_plain(module, nn.Linear) for module in (hooked, replaced, wrapped))
+    assert not any(is_unmodified(module, nn.Linear) for module in (hooked, replaced, wrapped))
     with_global_hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
-    assert not is_plain(nn.Linear(3, 3), nn.Linear)
+    assert not is_unmodified(nn.Linear(3, 3), nn.Linear)
     with_global_hook.remove()
-    assert is_plain(nn.Linear(3, 3), nn.Linear)
+    assert is_unmodified(nn.Linear(3, 3), nn.Linear)
 
 
 # the largest output
@@ -183,7 +183,7 @@ def test_the_largest_output_is_that_of_float64(num_outputs: int, width: int):
         weight, bias, hidden = random_layer(num_outputs, width, seed)
         expected = float64_argmax(weight, bias, hidden)
         assert torch.equal(search_argmax(weight, bias, hidden), expected)
-        assert torch.equal(plain_argmax(hidden, weight, bias), expected)
+        assert torch.equal(full_argmax(hidden, weight, bias), expected)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -420,7 +420,7 @@ def test_the_best_outputs_of_the_joint_are_those_of_its_scores(rows: int, joint,
     predictor_states = torch.randn(rows, 1, WIDTH, generator=generator)
     attributes = {name: dict(vars(module)) for name, module in joint.named_modules()}
     with torch.no_grad():
-        best_durations, best_tokens = joint.fast_argmax(VOCAB_SIZE)
+        best_durations, best_tokens = joint.build_argmax_functions(VOCAB_SIZE)
         scores = joint.double()(predictor_states.double(), encoder_states.double())
         joint.float()
         durations = best_durations(encoder_states, predictor_states)
@@ -430,13 +430,13 @@ def test_the_best_outputs_of_the_joint_are_those_of_its_scores(rows: int, joint,
     assert {name: dict(vars(module)) for name, module in joint.named_modules()} == attributes
 
 
-def test_a_wrapped_output_layer_has_no_fast_argmax():
+def test_a_wrapped_output_layer_has_no_argmax_functions():
     network = ParakeetRNNTJointNetwork(ParakeetTDTConfig(vocab_size=13, blank_token_id=12, decoder_hidden_size=8), 18)
-    assert network.fast_argmax(13)[0] is not None
+    assert network.build_argmax_functions(13)[0] is not None
     network.head.register_forward_hook(lambda module, inputs, output: output)
-    assert network.fast_argmax(13) == (None, None)
+    assert network.build_argmax_functions(13) == (None, None)
 
 
 def test_rnnt_has_no_best_durations():
     network = ParakeetRNNTJointNetwork(ParakeetTDTConfig(vocab_size=13, blank_token_id=12, decoder_hidden_size=8), 13)
-    assert network.fast_argmax(13)[0] is None
+    assert network.build_argmax_functions(13)[0] is None

@@ -81,7 +81,7 @@ def test_probabilities_of_dropping_a_layer(mode, start, expected):
     fields = encoder_fields(
         num_hidden_layers=4, layerdrop=0.6, stochastic_depth_mode=mode, stochastic_depth_start_layer=start
     )
-    assert conformer.drop_probabilities(tp.ParakeetEncoderConfig(**fields)) == pytest.approx(expected)
+    assert conformer.compute_drop_probabilities(tp.ParakeetEncoderConfig(**fields)) == pytest.approx(expected)
 
 
 def test_the_fields_of_a_stock_configuration_keep_their_meaning():

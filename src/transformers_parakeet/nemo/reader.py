@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from ..configuration_parakeet import kind_of
+from ..configuration_parakeet import get_head_type
 from ..feature_extraction_parakeet import ParakeetFeatureExtractor
 from ..modeling_parakeet import ParakeetForCTC, ParakeetForRNNT, ParakeetForTDT, ParakeetPreTrainedModel
 from ..processing_parakeet import ParakeetProcessor
@@ -97,7 +97,7 @@ def load_folder(
     """
     source = Path(source).as_posix()
     config = AutoConfig.from_pretrained(source, **hub)
-    kind = kind_of(config)
+    kind = get_head_type(config)
     if kind not in MODELS:
         raise NemoError(f"{source} must contain a Parakeet model with a head, its model type is {config.model_type!r}")
     model: ParakeetPreTrainedModel = MODELS[kind].from_pretrained(source, config=config, dtype=dtype or "auto", **hub)

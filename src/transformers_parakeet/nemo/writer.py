@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..configuration_parakeet import blank_of, kind_of
+from ..configuration_parakeet import get_blank_id, get_head_type
 from ..feature_extraction_parakeet import mel_triangles
 from .archive import SETTINGS, NemoError, write_archive
 from .fields import (
@@ -86,7 +86,7 @@ def has_ctc_head(config: Any) -> bool:
 
 def check_config(config: Any) -> None:
     """Refuse a model configuration that NeMo cannot express."""
-    kind, blank_id = kind_of(config), blank_of(config)
+    kind, blank_id = get_head_type(config), get_blank_id(config)
     if kind not in ("ctc", "rnnt", "tdt"):
         raise NemoError(f"the model must have a CTC, RNN-T or TDT head, got {config.model_type!r}: export such a model")
     if blank_id != config.vocab_size - 1:
@@ -136,7 +136,7 @@ def initial_settings(config: Any) -> dict[str, Any]:
     """
     if config.nemo_config is not None:
         return parse_settings(config.nemo_config.encode())
-    kind, hidden_size = kind_of(config), config.encoder_config.hidden_size
+    kind, hidden_size = get_head_type(config), config.encoder_config.hidden_size
     settings = encoder_settings(config.encoder_config)
     ctc_decoder = {
         "_target_": f"{MODULES}ConvASRDecoder",
@@ -318,7 +318,7 @@ def fields_with_owners(config: Any, extractor: Any) -> Iterator[tuple[Field, Any
     """Yield every row of the table of fields with the configuration or feature extractor that has the field."""
     for field in ENCODER_FIELDS:
         yield field, config.encoder_config
-    for field in select_model_fields(kind_of(config), has_ctc_head(config)):
+    for field in select_model_fields(get_head_type(config), has_ctc_head(config)):
         yield field, config
     for field in EXTRACTOR_FIELDS:
         yield field, extractor

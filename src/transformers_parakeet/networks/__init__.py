@@ -4,12 +4,12 @@ from .attention import ParakeetEncoderAttention, ParakeetEncoderRelPositionalEnc
 from .conformer import (
     ParakeetEncoderBlock,
     ParakeetEncoderSubsamplingConv2D,
+    compute_drop_probabilities,
     drop_block,
-    drop_probabilities,
     length_mask,
     subsampled_lengths,
 )
-from .fast_linear import pointwise
+from .fast_linear import apply_pointwise_conv
 from .transducer import ParakeetRNNTDecoder, ParakeetRNNTJointNetwork
 
 __all__ = [
@@ -19,9 +19,9 @@ __all__ = [
     "ParakeetEncoderSubsamplingConv2D",
     "ParakeetRNNTDecoder",
     "ParakeetRNNTJointNetwork",
+    "apply_pointwise_conv",
+    "compute_drop_probabilities",
     "drop_block",
-    "drop_probabilities",
     "length_mask",
-    "pointwise",
     "subsampled_lengths",
 ]

@@ -1,26 +1,26 @@
-"""Faster ways to compute linear layers: products of few rows on a CPU, and the largest output of a large layer.
+"""Faster linear layers: matrix products with small batches on a CPU, and the argmax of a large output layer.
 
-Each optimised function gives the result of a plain one that its docstring names. The networks that call them are in
-`conformer.py` and `transducer.py`.
+Each function computes the same result as a standard operation, which its docstring names. The networks that call the
+functions are in `conformer.py` and `transducer.py`.
 
 Milliseconds of the fastest of many calls with one thread on an AMD EPYC with AVX-512 and bfloat16 instructions, torch
 2.13; in brackets with AVX2 only (ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2):
 
     product with an (8198, 640) weight          1 row        4 rows       8 rows       32 rows
     F.linear                                    2.0 (1.9)    3.1 (3.3)    3.6 (3.7)    6.9
-    few_rows_linear                             1.4 (1.3)    1.8 (1.8)    3.1 (3.0)    6.8
+    small_batch_linear                          1.4 (1.3)    1.8 (1.8)    3.1 (3.0)    6.8
 
     index of the largest of 8193 outputs        1 row        4 rows       8 rows       32 rows
-    plain_argmax                                1.3 (1.2)    1.8 (1.8)    3.1 (3.1)    6.7
+    full_argmax                                 1.3 (1.2)    1.8 (1.8)    3.1 (3.1)    6.7
     Bfloat16Search                              2.0 (1.2)    2.2 (2.7)    2.4 (5.0)    3.4
 
     gates of an LSTM of two layers, width 640   1 row        4 rows       8 rows
     F.linear                                    2.5 (2.4)    3.2 (3.2)    3.7 (3.9)
     add_gate_products                           1.3 (1.3)    2.1 (2.2)    3.5 (3.6)
 
-With two threads few_rows_linear takes 2.5 instead of 3.6 for 16 rows, 3.5 instead of 5.0 for 32 and 5.6 instead of 7.5
-for 64; add_gate_products takes 2.0 instead of 2.8 for 8 rows and 2.5 instead of 3.3 for 16. Without bfloat16
-instructions the search is slower than the product, so that `Bfloat16Search.is_faster` is false.
+With two threads small_batch_linear takes 2.5 instead of 3.6 for 16 rows, 3.5 instead of 5.0 for 32 and 5.6 instead of
+7.5 for 64; add_gate_products takes 2.0 instead of 2.8 for 8 rows and 2.5 instead of 3.3 for 16. On a CPU without
+bfloat16 instructions, the search is slower than the matrix product, so `Bfloat16Search.is_faster` returns False.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 # classes of tensors that are neither quantised nor sharded
-PLAIN_TENSORS = (Tensor, nn.Parameter)
+ORDINARY_TENSOR_CLASSES = (Tensor, nn.Parameter)
 
-# factor of the unit vectors that `read_affine_layer` passes through a layer: in 16-bit types the bias must not exceed
-# the products by far, and a power of two causes no rounding
+# factor of the unit vectors that `probe_affine_layer` passes through a layer. A large factor reduces the rounding
+# error in 16-bit types if the bias is much larger than the weights; a power of two causes no rounding error.
 PROBE_SCALE = 256.0
 
-# largest number of rows for which `few_rows_linear` was measured to be faster than `F.linear`
-MAX_FEW_ROWS = 64
+# largest number of rows for which `small_batch_linear` was measured to be faster than `F.linear`
+MAX_SMALL_BATCH = 64
 
 # largest number of rows for which `add_gate_products` is faster with the weight as the left factor
 MAX_LEFT_FACTOR_ROWS = 4
@@ -50,46 +50,48 @@ MAX_LEFT_FACTOR_ROWS = 4
 # largest relative error of rounding to bfloat16, which has 8 significant bits
 BFLOAT16_ERROR = 2.0**-8
 
-# the error bound is enlarged by 5 % for the rounding of the float32 sums
+# the error bound of bfloat16 is enlarged by 5 % to include the rounding of the float32 sums
 ERROR_MARGIN = 1.05
 
-# outputs per group: the largest score of each group is computed faster than the few largest scores of all outputs
+# outputs per group: computing the maximum of each group is faster than `topk` over all outputs
 GROUP_SIZE = 64
 
-# average number of outputs per row that may be scored again in float32; if there are more, all outputs are scored
-MAX_CANDIDATES = 16
+# maximum number of candidates per row, on average over the rows, that the search scores in float32
+MAX_CANDIDATES_PER_ROW = 16
 
-# fewest weights and rows for which the search in bfloat16 is faster than the product in float32
+# minimum number of weights and of rows for which the bfloat16 search is faster than the float32 product
 MIN_SEARCH_WEIGHTS = 2**20
 MIN_SEARCH_ROWS = 8
 
-# weights per output that are compared to detect a change: 16 float32 numbers are one cache line
+# number of weights per output that are compared to detect a change; 16 float32 numbers fill one cache line
 SAMPLE_WIDTH = 16
 
 
-def is_plain(module: nn.Module, module_class: type[nn.Module]) -> bool:
-    """Tell whether reading the weights of a module gives the same result as calling the module.
-
-    This is false if an adapter or a quantiser has replaced the module, a parametrisation has changed its class, a tool
-    has replaced its `forward`, hooks are registered for it or for all modules, or one of its tensors is quantised,
-    sharded or on the meta device.
+def is_unmodified(module: nn.Module, module_class: type[nn.Module]) -> bool:
+    """Return whether a module can be computed from its weights without calling the module.
 
     Args:
-        module: the module whose call would be bypassed.
-        module_class: the class of torch that the module must have exactly, such as `nn.Linear`.
+        module: module of any class.
+        module_class: PyTorch class that the module is expected to have, such as `nn.Linear`.
+
+    Returns:
+        False if the class of the module is not exactly `module_class` (because of an adapter, a quantiser or a
+        parametrisation), if its `forward` is replaced, if hooks are registered for it or for all modules, or if one
+        of its tensors is quantised, sharded or on the meta device. True otherwise.
     """
+    # a `forward` that a tool replaced is an attribute of the instance
     if type(module) is not module_class or "forward" in module.__dict__ or has_hooks(module):
         return False
-    # plain loops, because this runs many times in a forward pass
+    # loops instead of a generator expression, because this runs many times in a forward pass
     for tensors in (module._parameters, module._buffers):
         for tensor in tensors.values():
-            if tensor is not None and (type(tensor) not in PLAIN_TENSORS or tensor.is_meta):
+            if tensor is not None and (type(tensor) not in ORDINARY_TENSOR_CLASSES or tensor.is_meta):
                 return False
     return True
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Tell whether forward or backward hooks are registered for a module, or globally for every module."""
+    """Return whether forward or backward hooks are registered for a module, or globally for all modules."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -102,198 +104,242 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def pointwise(conv: nn.Module, hidden: Tensor) -> Tensor:
+def apply_pointwise_conv(conv: nn.Module, hidden: Tensor) -> Tensor:
     """Apply a convolution with kernel size 1 over time: `conv(hidden.transpose(1, 2)).transpose(1, 2)`.
 
-    A plain convolution is computed as a matrix product, which needs no transposed copy of its input.
+    An unmodified `nn.Conv1d` (not quantised or wrapped) is computed as a matrix product, because this needs no
+    transposed copy of the input.
 
     Args:
-        conv: an `nn.Conv1d` of kernel size 1, or a module that replaces it, such as a LoRA adapter.
-        hidden: (B, N, channels) frames.
+        conv: an `nn.Conv1d` with kernel size 1, or a module that replaces it, such as a LoRA adapter.
+        hidden: (B, N, input channels) frames.
 
     Returns:
-        (B, N, output channels).
+        (B, N, output channels) frames.
     """
-    if is_plain(conv, nn.Conv1d):
+    if is_unmodified(conv, nn.Conv1d):
         return F.linear(hidden, conv.weight[..., 0], conv.bias)  # type: ignore[index, arg-type]
-    result: Tensor = conv(hidden.transpose(1, 2)).transpose(1, 2)
-    return result
+    output: Tensor = conv(hidden.transpose(1, 2)).transpose(1, 2)
+    return output
 
 
-def few_rows_linear(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Compute `F.linear(hidden, weight, bias)`, faster for few rows and a large float32 weight on a CPU.
+def small_batch_linear(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Compute `F.linear(hidden, weight, bias)`, faster for a small batch and a large float32 weight on a CPU.
 
-    Such a product is limited by the time to read the weight. The matrix library reads it fastest as the left factor of
-    a product with at least two columns, so a single row is computed twice.
+    Such a product is memory-bandwidth-bound: reading the weight takes most of the time. The BLAS library reads the
+    weight fastest if it is the left factor of a product with at least two columns.
 
     Args:
-        hidden: (R, inputs) rows.
-        weight: (outputs, inputs).
-        bias: (outputs,).
+        hidden: (R, inputs) batch of R rows.
+        weight: (outputs, inputs) weight.
+        bias: (outputs,) bias.
 
     Returns:
-        (R, outputs); its memory is column-major where the weight was the left factor.
+        (R, outputs) product; column-major in memory if the fast path was taken.
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or len(hidden) > MAX_FEW_ROWS:
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or len(hidden) > MAX_SMALL_BATCH:
         return F.linear(hidden, weight, bias)
+    # a single row is repeated to get two columns
     rows = hidden.repeat(2, 1) if len(hidden) == 1 else hidden.contiguous()
     return torch.mm(weight, rows.t()).t()[: len(hidden)].add_(bias)
 
 
 def add_gate_products(gates: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """Compute `gates + F.linear(hidden, weight)` for the four gates of an LSTM, as a batch of four products.
+    """Add the product `F.linear(hidden, weight)` to the four gates of an LSTM.
 
-    The products of few rows are limited by the time to read the weight. The matrix library uses all threads for a batch
-    of products, and for very few float32 rows reads the weight fastest as the left factor.
+    The product is computed as a batch of four products, one per gate, because the BLAS library distributes a batch over
+    all threads. With a small batch the product is memory-bandwidth-bound: reading the weight takes most of the time.
+    For very few float32 rows, the weight is read fastest as the left factor.
 
     Args:
-        gates: (4, R, P), or (4, 1, P) for the same values in each row.
-        hidden: (R, P) rows.
-        weight: (4P, P).
+        gates: (4, R, P) gates before their activation, for R rows and P LSTM cells; (4, 1, P) if they are equal for all
+            rows.
+        hidden: (R, P) input of the product.
+        weight: (4 * P, P) weights of the four gates, in PyTorch's order.
 
     Returns:
-        (4, R, P).
+        (4, R, P) sums.
     """
-    weights = weight.view(4, -1, hidden.shape[1])
+    gate_weights = weight.view(4, -1, hidden.shape[1])
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and len(hidden) <= MAX_LEFT_FACTOR_ROWS:
-        products = torch.bmm(weights, hidden.contiguous().t().expand(4, -1, -1))
+        # (4, P, P) x (4, P, R)
+        products = torch.bmm(gate_weights, hidden.contiguous().t().expand(4, -1, -1))
         return products.transpose(1, 2).contiguous().add_(gates)
-    return torch.baddbmm(gates, hidden.expand(4, -1, -1), weights.transpose(1, 2))
+    return torch.baddbmm(gates, hidden.expand(4, -1, -1), gate_weights.transpose(1, 2))
 
 
-def read_affine_layer(layer: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the weight and the bias of a layer that is affine but cannot be read, such as a linear layer with LoRA.
+def probe_affine_layer(layer: nn.Module, num_inputs: int, example: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the weight and bias of an affine layer by calling it, for example of a linear layer wrapped by LoRA.
 
-    The layer is called on zeros, which gives the bias, and on scaled unit vectors, which gives the columns of the
-    weight. This is done for every loss, because gradients reach the parameters of the layer through the result. Dropout
-    on the input of LoRA then drops the same inputs for all rows.
+    Zeros as input give the bias, and scaled unit vectors give the columns of the weight. Gradients pass through weight
+    and bias to the parameters of the layer, so they must be computed again for every loss. Dropout on the input of LoRA
+    drops the same inputs for all rows that are multiplied by the result.
 
     Args:
-        layer: maps (R, inputs) to (R, outputs).
-        width: number of inputs.
-        like: a tensor with the dtype and device of the layer's input.
+        layer: layer that maps (rows, inputs) to (rows, outputs).
+        num_inputs: number of inputs of the layer.
+        example: tensor with the dtype and device of the input of the layer; its values are not used.
 
     Returns:
         (outputs, inputs) weight and (outputs,) bias.
     """
-    unit_vectors = PROBE_SCALE * torch.eye(width, dtype=like.dtype, device=like.device)
+    unit_vectors = PROBE_SCALE * torch.eye(num_inputs, dtype=example.dtype, device=example.device)
     bias = layer(torch.zeros_like(unit_vectors[:1]))[0]
     return ((layer(unit_vectors) - bias) / PROBE_SCALE).t(), bias
 
 
-def plain_argmax(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return the (R,) indices of the largest outputs of a linear layer for (R, inputs) rows."""
-    return few_rows_linear(hidden, weight, bias).max(-1).indices
+def full_argmax(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Compute all outputs of a linear layer, and return the index of the largest output of each row.
+
+    Args:
+        hidden: (R, inputs) batch of R rows.
+        weight: (outputs, inputs) weight.
+        bias: (outputs,) bias.
+
+    Returns:
+        (R,) indices; the first index if several outputs are equal.
+    """
+    return small_batch_linear(hidden, weight, bias).max(-1).indices
 
 
 class Bfloat16Search:
-    """Finds the largest output of a linear layer from bfloat16 scores and decides between close outputs in float32.
+    """Finds the largest output of a linear layer, with bfloat16 scores of all outputs and float32 scores of the best.
 
-    The product of few rows with a large weight is limited by the time to read the weight. In bfloat16 these are half
-    the bytes, and the CPU has instructions for it. The object holds a rounded copy of the weight, never the weight.
+    The product of a small batch with a large weight is memory-bandwidth-bound. In bfloat16 the weight has half the
+    bytes, and some CPUs have instructions for bfloat16 products. The object holds a rounded copy of the weight, but no
+    reference to the weight itself, so it does not keep a deleted model in memory.
 
     Args:
-        weight: (V, J) float32.
-        bias: (V,) float32.
+        weight: (V, J) float32 weight of the layer.
+        bias: (V,) float32 bias of the layer.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        num_outputs, width = weight.shape
-        # scores of -inf fill the last group
-        padded_size = num_outputs + -num_outputs % GROUP_SIZE
-        self.rounded_weight = weight.new_zeros(padded_size, width, dtype=torch.bfloat16)
+        num_outputs, num_inputs = weight.shape
+        # outputs with the score -inf fill the last group
+        num_padded_outputs = num_outputs + -num_outputs % GROUP_SIZE
+        self.rounded_weight = weight.new_zeros(num_padded_outputs, num_inputs, dtype=torch.bfloat16)
         self.rounded_weight[:num_outputs] = weight
-        self.rounded_bias = bias.new_full((padded_size,), -torch.inf, dtype=torch.bfloat16)
+        self.rounded_bias = bias.new_full((num_padded_outputs,), -torch.inf, dtype=torch.bfloat16)
         self.rounded_bias[:num_outputs] = bias
-        # Cauchy-Schwarz: rounding weight and row changes their product by at most this times the norm of the row
+        # Cauchy-Schwarz inequality: rounding weight and input changes a score by at most this factor times the norm of
+        # the input
         self.error_per_norm = BFLOAT16_ERROR * (2 + BFLOAT16_ERROR) * torch.linalg.vector_norm(weight, dim=1).amax()
         self.bias_error = BFLOAT16_ERROR * bias.abs().amax()
-        self.version = weight._version
+        self.weight_version = weight._version
         self.weight_sample, self.bias_copy = weight[:, :SAMPLE_WIDTH].clone(), bias.clone()
 
     @staticmethod
     def is_faster(weight: Tensor) -> bool:
-        """Tell whether the search is faster than the float32 product: a large weight on a CPU with bfloat16 products.
+        """Return whether the search is faster than the float32 product of a small batch with this weight.
 
-        On a CPU without these instructions the search takes twice as long as the float32 product.
+        This requires a large float32 weight on a CPU with bfloat16 instructions (AVX512-BF16). On other CPUs the search
+        takes twice as long as the float32 product.
+
+        Args:
+            weight: (outputs, inputs) weight of the layer.
         """
-        # missing in older releases of torch
+        # older releases of torch do not have `get_capabilities`
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return (
             weight.device.type == "cpu"
             and weight.dtype == torch.float32
             and weight.numel() >= MIN_SEARCH_WEIGHTS
-            # torch does not count the changes of an inference tensor, so that a stale copy could not be detected
+            # an inference tensor has no version counter, so an outdated rounded copy could not be detected
             and not weight.is_inference()
             and bool(capabilities.get("avx512_bf16"))
         )
 
-    def matches(self, weight: Tensor, bias: Tensor) -> bool:
-        """Tell whether the rounded copy belongs to the present values of weight (V, J) and bias (V,).
+    def is_up_to_date(self, weight: Tensor, bias: Tensor) -> bool:
+        """Return whether the rounded copies still match the weight and bias of the layer.
 
-        Changes through `weight.data` do not raise torch's version counter, so that a sample of each row is compared.
+        Changes through `weight.data` do not increase PyTorch's version counter, so some values of each weight row are
+        compared with a stored sample as well.
+
+        Args:
+            weight: (V, J) present weight of the layer.
+            bias: (V,) present bias of the layer.
         """
         return (
-            self.version == weight._version
+            self.weight_version == weight._version
             and torch.equal(self.bias_copy, bias)
             and torch.equal(self.weight_sample, weight[:, :SAMPLE_WIDTH])
         )
 
     def argmax(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Return what `plain_argmax(hidden, weight, bias)` returns: the largest output, the first of equal ones.
+        """Find the largest output of each row, with the same result as `full_argmax(hidden, weight, bias)`.
 
         Args:
-            hidden: (R, J) float32 rows.
-            weight: (V, J), the weight that was rounded.
-            bias: (V,), the bias that was rounded.
+            hidden: (R, J) float32 batch of R rows.
+            weight: (V, J) float32 weight, from which the rounded copy was made.
+            bias: (V,) float32 bias, from which the rounded copy was made.
 
         Returns:
-            (R,) indices.
+            (R,) indices; the first index if several outputs are equal.
         """
-        rows, outputs = self._candidates(hidden)
-        if len(rows) > MAX_CANDIDATES * len(hidden):
-            return plain_argmax(hidden, weight, bias)
-        scores = torch.linalg.vecdot(weight.index_select(0, outputs), hidden.index_select(0, rows)) + bias[outputs]
-        best_scores = scores.new_full((len(hidden),), -torch.inf).scatter_reduce_(0, rows, scores, "amax")
-        is_best = scores == best_scores[rows]
-        best = rows.new_full((len(hidden),), len(weight))
-        best.scatter_reduce_(0, rows[is_best], outputs[is_best], "amin")
-        # a row that is not finite has no candidates
-        return best if bool((best < len(weight)).all()) else plain_argmax(hidden, weight, bias)
+        row_indices, output_indices = self._find_candidates(hidden)
+        if len(row_indices) > MAX_CANDIDATES_PER_ROW * len(hidden):
+            return full_argmax(hidden, weight, bias)
+        # float32 scores of the candidates
+        candidate_weights = weight.index_select(0, output_indices)
+        candidate_inputs = hidden.index_select(0, row_indices)
+        scores = torch.linalg.vecdot(candidate_weights, candidate_inputs) + bias[output_indices]
+        best_scores = scores.new_full((len(hidden),), -torch.inf).scatter_reduce_(0, row_indices, scores, "amax")
+        # the smallest output index with the best score; len(weight) in a row without candidates
+        is_best = scores == best_scores[row_indices]
+        best_outputs = row_indices.new_full((len(hidden),), len(weight))
+        best_outputs.scatter_reduce_(0, row_indices[is_best], output_indices[is_best], "amin")
+        # a row with infinite or NaN scores has no candidates
+        has_all_rows = bool((best_outputs < len(weight)).all())
+        return best_outputs if has_all_rows else full_argmax(hidden, weight, bias)
 
-    def _candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return row and output index of each output that may be the largest one of its row, in two (C,) tensors."""
-        # output i * groups + g is number i of group g
+    def _find_candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Find all outputs that may have the largest float32 score of their row, from bfloat16 scores.
+
+        Args:
+            hidden: (R, J) float32 batch of R rows.
+
+        Returns:
+            Row indices and output indices of the candidates, two tensors of shape (num_candidates,). A row with
+            infinite or NaN scores has no candidates.
+        """
+        # (R, GROUP_SIZE, num_groups): output i * num_groups + g is member i of group g
         scores = F.linear(hidden.bfloat16(), self.rounded_weight, self.rounded_bias).unflatten(1, (GROUP_SIZE, -1))
+        num_groups = scores.shape[2]
         group_maxima = scores.amax(1)
-        largest = group_maxima.amax(1).float()
-        # the last term but one: the scores themselves are rounded
+        best_scores = group_maxima.amax(1).float()
+        # error bound of a score: rounding of weight and input, rounding of the score itself, rounding of the bias
         error = self.error_per_norm * torch.linalg.vector_norm(hidden, dim=1)
-        error = ERROR_MARGIN * (error + BFLOAT16_ERROR * largest.abs() + self.bias_error)
-        # the error of the largest score and that of another output can add up
-        lowest = largest - 2 * error
+        error = ERROR_MARGIN * (error + BFLOAT16_ERROR * best_scores.abs() + self.bias_error)
+        # the best score may be too high and the score of a candidate too low, each by the error bound
+        thresholds = best_scores - 2 * error
         # comparisons with NaN are false
-        lowest = torch.where(lowest.isfinite(), lowest, torch.nan)
-        rows, groups = (group_maxima >= lowest[:, None]).nonzero(as_tuple=True)
-        matches, members = (scores[rows, :, groups] >= lowest[rows, None]).nonzero(as_tuple=True)
-        return rows[matches], members * scores.shape[2] + groups[matches]
+        thresholds = torch.where(thresholds.isfinite(), thresholds, torch.nan)
+        # first select the groups with candidates, then the candidates in these groups
+        rows, groups = (group_maxima >= thresholds[:, None]).nonzero(as_tuple=True)
+        selected_groups, members = (scores[rows, :, groups] >= thresholds[rows, None]).nonzero(as_tuple=True)
+        return rows[selected_groups], members * num_groups + groups[selected_groups]
 
 
-# one search per layer, removed together with the layer; models hold none, because they are copied, saved and trained
+# cache with one search per layer; an entry disappears when its layer is deleted. The search is not an attribute of the
+# layer, because it would then be copied and saved with the model.
 _searches: WeakKeyDictionary[nn.Linear, Bfloat16Search] = WeakKeyDictionary()
 _searches_lock = threading.Lock()
 
 
 def prepare_search(layer: nn.Linear, num_outputs: int) -> Bfloat16Search:
-    """Return the search among the first outputs of a layer; it is built again when the weight or bias has changed.
+    """Get the search over the first outputs of a layer from a cache, or build it if the layer is new or has changed.
 
     Args:
-        layer: the output layer of a model, for which `Bfloat16Search.is_faster` holds.
+        layer: output layer of a joint network; `Bfloat16Search.is_faster` must be true for its weight.
         num_outputs: number of outputs to search.
+
+    Returns:
+        A search that matches the present weight and bias of the layer.
     """
     weight, bias = layer.weight[:num_outputs].detach(), layer.bias[:num_outputs].detach()
     with _searches_lock:
         search = _searches.get(layer)
-        if search is None or not search.matches(weight, bias):
+        if search is None or not search.is_up_to_date(weight, bias):
             search = _searches[layer] = Bfloat16Search(weight, bias)
     return search

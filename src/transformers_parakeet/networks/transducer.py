@@ -1,6 +1,6 @@
-"""The two networks of a transducer beside the encoder: the prediction network and the joint network.
+"""Prediction network and joint network of a transducer.
 
-The decoding loop that feeds tokens back is in the sub-package `decoding`, the loss in the sub-package `losses`.
+The decoding loop that calls them is in the sub-package `decoding`, the loss in the sub-package `losses`.
 """
 
 from collections.abc import Callable
@@ -16,25 +16,27 @@ from .fast_linear import (
     MIN_SEARCH_ROWS,
     Bfloat16Search,
     add_gate_products,
-    few_rows_linear,
-    is_plain,
-    plain_argmax,
+    full_argmax,
+    is_unmodified,
     prepare_search,
-    read_affine_layer,
+    probe_affine_layer,
+    small_batch_linear,
 )
 
-# hidden and cell state of all LSTM layers, each (layers, B, P)
-LSTMState = tuple[Tensor, Tensor]
+# hidden states and cell states of all LSTM layers, each (num_layers, B, width of the prediction network)
+LstmState = tuple[Tensor, Tensor]
 
-# encoder states (R, K, J) and predictor states (R, 1, J) -> (R, K) indices of the best outputs
-BestOutputs = Callable[[Tensor, Tensor], Tensor]
+# maps encoder states (R, num_frames, J) and predictor states (R, 1, J) of R hypotheses to the (R, num_frames) indices
+# of the best outputs
+ArgmaxFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 class ParakeetRNNTDecoder(nn.Module):
     """Prediction network: embedding, LSTM and projection to the joint width (Graves, arXiv 1211.3711, section 2).
 
     Args:
-        config: vocabulary size, width P, number of LSTM layers, joint width J and dropout.
+        config: configuration of the transducer. It gives the vocabulary size, the width and number of the LSTM layers,
+            the joint width J and the dropout probability.
     """
 
     def __init__(self, config: ParakeetRNNTConfig) -> None:
@@ -42,16 +44,16 @@ class ParakeetRNNTDecoder(nn.Module):
         width = config.decoder_hidden_size
         self.dropout = config.decoder_dropout
         self.embedding = nn.Embedding(config.vocab_size, width)
-        # torch warns about dropout between layers if there is only one
+        # PyTorch warns if a single-layer LSTM has dropout, because dropout is applied between layers
         lstm_dropout = config.decoder_dropout if config.num_decoder_layers > 1 else 0.0
         self.lstm = nn.LSTM(width, width, config.num_decoder_layers, batch_first=True, dropout=lstm_dropout)
         self.decoder_projector = nn.Linear(width, config.joint_hidden_size or width)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Compute the predictor states of whole label sequences, for training.
+        """Compute the predictor states of complete label sequences, for training.
 
         Args:
-            input_ids: (B, U+1) the blank, then the labels.
+            input_ids: (B, U+1) token ids: the blank, followed by the labels.
 
         Returns:
             (B, U+1, J) predictor states.
@@ -59,61 +61,72 @@ class ParakeetRNNTDecoder(nn.Module):
         hidden, _ = self.lstm(self.embedding(input_ids))
         return self.decoder_projector(F.dropout(hidden, self.dropout, self.training))
 
-    def step(self, tokens: Tensor, state: LSTMState | None) -> tuple[Tensor, LSTMState]:
-        """Compute the predictor states after one more label, for decoding.
+    def step(self, labels: Tensor, lstm_state: LstmState | None) -> tuple[Tensor, LstmState]:
+        """Advance the prediction network by one label, for decoding.
 
-        A plain LSTM is computed cell by cell, because `nn.LSTM` copies its weights to a packed layout in every call.
+        An unmodified `nn.LSTM` (not quantised or wrapped) is computed layer by layer from its weights, because
+        `nn.LSTM` copies its weights to a packed layout in every call.
 
         Args:
-            tokens: (B,) the last label of each hypothesis, or the blank at the start.
-            state: LSTM state before the step; `None` at the start.
+            labels: (B,) last label of each hypothesis; the blank for an empty hypothesis.
+            lstm_state: hidden and cell states before the step, each (num_layers, B, width of the prediction network);
+                `None` for empty hypotheses.
 
         Returns:
-            (B, J) predictor states and the LSTM state after the step.
+            (B, J) predictor states, and the hidden and cell states after the step.
         """
-        hidden = self.embedding(tokens)
-        if not is_plain(self.lstm, nn.LSTM):
-            output, state = self.lstm(hidden[:, None], state)
-            return self.decoder_projector(output[:, 0]), state
-        if state is None:
-            zeros = hidden.new_zeros(self.lstm.num_layers, len(tokens), hidden.shape[1])
-            state = (zeros, zeros)
-        hidden_states, cell_states = [], []
-        for layer in range(self.lstm.num_layers):
-            hidden, cell = self._lstm_cell(layer, hidden, state[0][layer], state[1][layer])
-            hidden_states.append(hidden)
-            cell_states.append(cell)
-        return self.decoder_projector(hidden), (torch.stack(hidden_states), torch.stack(cell_states))
+        layer_input = self.embedding(labels)
+        if not is_unmodified(self.lstm, nn.LSTM):
+            # sequences of length 1
+            output, lstm_state = self.lstm(layer_input[:, None], lstm_state)
+            return self.decoder_projector(output[:, 0]), lstm_state
+        if lstm_state is None:
+            zeros = layer_input.new_zeros(self.lstm.num_layers, len(labels), layer_input.shape[1])
+            lstm_state = (zeros, zeros)
+        new_hidden, new_cells = [], []
+        for layer_index in range(self.lstm.num_layers):
+            hidden, cells = lstm_state[0][layer_index], lstm_state[1][layer_index]
+            hidden, cells = self._step_lstm_layer(layer_index, layer_input, hidden, cells)
+            new_hidden.append(hidden)
+            new_cells.append(cells)
+            # the hidden states are the input of the next layer
+            layer_input = hidden
+        return self.decoder_projector(layer_input), (torch.stack(new_hidden), torch.stack(new_cells))
 
-    def _lstm_cell(self, layer: int, inputs: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute one layer of the LSTM for one label, with the equations of `nn.LSTM`.
+    def _step_lstm_layer(
+        self, layer_index: int, layer_input: Tensor, hidden: Tensor, cells: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Advance one layer of `self.lstm` by one label, with the equations in the documentation of `nn.LSTM`.
 
         Args:
-            layer: index of the LSTM layer.
-            inputs: (B, P) embeddings, or the hidden states of the layer below.
+            layer_index: index of the LSTM layer.
+            layer_input: (B, P) embeddings of the labels, or hidden states of the previous layer; P is the width of the
+                prediction network.
             hidden: (B, P) hidden states of this layer before the step.
-            cell: (B, P) cell states of this layer before the step.
+            cells: (B, P) cell states of this layer before the step.
 
         Returns:
             (B, P) hidden states and (B, P) cell states after the step.
         """
         weight_ih, weight_hh, bias_ih, bias_hh = (
-            getattr(self.lstm, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            getattr(self.lstm, f"{name}_l{layer_index}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         )
-        # (4, B, P) in torch's order: input gate, forget gate, candidate, output gate
+        # (4, B, P) in PyTorch's order: input gate, forget gate, candidate, output gate
         gates = (bias_ih + bias_hh).view(4, 1, -1)
-        gates = add_gate_products(add_gate_products(gates, inputs, weight_ih), hidden, weight_hh)
+        gates = add_gate_products(gates, layer_input, weight_ih)
+        gates = add_gate_products(gates, hidden, weight_hh)
         (input_gate, forget_gate), candidate, output_gate = gates[:2].sigmoid(), gates[2].tanh(), gates[3].sigmoid()
-        cell = torch.addcmul(input_gate * candidate, forget_gate, cell)
-        return output_gate * cell.tanh(), cell
+        cells = torch.addcmul(input_gate * candidate, forget_gate, cells)
+        return output_gate * cells.tanh(), cells
 
 
 class ParakeetRNNTJointNetwork(nn.Module):
-    """Joint network: activation of the sum of an encoder state and a predictor state, then a linear output layer.
+    """Joint network: sum of encoder state and predictor state, activation, and a linear output layer.
 
     Args:
-        config: joint width J, activation, dropout and vocabulary size.
-        num_outputs: outputs of the layer, V for RNN-T (also with `None`) and V + D for TDT.
+        config: configuration of the transducer. It gives the joint width J, the activation, the dropout probability and
+            the vocabulary size V.
+        num_outputs: number of outputs: V for RNN-T, V + D for TDT; `None` for V.
     """
 
     def __init__(self, config: ParakeetRNNTConfig, num_outputs: int | None = None) -> None:
@@ -123,79 +136,86 @@ class ParakeetRNNTJointNetwork(nn.Module):
         self.head = nn.Linear(config.joint_hidden_size or config.decoder_hidden_size, num_outputs or config.vocab_size)
 
     def forward(self, decoder_hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """Score all tokens, and for TDT all durations.
+        """Compute the logits of all tokens, and for TDT of all durations.
 
         Args:
             decoder_hidden_states: (..., J) predictor states.
-            encoder_hidden_states: (..., J) projected encoder states; the two broadcast.
+            encoder_hidden_states: (..., J) encoder states, projected to the joint width. Their shape must broadcast
+                with the shape of `decoder_hidden_states`.
 
         Returns:
-            (..., V) or (..., V + D) logits.
+            (..., V) logits for RNN-T, (..., V + D) logits for TDT.
         """
         hidden = self._combine(encoder_hidden_states, decoder_hidden_states)
         return self.head(F.dropout(hidden, self.dropout, self.training))
 
     def _combine(self, encoder_states: Tensor, predictor_states: Tensor) -> Tensor:
-        """Return the (..., J) input of the output layer for (..., J) encoder and predictor states that broadcast."""
+        """Add (..., J) encoder states and (..., J) predictor states, with broadcasting, and apply the activation."""
         return self.activation(encoder_states + predictor_states)
 
-    def output_layer(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weight and bias of the output layer for the fused loss; gradients pass through both to the parameters.
+    def get_output_weights(self, example: Tensor) -> tuple[Tensor, Tensor]:
+        """Get the weight and bias of the output layer for the fused loss.
+
+        Gradients with respect to the result pass on to the parameters of the output layer, also if the layer is wrapped
+        by an adapter such as LoRA.
 
         Args:
-            like: an input of the joint network, which gives dtype and device.
+            example: tensor with the dtype and device of the input of the output layer; its values are not used.
 
         Returns:
-            (V [+ D], J) weight and (V [+ D],) bias.
+            Weight and bias: (V, J) and (V,) for RNN-T, (V + D, J) and (V + D,) for TDT.
         """
-        if is_plain(self.head, nn.Linear):
+        if is_unmodified(self.head, nn.Linear):
             return self.head.weight, self.head.bias
-        return read_affine_layer(self.head, self.head.in_features, like)
+        return probe_affine_layer(self.head, self.head.in_features, example)
 
     def score(self, encoder_states: Tensor, predictor_states: Tensor) -> Tensor:
-        """Score several frames of each hypothesis in decoding, without dropout.
+        """Compute the logits for several frames of each hypothesis in decoding, without dropout.
 
         Args:
-            encoder_states: (R, K, J) projected encoder states of K frames for each of R hypotheses.
-            predictor_states: (R, 1, J).
+            encoder_states: (R, num_frames, J) projected encoder states of some frames for each of R hypotheses.
+            predictor_states: (R, 1, J) predictor state of each hypothesis.
 
         Returns:
-            (R, K, V [+ D]) logits.
+            (R, num_frames, V) logits for RNN-T, (R, num_frames, V + D) logits for TDT.
         """
-        if not is_plain(self.head, nn.Linear):
+        if not is_unmodified(self.head, nn.Linear):
             return self(predictor_states, encoder_states)
         hidden = self._combine(encoder_states, predictor_states)
-        return few_rows_linear(hidden.flatten(0, 1), self.head.weight, self.head.bias).unflatten(0, hidden.shape[:2])
+        logits = small_batch_linear(hidden.flatten(0, 1), self.head.weight, self.head.bias)
+        return logits.unflatten(0, hidden.shape[:2])
 
-    def fast_argmax(self, vocab_size: int) -> tuple[BestOutputs | None, BestOutputs | None]:
-        """Return functions that find the best outputs faster than `score` does, for one call of `generate`.
+    def build_argmax_functions(self, vocab_size: int) -> tuple[ArgmaxFunction | None, ArgmaxFunction | None]:
+        """Build functions that find the best tokens and durations faster than `score` computes all logits.
 
         Args:
-            vocab_size: number of tokens V with the blank; the outputs after them are durations.
+            vocab_size: number of tokens V with the blank; the outputs from index V on are durations.
 
         Returns:
-            A function for the best durations and one for the best tokens, each called with encoder states (R, K, J)
-            and predictor states (R, 1, J). The first is `None` for RNN-T. The second is `None` on a device without
-            fast bfloat16 products. Both are `None` if the output layer is wrapped, for example by LoRA.
+            A function that finds the best durations (`None` for RNN-T), and a function that finds the best tokens
+            (`None` on a device without fast bfloat16 products). Both are `None` if the output layer is wrapped, for
+            example by LoRA. Each function maps encoder states (R, num_frames, J) and predictor states (R, 1, J) of R
+            hypotheses to (R, num_frames) indices.
         """
-        if not is_plain(self.head, nn.Linear):
+        if not is_unmodified(self.head, nn.Linear):
             return None, None
         weight, bias = self.head.weight, self.head.bias
 
         @cache
-        def search() -> Bfloat16Search:
-            # on first use only, because decoding with confidence needs all scores
+        def get_search() -> Bfloat16Search:
+            # built on first use, because decoding with confidence computes all logits and never searches
             return prepare_search(self.head, vocab_size)
 
-        def best_durations(encoder_states: Tensor, predictor_states: Tensor) -> Tensor:
+        def find_best_durations(encoder_states: Tensor, predictor_states: Tensor) -> Tensor:
             hidden = self._combine(encoder_states, predictor_states)
             return F.linear(hidden, weight[vocab_size:], bias[vocab_size:]).argmax(-1)
 
-        def best_tokens(encoder_states: Tensor, predictor_states: Tensor) -> Tensor:
+        def find_best_tokens(encoder_states: Tensor, predictor_states: Tensor) -> Tensor:
             hidden = self._combine(encoder_states, predictor_states)
             rows = hidden.flatten(0, 1)
-            argmax = plain_argmax if len(rows) < MIN_SEARCH_ROWS else search().argmax
+            argmax = full_argmax if len(rows) < MIN_SEARCH_ROWS else get_search().argmax
             return argmax(rows, weight[:vocab_size], bias[:vocab_size]).unflatten(0, hidden.shape[:2])
 
         has_durations = len(weight) > vocab_size
-        return best_durations if has_durations else None, best_tokens if Bfloat16Search.is_faster(weight) else None
+        find_tokens = find_best_tokens if Bfloat16Search.is_faster(weight) else None
+        return find_best_durations if has_durations else None, find_tokens

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..configuration_parakeet import kind_of
+from ..configuration_parakeet import get_head_type
 from .clips import read_clip
 from .metrics import error_rates
 
@@ -23,7 +23,7 @@ def check_decoder(config: Any, decoder: str | None) -> None:
     Raises:
         ValueError: the model has no such decoder.
     """
-    is_ctc_model = kind_of(config) == "ctc"
+    is_ctc_model = get_head_type(config) == "ctc"
     decoders = [] if is_ctc_model else ["transducer"]
     if is_ctc_model or config.ctc_head:
         decoders.append("ctc")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from ..configuration_parakeet import blank_of
+from ..configuration_parakeet import get_blank_id
 from ..losses import compact_labels
 from .adapters import freeze_batch_norm_statistics
 from .batching import DurationBatchSampler
@@ -227,7 +227,7 @@ def extract_tokens(output: Any, config: Any) -> Tensor:
         (B, U) token ids without blanks and CTC repetitions, padded with -100; U is at least 1.
     """
     sequences = output if isinstance(output, Tensor) else output.sequences
-    is_token = sequences != blank_of(config)
+    is_token = sequences != get_blank_id(config)
     if getattr(output, "durations", None) is None:
         is_token[:, 1:] &= sequences[:, 1:] != sequences[:, :-1]
     else:

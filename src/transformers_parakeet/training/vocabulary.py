@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..configuration_parakeet import blank_of, kind_of
+from ..configuration_parakeet import get_blank_id, get_head_type
 from ..nemo import build_tokenizer, parse_sentencepiece, sentencepiece_models
 from ..processing_parakeet import ParakeetProcessor
 from ..tokenization_parakeet import BLANK, WORD_START, ParakeetTokenizer
@@ -42,7 +42,7 @@ def extend_vocabulary(model: Any, processor: ParakeetProcessor, new_tokens: Sequ
         raise ValueError(
             "an aggregate tokenizer cannot be extended: use `replace_tokenizer` with one SentencePiece model"
         )
-    tokenizer = build_tokenizer([add_pieces(models[0], new_tokens)], kind_of(model.config))
+    tokenizer = build_tokenizer([add_pieces(models[0], new_tokens)], get_head_type(model.config))
     for token in new_tokens:
         if tokenizer.convert_tokens_to_ids(token) not in tokenizer(token, add_special_tokens=False)["input_ids"]:
             raise ValueError(
@@ -72,7 +72,7 @@ def replace_tokenizer(
     if isinstance(tokenizer, (str, Path)):
         tokenizer = Path(tokenizer).read_bytes()
     if isinstance(tokenizer, bytes):
-        tokenizer = build_tokenizer([tokenizer], kind_of(model.config))
+        tokenizer = build_tokenizer([tokenizer], get_head_type(model.config))
     last_token = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
     if last_token not in (BLANK, tokenizer.pad_token):
         raise ValueError(f"the last token must be the blank, got {last_token!r}: give the SentencePiece model itself")
@@ -97,7 +97,7 @@ def check_vocabulary(model: Any, processor: ParakeetProcessor) -> int:
         ValueError: the blank is not the last token of both.
     """
     vocab_size, tokenizer_size = model.config.vocab_size, len(processor.tokenizer)
-    blank_id = blank_of(model.config)
+    blank_id = get_blank_id(model.config)
     if not blank_id == vocab_size - 1 == tokenizer_size - 1:
         raise ValueError(
             f"the blank must be the last of the {vocab_size} tokens of the model and of the {tokenizer_size} tokens of "
@@ -236,7 +236,7 @@ def set_tokenizer(model: Any, processor: ParakeetProcessor, tokenizer: ParakeetT
     processor.tokenizer = tokenizer
     processor.blank_token_id = vocab_size - 1
     # a CTC processor has no blank token: its blank is the pad token
-    if kind_of(model.config) != "ctc":
+    if get_head_type(model.config) != "ctc":
         processor.blank_token = tokenizer.convert_ids_to_tokens(vocab_size - 1)
     clear_cached_properties(processor)
 

@@ -1,0 +1,243 @@
+"""Blocks, masks and relative positions of attention with a limited context.
+
+The attention module that uses them is in `attention.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# minimum number of queries in a block: neighbouring blocks read overlapping keys, and short blocks copy each key often
+MIN_BLOCK_SIZE = 64
+
+
+def pad_frames(frames: Tensor, before: int, after: int) -> Tensor:
+    """Add frames of zeros before the first and after the last frame of (B, N, ...)."""
+    # `F.pad` expects pairs (before, after) from the last dimension to the first one
+    return F.pad(frames, (*[0, 0] * (frames.ndim - 2), before, after))
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """How the queries are split into blocks, and which keys each block reads.
+
+    All blocks of a layout have the same shape. Without a context limit, one block holds all frames. In shapes, c is
+    `block_size` and K is `num_keys`.
+
+    Args:
+        num_frames: number of frames N.
+        block_size: number of queries in a block.
+        keys_before: number of keys that a block reads before its first query.
+        keys_after: number of keys that a block reads after its last query.
+    """
+
+    num_frames: int
+    block_size: int
+    keys_before: int = 0
+    keys_after: int = 0
+
+    @property
+    def is_single_block(self) -> bool:
+        """Whether one block holds all frames."""
+        return self.block_size == self.num_frames
+
+    @property
+    def num_keys(self) -> int:
+        """Number of keys that a block reads."""
+        return self.keys_before + self.block_size + self.keys_after
+
+    @property
+    def padding(self) -> int:
+        """Number of frames to add at the end to fill the last block."""
+        return -self.num_frames % self.block_size
+
+    def compute_relative_positions(self, device: torch.device) -> Tensor:
+        """List the relative positions (query index - key index) that occur in a block, in decreasing order.
+
+        Args:
+            device: device of the result.
+
+        Returns:
+            (K + c - 1,) integer positions, for K keys and c queries per block.
+        """
+        # the last query and the first key have the largest distance into the past
+        largest = self.keys_before + self.block_size - 1
+        smallest = 1 - self.block_size - self.keys_after
+        return torch.arange(largest, smallest - 1, -1, device=device)
+
+    def split_queries(self, queries: Tensor) -> Tensor:
+        """Split the queries of each clip into blocks of equal size, and fill the last block with zeros.
+
+        Args:
+            queries: (B, N, ...) one query per frame.
+
+        Returns:
+            (B * num_blocks, c, ...) blocks of c queries.
+        """
+        if self.is_single_block:
+            return queries
+        padded = pad_frames(queries, 0, self.padding)
+        return padded.unflatten(1, (-1, self.block_size)).flatten(0, 1)
+
+    def split_keys(self, keys: Tensor) -> Tensor:
+        """Copy the keys that each block reads; keys before the first and after the last frame are zeros.
+
+        Args:
+            keys: (B, N, ...) one key per frame.
+
+        Returns:
+            (B * num_blocks, K, ...) keys, K per block.
+        """
+        if self.is_single_block:
+            return keys
+        padded = pad_frames(keys, self.keys_before, self.padding + self.keys_after)
+        # (B, num_blocks, ..., K) view, in which the keys of neighbouring blocks overlap
+        overlapping = padded.unfold(1, self.num_keys, self.block_size)
+        return overlapping.movedim(-1, 2).flatten(0, 1)
+
+    def join_blocks(self, blocks: Tensor) -> Tensor:
+        """Undo `split_queries`: concatenate the blocks of each clip and remove the frames that filled the last block.
+
+        Args:
+            blocks: (B * num_blocks, c, ...) blocks of c frames.
+
+        Returns:
+            (B, N, ...) frames.
+        """
+        if self.is_single_block:
+            return blocks
+        num_blocks = (self.num_frames + self.padding) // self.block_size
+        return blocks.unflatten(0, (-1, num_blocks)).flatten(1, 2)[:, : self.num_frames]
+
+
+def choose_block_layout(context_style: str, context_size: Sequence[int], num_frames: int) -> BlockLayout:
+    """Choose the size of the attention blocks for a context.
+
+    Args:
+        context_style: `attention_context_style` of the encoder configuration.
+        context_size: `attention_context_size` of the encoder configuration, in encoder frames.
+        num_frames: number of frames N in the padded batch.
+
+    Returns:
+        Blocks about half as long as the context. If the context is unlimited on one side, or if a block would read at
+        least N keys, a single block with all frames.
+    """
+    left, right = context_size[0], context_size[-1]
+    chunk_size = 1
+    if context_style == "chunked_limited":
+        # a query sees the rest of its chunk, but no frame after the chunk; a negative `right` means no limit
+        chunk_size, right = right + 1, min(right, 0)
+    elif context_style == "chunked_limited_with_rc":
+        chunk_size = context_size[1]
+    single_block = BlockLayout(num_frames, num_frames)
+    if min(left, right) < 0 or chunk_size < 1:
+        return single_block
+    # round up to a whole number of chunks, because then all blocks have the same mask
+    chunks_per_block = -(-max((left + right) // 2, MIN_BLOCK_SIZE) // chunk_size)
+    layout = BlockLayout(num_frames, chunk_size * chunks_per_block, left, right)
+    return layout if layout.num_keys < num_frames else single_block
+
+
+def build_context_mask(
+    context_style: str, context_size: Sequence[int], layout: BlockLayout, device: torch.device
+) -> Tensor | None:
+    """Build the mask of the keys in the attention context of each query in a block.
+
+    All blocks have the same mask, because each block contains a whole number of chunks.
+
+    Args:
+        context_style: `attention_context_style` of the encoder configuration.
+        context_size: `[left, right]` or `[left, chunk, right]` encoder frames, -1 for no limit.
+        layout: block layout for this context, with c queries and K keys per block.
+        device: device of the mask.
+
+    Returns:
+        (c, K) boolean mask, True if the query may attend to the key; `None` if every key is visible to every query.
+    """
+    if max(context_size) < 0:
+        return None
+    # frame indices relative to the first query of the block: queries as a column, keys as a row
+    query = torch.arange(layout.block_size, device=device)[:, None]
+    key = torch.arange(-layout.keys_before, layout.block_size + layout.keys_after, device=device)[None]
+    left, right = context_size[0], context_size[-1]
+    # visible keys: from `left` frames before `first_frame` to `right` frames after `last_frame`
+    first_frame, last_frame = query, query
+    if context_style == "chunked_limited" and right >= 0:
+        chunk_size = right + 1
+        first_frame = query // chunk_size * chunk_size
+        last_frame, right = first_frame + chunk_size - 1, 0
+    elif context_style == "chunked_limited_with_rc" and context_size[1] > 0:
+        chunk_size = context_size[1]
+        first_frame = query // chunk_size * chunk_size
+        last_frame = first_frame + chunk_size - 1
+    is_visible = torch.ones(layout.block_size, layout.num_keys, dtype=torch.bool, device=device)
+    if left >= 0:
+        is_visible &= key >= first_frame - left
+    if right >= 0:
+        is_visible &= key <= last_frame + right
+    return is_visible
+
+
+def map_to_nemo_local_positions(positions: Tensor, left_context: int, right_context: int) -> tuple[Tensor, Tensor]:
+    """Map each relative position to the position whose embedding NeMo's local attention uses instead.
+
+    The two differ only if `left_context != right_context`. NeMo then has one score column per position from w to -w,
+    where w = max(left_context, right_context), but one embedding per position from left_context to -right_context.
+    NeMo adds the first left_context embeddings to the first columns and the other embeddings to the last columns, so
+    some embeddings are added to the wrong column. Example for left_context = 2, right_context = 3:
+
+        position of the column         3   2     1   0  -1  -2  -3
+        position of the embedding      2   1  none   0  -1  -2  -3
+
+    Source: RelPositionMultiHeadAttentionLongformer in NeMo's multi_head_attention.py.
+
+    Args:
+        positions: relative positions (query index - key index), of any shape.
+        left_context: number of frames before a query that the query attends to.
+        right_context: number of frames after a query that the query attends to.
+
+    Returns:
+        The mapped positions, and a boolean mask that is False if NeMo adds no embedding. Both have the shape of
+        `positions`; where the mask is False, the mapped position is meaningless.
+    """
+    max_distance = max(left_context, right_context)
+    score_column = max_distance - positions
+    in_left_block = score_column < left_context
+    in_right_block = score_column >= 2 * max_distance - right_context
+    # the last right_context + 1 columns get the embeddings from index left_context on
+    right_block_row = score_column - (2 * max_distance - right_context) + left_context
+    embedding_row = torch.where(in_left_block, score_column, right_block_row)
+    # row 0 of the embeddings belongs to position left_context
+    return left_context - embedding_row, in_left_block | in_right_block
+
+
+def relative_shift(scores: Tensor, num_keys: int) -> Tensor:
+    """Reorder scores by relative position into scores by key, without a copy.
+
+    Source: Transformer-XL (arXiv 1901.02860), appendix B. Example with c = 2 queries and K = 2 keys, where the columns
+    of the input are the relative positions 1, 0, -1:
+
+        query 0: [a b c]  ->  query 0: keys 0, 1 have positions 0, -1: [b c]
+        query 1: [d e f]  ->  query 1: keys 0, 1 have positions 1,  0: [d e]
+
+    Args:
+        scores: (..., c, K + c - 1), contiguous: the score of each of c queries for each relative position of a block,
+            in decreasing order of the position.
+        num_keys: number of keys K in a block.
+
+    Returns:
+        (..., c, K) view of the memory of `scores`.
+    """
+    num_queries, num_positions = scores.shape[-2:]
+    if num_queries == 1:
+        return scores
+    # query 0 starts at column c - 1, and each query starts one column earlier than the query before: in the flattened
+    # scores, consecutive queries therefore start num_positions - 1 entries apart
+    first_column, row_stride = num_queries - 1, num_positions - 1
+    shifted = scores.flatten(-2)[..., first_column : first_column + num_queries * row_stride]
+    return shifted.unflatten(-1, (num_queries, row_stride))[..., :num_keys]
