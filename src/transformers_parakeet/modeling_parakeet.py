@@ -330,28 +330,26 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
     ) -> ParakeetRNNTOutput:
         """Compute the transducer loss if labels are given, or else the logits of every frame and label prefix.
 
-        The loss is computed without the complete logits, which need B * N * (U+1) * (V + D) numbers. Therefore the
-        logits are returned together with a loss only if `output_logits` is set.
+        The loss does not compute all logits at once, because they need too much memory.
 
         Args:
             input_features: (B, T, F) log-mel features.
             attention_mask: (B, T) mask, 1 on non-padding mel frames; `None` if there is no padding.
-            decoder_input_ids: (B, U+1) token ids: the blank, followed by the labels. `None` means the blank alone.
-                Ignored if `labels` are given.
+            decoder_input_ids: (B, U+1) blank and labels, unused if `labels` are given; `None` for the blank alone.
             encoder_outputs: result of `get_audio_features`, to be used instead of `input_features`.
             labels: (B, U) token ids of the transcripts, where -100 and `pad_token_id` are padding.
-            output_logits: whether to return the logits as well if labels are given.
+            output_logits: whether to compute the logits even if labels are given.
             **kwargs: `output_hidden_states`, `output_attentions` (needs eager attention) and `return_dict`.
 
         Returns:
-            Output with `loss` or `logits`. The logits are (B, N, U+1, V) for RNN-T and (B, N, U+1, V + D) for TDT, and
-            have no prefix dimension if the only prefix is the blank.
+            Output with `loss`, or with `logits` (B, N, U+1, V), for TDT (B, N, U+1, V + D). If the only prefix is the
+            blank, the logits have no prefix dimension: (B, N, V) or (B, N, V + D).
         """
         if encoder_outputs is None:
             features = self._augment(input_features, attention_mask)
             encoder_outputs = self.get_audio_features(features, attention_mask=attention_mask, **kwargs)
         encoder_states, blank_id = encoder_outputs.pooler_output, self.config.blank_token_id
-        # (labels, label_lengths)
+        # pair (labels, label_lengths)
         targets = None if labels is None else self._remove_padding(labels.to(encoder_states.device))
         if targets is not None:
             decoder_input_ids = F.pad(targets[0], (1, 0), value=blank_id)
