@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import transformers_parakeet as tp
 from transformers_parakeet.losses.transducer import rnnt_loss, tdt_loss
 from transformers_parakeet.networks.attention_layout import relative_shift
-from transformers_parakeet.networks.conformer import subsampled_lengths
+from transformers_parakeet.networks.conformer import compute_subsampled_lengths
 from transformers_parakeet.networks.fast_linear import apply_pointwise_conv
 
 # two orders of float32 sums in a two-layer encoder of width 32, measured: 4e-6
@@ -77,8 +77,8 @@ def test_lengths_follow_the_convolutions():
     conv = torch.nn.Conv1d(1, 1, 3, stride=2, padding=1)
     for frames in range(1, 70):
         signal = torch.zeros(1, 1, frames)
-        assert subsampled_lengths(frames, config) == conv(conv(conv(signal))).shape[-1]
-    assert subsampled_lengths(torch.tensor([0, 1, 8, 9]), config).tolist() == [0, 1, 1, 2]
+        assert compute_subsampled_lengths(frames, config) == conv(conv(conv(signal))).shape[-1]
+    assert compute_subsampled_lengths(torch.tensor([0, 1, 8, 9]), config).tolist() == [0, 1, 1, 2]
 
 
 def test_relative_shift_against_its_definition():

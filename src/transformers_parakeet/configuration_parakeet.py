@@ -310,6 +310,7 @@ class _HeadConfig(PreTrainedConfig):
         if self.encoder_config is None:
             self.encoder_config = ParakeetEncoderConfig()
         elif isinstance(self.encoder_config, dict):
+            # saved dicts contain `model_type`, which is not a field
             encoder_fields = {name: value for name, value in self.encoder_config.items() if name != "model_type"}
             self.encoder_config = ParakeetEncoderConfig(**encoder_fields)
 

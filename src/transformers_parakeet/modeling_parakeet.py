@@ -37,10 +37,10 @@ from .networks import (
     ParakeetRNNTDecoder,
     ParakeetRNNTJointNetwork,
     apply_pointwise_conv,
+    build_length_mask,
     compute_drop_probabilities,
+    compute_subsampled_lengths,
     drop_block,
-    length_mask,
-    subsampled_lengths,
 )
 from .outputs_parakeet import ParakeetEncoderModelOutput, ParakeetRNNTOutput
 
@@ -74,7 +74,7 @@ class ParakeetPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise the parameters and buffers of one module of a new model; transformers calls this method."""
+        """Initialise the parameters and buffers of one module; transformers calls this for all new modules."""
         super()._init_weights(module)
         if isinstance(module, ParakeetEncoderAttention):
             std = self.config.initializer_range
@@ -129,7 +129,7 @@ class ParakeetPreTrainedModel(PreTrainedModel):
 
         Tools of transformers call this method by its name.
         """
-        return subsampled_lengths(input_lengths, self._encoder_config)
+        return compute_subsampled_lengths(input_lengths, self._encoder_config)
 
     def _get_output_attention_mask(self, attention_mask: Tensor, target_length: int | None = None) -> Tensor:
         """Convert a mask of mel frames to a mask of encoder frames.
@@ -144,7 +144,9 @@ class ParakeetPreTrainedModel(PreTrainedModel):
             (B, N) boolean mask, True on non-padding encoder frames.
         """
         encoder_lengths = self._get_subsampling_output_length(attention_mask.sum(-1))
-        return length_mask(encoder_lengths, int(encoder_lengths.max()) if target_length is None else target_length)
+        return build_length_mask(
+            encoder_lengths, int(encoder_lengths.max()) if target_length is None else target_length
+        )
 
 
 class ParakeetEncoder(ParakeetPreTrainedModel):
@@ -403,7 +405,7 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         )
         if not config.ctc_head:
             return transducer_loss
-        padded_labels = labels.masked_fill(~length_mask(label_lengths, labels.shape[1]), -100)
+        padded_labels = labels.masked_fill(~build_length_mask(label_lengths, labels.shape[1]), -100)
         ctc_head_loss = ctc_loss(
             self.ctc_logits(encoder_outputs.last_hidden_state),
             padded_labels,

@@ -4,10 +4,10 @@ from .attention import ParakeetEncoderAttention, ParakeetEncoderRelPositionalEnc
 from .conformer import (
     ParakeetEncoderBlock,
     ParakeetEncoderSubsamplingConv2D,
+    build_length_mask,
     compute_drop_probabilities,
+    compute_subsampled_lengths,
     drop_block,
-    length_mask,
-    subsampled_lengths,
 )
 from .fast_linear import apply_pointwise_conv
 from .transducer import ParakeetRNNTDecoder, ParakeetRNNTJointNetwork
@@ -20,8 +20,8 @@ __all__ = [
     "ParakeetRNNTDecoder",
     "ParakeetRNNTJointNetwork",
     "apply_pointwise_conv",
+    "build_length_mask",
     "compute_drop_probabilities",
+    "compute_subsampled_lengths",
     "drop_block",
-    "length_mask",
-    "subsampled_lengths",
 ]

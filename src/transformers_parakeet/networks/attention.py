@@ -234,11 +234,11 @@ class ParakeetEncoderAttention(nn.Module):
         Returns:
             (B * num_blocks, heads, c, K) scaled scores.
         """
-        num_blocks, block_size = queries.shape[:2]
+        total_blocks, block_size = queries.shape[:2]
         position_keys = self._split_heads(self.relative_k_proj(position_embeddings)).permute(1, 2, 0)
         # one matrix product per head for all clips: (heads, all queries, head_dim) x (heads, head_dim, K + c - 1)
         flat_queries = ((queries + self.bias_v) * self.scaling).flatten(0, 1).transpose(0, 1)
-        scores = torch.bmm(flat_queries, position_keys).unflatten(1, (num_blocks, block_size)).transpose(0, 1)
+        scores = torch.bmm(flat_queries, position_keys).unflatten(1, (total_blocks, block_size)).transpose(0, 1)
         return relative_shift(scores, layout.num_keys)
 
     def _build_visible_mask(self, hidden: Tensor, attention_mask: Tensor | None, layout: BlockLayout) -> Tensor | None:

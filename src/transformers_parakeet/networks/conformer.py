@@ -26,7 +26,7 @@ SILU_CLASS = type(ACT2FN["silu"])
 Lengths = TypeVar("Lengths", int, Tensor)
 
 
-def subsampled_lengths(lengths: Lengths, config: ParakeetEncoderConfig) -> Lengths:
+def compute_subsampled_lengths(lengths: Lengths, config: ParakeetEncoderConfig) -> Lengths:
     """Compute the number of encoder frames from the number of mel frames.
 
     Args:
@@ -75,7 +75,7 @@ def get_subsampling_padding(config: ParakeetEncoderConfig) -> tuple[int, int]:
     return (kernel_size - 1) // 2, (kernel_size - 1) // 2
 
 
-def length_mask(lengths: Tensor, padded_length: int) -> Tensor:
+def build_length_mask(lengths: Tensor, padded_length: int) -> Tensor:
     """Build the padding mask of a batch of sequences from their lengths.
 
     Args:
@@ -98,7 +98,7 @@ def build_frame_mask(lengths: Tensor, images: Tensor) -> Tensor:
     Returns:
         (B, 1, frames, 1) boolean mask, True on non-padding frames.
     """
-    return length_mask(lengths, images.shape[2])[:, None, :, None]
+    return build_length_mask(lengths, images.shape[2])[:, None, :, None]
 
 
 class ParakeetEncoderSubsamplingConv2D(nn.Module):
@@ -128,55 +128,55 @@ class ParakeetEncoderSubsamplingConv2D(nn.Module):
             layers.append(nn.Conv2d(channels, channels, kernel_size=1))
             layers.append(nn.ReLU())
         self.layers = nn.ModuleList(layers)
-        num_frequencies = subsampled_lengths(config.num_mel_bins, config)
+        num_frequencies = compute_subsampled_lengths(config.num_mel_bins, config)
         self.linear = nn.Linear(channels * num_frequencies, config.hidden_size)
 
-    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor, frame_lengths: Tensor | None = None) -> Tensor:
         """Downsample a batch of mel features and project the result to the width of the encoder.
 
         Args:
             features: (B, T, F) mel features.
-            lengths: (B,) number of non-padding mel frames; `None` if there is no padding.
+            frame_lengths: (B,) number of non-padding mel frames; `None` if there is no padding.
 
         Returns:
             (B, N, H) frames; every padding frame is the bias of the projection.
         """
         # one input channel: (B, 1, T, F)
         hidden = features[:, None]
-        if lengths is not None:
-            hidden = hidden * build_frame_mask(lengths, hidden)
+        if frame_lengths is not None:
+            hidden = hidden * build_frame_mask(frame_lengths, hidden)
         # an activation may overwrite the output of an unmodified convolution, because no hook can have stored it
         may_overwrite = False
         for layer, role in zip(self.layers, self.layer_roles, strict=True):
             if role == "activation":
-                hidden = self._mask_and_activate(layer, hidden, lengths, may_overwrite)
+                hidden = self._mask_and_activate(layer, hidden, frame_lengths, may_overwrite)
                 continue
             if role == "strided" and self.asymmetric_padding:
                 # the same padding for frequency and time
                 hidden = F.pad(hidden, self.asymmetric_padding * 2)
             may_overwrite = is_unmodified(layer, nn.Conv2d)
             hidden = apply_channels_last_conv(layer, hidden) if may_overwrite else layer(hidden)
-            if lengths is not None and role == "strided":
-                lengths = compute_strided_lengths(lengths, self.config)
+            if frame_lengths is not None and role == "strided":
+                frame_lengths = compute_strided_lengths(frame_lengths, self.config)
         # (B, channels, N, frequencies) -> (B, N, channels * frequencies), channel-major as in NeMo
         return self.linear(hidden.transpose(1, 2).flatten(2))
 
     def _mask_and_activate(
-        self, activation: nn.Module, hidden: Tensor, lengths: Tensor | None, may_overwrite: bool
+        self, activation: nn.Module, hidden: Tensor, frame_lengths: Tensor | None, may_overwrite: bool
     ) -> Tensor:
         """Set the padding frames to zero and apply the activation.
 
         Args:
             activation: an `nn.ReLU`, or a module that replaces it.
             hidden: (B, channels, frames, frequencies) output of a convolution.
-            lengths: (B,) number of non-padding frames; `None` if there is no padding.
+            frame_lengths: (B,) number of non-padding frames; `None` if there is no padding.
             may_overwrite: whether the result may overwrite `hidden`. Autograd permits this, because a convolution does
                 not save its output for the backward pass.
 
         Returns:
             Output of the activation, in the shape of `hidden`.
         """
-        mask = None if lengths is None else build_frame_mask(lengths, hidden)
+        mask = None if frame_lengths is None else build_frame_mask(frame_lengths, hidden)
         if may_overwrite and is_unmodified(activation, nn.ReLU):
             return hidden.relu_() if mask is None else hidden.mul_(mask).relu_()
         activated: Tensor = activation(hidden if mask is None else hidden * mask)
@@ -264,12 +264,13 @@ class ParakeetEncoderConvolutionModule(nn.Module):
         uses_batch_statistics = self.training and hidden.shape[:2].numel() > 1
         hidden = F.glu(apply_pointwise_conv(self.pointwise_conv1, hidden), dim=-1)
         if valid_mask is not None:
+            # in place, because the backward pass of GLU does not need the output of GLU
             hidden = hidden.mul_(valid_mask[..., None])
         if self.asymmetric_padding:
             # pad the frame axis of (B, N, H) only
             hidden = F.pad(hidden, (0, 0, *self.asymmetric_padding))
         conv, norm = self.depthwise_conv, self.norm
-        # modules that an adapter or a hook has modified must be called, so they cannot be folded
+        # batch statistics are known only after the convolution, and modified modules must be called
         can_fold = not uses_batch_statistics and is_unmodified(conv, nn.Conv1d) and is_unmodified(norm, nn.BatchNorm1d)
         if can_fold:
             weight, bias = fold_batch_norm(conv, norm)
@@ -316,6 +317,7 @@ def fold_batch_norm(conv: nn.Conv1d, norm: Any) -> tuple[Tensor, Tensor]:
     Returns:
         (H, 1, kernel_size) weight and (H,) bias of a convolution that equals `norm(conv(...))`, in the dtype of `conv`.
     """
+    # norm(conv(x)) = scale * (weight * x + conv_bias - running_mean) + norm.bias
     weight, conv_bias = conv.weight, conv.bias
     scale = norm.weight.float() * (norm.running_var.float() + norm.eps).rsqrt()
     shift = (0.0 if conv_bias is None else conv_bias.float()) - norm.running_mean.float()
@@ -337,6 +339,7 @@ def activate(activation: nn.Module, hidden: Tensor, source: nn.Module) -> Tensor
     Returns:
         Output of the activation, in the shape of `hidden`.
     """
+    # a module of another class may keep or share its output
     source_class = type(source)
     is_source_unmodified = source_class in (nn.Linear, nn.BatchNorm1d, nn.LayerNorm) and is_unmodified(
         source, source_class
@@ -400,7 +403,7 @@ class ParakeetEncoderBlock(GradientCheckpointingLayer):
         forward_counter: Iterator[int] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Apply the Conformer block.
+        """Apply the block: half-step feed-forward, attention, convolution, half-step feed-forward, layer norm.
 
         Args:
             hidden_states: (B, N, H) frames.

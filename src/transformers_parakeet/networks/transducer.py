@@ -203,14 +203,16 @@ class ParakeetRNNTJointNetwork(nn.Module):
 
         @cache
         def get_search() -> Bfloat16Search:
-            # built on first use, because decoding with confidence computes all logits and never searches
+            """Prepare the search on first use; decoding with confidence never searches."""
             return prepare_search(self.head, vocab_size)
 
         def find_best_durations(encoder_states: Tensor, predictor_states: Tensor) -> Tensor:
+            """Return the (R, num_frames) indices of the best durations."""
             hidden = self._combine(encoder_states, predictor_states)
             return F.linear(hidden, weight[vocab_size:], bias[vocab_size:]).argmax(-1)
 
         def find_best_tokens(encoder_states: Tensor, predictor_states: Tensor) -> Tensor:
+            """Return the (R, num_frames) ids of the best tokens."""
             hidden = self._combine(encoder_states, predictor_states)
             rows = hidden.flatten(0, 1)
             argmax = full_argmax if len(rows) < MIN_SEARCH_ROWS else get_search().argmax
