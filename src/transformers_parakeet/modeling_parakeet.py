@@ -144,9 +144,8 @@ class ParakeetPreTrainedModel(PreTrainedModel):
             (B, N) boolean mask, True on non-padding encoder frames.
         """
         encoder_lengths = self._get_subsampling_output_length(attention_mask.sum(-1))
-        return build_length_mask(
-            encoder_lengths, int(encoder_lengths.max()) if target_length is None else target_length
-        )
+        num_frames = int(encoder_lengths.max()) if target_length is None else target_length
+        return build_length_mask(encoder_lengths, num_frames)
 
 
 class ParakeetEncoder(ParakeetPreTrainedModel):
@@ -200,10 +199,9 @@ class ParakeetEncoder(ParakeetPreTrainedModel):
         mask = None if attention_mask is None else self._get_output_attention_mask(attention_mask, hidden.shape[1])
         block_arguments = {"attention_mask": mask, "position_embeddings": position_embeddings, **kwargs}
         for block, drop_probability in zip(self.layers, compute_drop_probabilities(config), strict=True):
-            if self.training and block.gradient_checkpointing:
-                # the block recognises its recomputation in the backward pass by a counter of its calls
-                block_arguments["forward_counter"] = count()
-            output = block(hidden, **block_arguments)
+            # with gradient checkpointing, a block recognises its recomputation in the backward pass by a counter
+            checkpointing = {"forward_counter": count()} if self.training and block.gradient_checkpointing else {}
+            output = block(hidden, **block_arguments, **checkpointing)
             if self.training:
                 output = drop_block(hidden, output, drop_probability, config.stochastic_depth_mode is not None)
             hidden = output
