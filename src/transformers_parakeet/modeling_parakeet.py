@@ -28,7 +28,7 @@ from .configuration_parakeet import (
     add_missing_fields,
     check_attention_context,
 )
-from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin, frame_lengths
+from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin, get_frame_lengths
 from .losses import TransducerLoss, compact_labels, ctc_loss, select_loss
 from .networks import (
     ParakeetEncoderAttention,
@@ -269,7 +269,7 @@ class ParakeetForCTC(ParakeetPreTrainedModel, ParakeetCTCGenerationMixin):
             loss = ctc_loss(
                 logits,
                 labels,
-                frame_lengths(encoded),
+                get_frame_lengths(encoded),
                 blank_token_id=self.config.pad_token_id,
                 reduction=self.config.ctc_loss_reduction,
                 zero_infinity=self.config.ctc_zero_infinity,
@@ -416,7 +416,7 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
             labels: (B, U) labels without padding inside a row.
             label_lengths: (B,) number of labels.
         """
-        config, lengths = self.config, frame_lengths(encoded)
+        config, lengths = self.config, get_frame_lengths(encoded)
         loss = self._transducer_loss(encoded.pooler_output, predictor_states, labels, lengths, label_lengths)
         if not config.ctc_head:
             return loss
