@@ -231,6 +231,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         logits = self.ctc_logits(encoder_outputs.last_hidden_state)
         frame_lengths = None if attention_mask is None else encoder_outputs.attention_mask.sum(-1)
         blank_id = self.config.blank_token_id
+        # by this type, the processor recognises the output of the CTC head
         sequences = greedy_decode_ctc(logits, frame_lengths, blank_id).as_subclass(CTCTokens)
         stream_frames(sequences, blank_id, arguments.streamer)
         if not arguments.return_dict:

@@ -156,6 +156,7 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
         left_s, right_s = stride_s if isinstance(stride_s, (list, tuple)) else (stride_s, stride_s)
         samples_per_frame = self.model.config.inputs_to_logits_ratio
         frames_per_second = self.processor.feature_extractor.sampling_rate / samples_per_frame
+        # round to whole encoder frames
         length, left, right = (
             round(seconds * frames_per_second) * samples_per_frame for seconds in (chunk_length_s, left_s, right_s)
         )
@@ -232,7 +233,7 @@ def check_package_model(model: Any) -> bool:
     """
     if kind_of(model.config) not in HEAD_TYPES:
         return False
-    # the wrapper is not in the module of the stock classes, but the submodules are
+    # check all submodules, because the outer module may be a wrapper
     has_stock_modules = any(type(module).__module__ == STOCK_MODULE_NAME for module in model.modules())
     if has_stock_modules:
         logger.warning(

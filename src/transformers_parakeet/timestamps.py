@@ -125,7 +125,8 @@ def is_special_token(piece: str) -> bool:
     Args:
         piece: the vocabulary entry.
     """
-    return (piece[:1], piece[-1:]) in {("<", ">"), ("[", "]")} and len(piece) > 1
+    first_character, last_character = piece[:1], piece[-1:]
+    return (first_character, last_character) in {("<", ">"), ("[", "]")}
 
 
 def compute_token_spans(
@@ -158,6 +159,7 @@ def compute_token_spans(
         else:
             # the first token starts one frame before its own frame
             start, end = (emissions.frames[index - 1] if index else max(0, frame - 1)), frame
+        # punctuation has length 0, unless it is the first token
         if index and texts[index] in punctuation:
             if head_type == "tdt":
                 start = end = token_spans[-1].end

@@ -18,7 +18,7 @@ def compute_token_confidence(logits: Tensor, method: str = "max_prob") -> Tensor
     Source: arXiv 2212.08703, and `asr_confidence_utils.py` in NeMo.
 
     Args:
-        logits: (..., V) raw scores or log-probabilities of the tokens, with the blank and without duration outputs.
+        logits: (..., V) raw scores or log-probabilities of the V tokens, with the blank and without duration outputs.
         method: `"max_prob"`: (p V - 1) / (V - 1), where p is the largest probability. `"entropy"`, NeMo's default:
             Tsallis entropy of order 0.33 with exponential normalisation.
 
@@ -36,7 +36,7 @@ def compute_token_confidence(logits: Tensor, method: str = "max_prob") -> Tensor
     # Tsallis entropy: (1 - sum of p^alpha) / (1 - alpha); its maximum is the entropy of the uniform distribution
     entropy = (1 - (probabilities**TSALLIS_ALPHA).sum(-1)) / (1 - TSALLIS_ALPHA)
     max_entropy = torch.tensor((1 - vocab_size ** (1 - TSALLIS_ALPHA)) / (1 - TSALLIS_ALPHA))
-    # map exp(entropy) linearly: exp(max_entropy) to 0, exp(0) to 1
+    # exponential normalisation: map exp(entropy) linearly, exp(max_entropy) to 0 and exp(0) to 1
     exp_max_entropy = max_entropy.exp()
     return (entropy.exp() - exp_max_entropy) / (1 - exp_max_entropy)
 

@@ -59,16 +59,16 @@ def greedy_decode_transducer_reference(
     """
     start_tokens = torch.full((len(encoder_states),), options.blank_id, device=encoder_states.device)
     predictor_states, lstm_state = predict(start_tokens, None)
-    clips = []
+    all_steps = []
     for clip_index, frame_length in enumerate(frame_lengths.tolist()):
         # slices of length 1 keep the batch dimension; in the LSTM state it is the second dimension
         clip = slice(clip_index, clip_index + 1)
         clip_lstm_state = tuple(tensor[:, clip] for tensor in lstm_state)
         clip_states = encoder_states[clip, :frame_length]
-        clips.append(decode_clip(clip_states, predictor_states[clip], clip_lstm_state, predict, joint, options))
+        all_steps.append(decode_clip(clip_states, predictor_states[clip], clip_lstm_state, predict, joint, options))
     has_confidence = options.confidence is not None
     return collect_hypotheses(
-        clips, options.blank_id, pad_id, encoder_states.device, has_confidence, options.keep_logits
+        all_steps, options.blank_id, pad_id, encoder_states.device, has_confidence, options.keep_logits
     )
 
 

@@ -164,12 +164,17 @@ class ClipSteps:
 
 
 def collect_hypotheses(
-    clips: Sequence[ClipSteps], blank_id: int, pad_id: int, device: torch.device, has_confidence: bool, has_logits: bool
+    all_steps: Sequence[ClipSteps],
+    blank_id: int,
+    pad_id: int,
+    device: torch.device,
+    has_confidence: bool,
+    has_logits: bool,
 ) -> Hypotheses:
-    """Pad the decoding steps of all clips of a transducer to a batch.
+    """Combine the decoding steps of all clips of a transducer into padded tensors.
 
     Args:
-        clips: the steps of each clip.
+        all_steps: the steps of each clip, blanks included.
         blank_id: id of the blank; every other token is a label.
         pad_id: token id that pads short hypotheses.
         device: device of the result.
@@ -179,20 +184,20 @@ def collect_hypotheses(
     Returns:
         The labels of all clips; the field `steps` contains all steps, blanks included.
     """
-    labels = [clip.remove_blanks(blank_id) for clip in clips]
+    label_steps = [steps.remove_blanks(blank_id) for steps in all_steps]
     return Hypotheses(
-        tokens=pad_lists([clip.tokens for clip in labels], pad_id, device),
-        frames=pad_lists([clip.frames for clip in labels], 0, device),
-        durations=pad_lists([clip.durations for clip in labels], 0, device),
-        lengths=torch.tensor([len(clip.tokens) for clip in labels], device=device),
-        confidence=pad_lists([clip.confidences for clip in labels], 0.0, device) if has_confidence else None,
+        tokens=pad_lists([steps.tokens for steps in label_steps], pad_id, device),
+        frames=pad_lists([steps.frames for steps in label_steps], 0, device),
+        durations=pad_lists([steps.durations for steps in label_steps], 0, device),
+        lengths=torch.tensor([len(steps.tokens) for steps in label_steps], device=device),
+        confidence=pad_lists([steps.confidences for steps in label_steps], 0.0, device) if has_confidence else None,
         steps=Steps(
-            tokens=pad_lists([clip.tokens for clip in clips], pad_id, device),
-            durations=pad_lists([clip.durations for clip in clips], 0, device),
-            forced_advances=pad_lists([clip.forced_advances for clip in clips], 0, device),
-            lengths=torch.tensor([len(clip.tokens) for clip in clips], device=device),
-            confidence=pad_lists([clip.confidences for clip in clips], 0.0, device) if has_confidence else None,
-            logits=pad_logits([clip.logits for clip in clips], device) if has_logits else None,
+            tokens=pad_lists([steps.tokens for steps in all_steps], pad_id, device),
+            durations=pad_lists([steps.durations for steps in all_steps], 0, device),
+            forced_advances=pad_lists([steps.forced_advances for steps in all_steps], 0, device),
+            lengths=torch.tensor([len(steps.tokens) for steps in all_steps], device=device),
+            confidence=pad_lists([steps.confidences for steps in all_steps], 0.0, device) if has_confidence else None,
+            logits=pad_logits([steps.logits for steps in all_steps], device) if has_logits else None,
         ),
     )
 
@@ -211,7 +216,7 @@ def pad_lists(lists: Sequence[Sequence[float]], padding_value: float, device: to
     max_length = max(map(len, lists), default=0)
     dtype = torch.float32 if isinstance(padding_value, float) else torch.int64
     padded_lists = [[*values, *[padding_value] * (max_length - len(values))] for values in lists]
-    # without a single value, `torch.tensor` does not know the second dimension
+    # `reshape` sets the shape (0, 0) if there are no lists
     return torch.tensor(padded_lists, dtype=dtype, device=device).reshape(len(lists), max_length)
 
 
@@ -295,7 +300,8 @@ def collapse_ctc(best_tokens: Tensor, blank_id: int, frame_confidence: Tensor | 
             minimum over its frames, as in NeMo.
 
     Returns:
-        Hypotheses with L = N, because N is the largest possible number of tokens.
+        Hypotheses with tensors of shape (B, N), because N is the largest possible number of tokens. Only the first
+        `lengths` entries of each clip are valid.
     """
     # a run is a group of consecutive frames with the same token, for example tokens 7 7 0 7 -> runs 0 0 1 2
     is_run_start = torch.ones_like(best_tokens, dtype=torch.bool)

@@ -90,10 +90,10 @@ def greedy_decode_transducer(
         if with_label:
             predictor_states, lstm_state = predict_clips(predict, predictor_states, lstm_state, searches, with_label)
         unfinished = select_unfinished(searches, unfinished)
-    clips = [search.steps for search in searches]
+    all_steps = [search.steps for search in searches]
     has_confidence = options.confidence is not None
     return collect_hypotheses(
-        clips, options.blank_id, pad_id, encoder_states.device, has_confidence, options.keep_logits
+        all_steps, options.blank_id, pad_id, encoder_states.device, has_confidence, options.keep_logits
     )
 
 
@@ -129,12 +129,14 @@ class ClipSearch:
         return self.is_stopped or self.next_frame >= self.frame_length or has_max_steps
 
     def advance(self, frames: list[int], tokens: list[int], durations: list[int], logits: Tensor | None) -> int | None:
-        """Append the steps on the scored frames, up to and including the first label.
+        """Append the steps on the scored frames to `self.steps`, up to and including the first label.
 
-        After a label the remaining scores are invalid, because the predictor state changes.
+        `self.next_frame` is the frame of the next step. After a label the remaining scores are invalid, because the
+        predictor state changes.
 
         Args:
-            frames: K scored frames in chronological order. Frames that a duration jumps over are ignored.
+            frames: indices of the K scored frames, in chronological order. Frames that a duration jumps over are
+                ignored.
             tokens: best token of each frame.
             durations: predicted duration of each frame.
             logits: (K, V + D) scores to store with the steps; `None` to store no scores.
@@ -160,7 +162,7 @@ class ClipSearch:
     def _append_step(self, token: int, duration: int) -> None:
         """Append a step and advance `next_frame` by its duration.
 
-        If the maximum number of labels per frame is reached, `next_frame` advances by one frame.
+        If the maximum number of labels per frame is reached, the search is forced to the next frame.
 
         Args:
             token: label or blank.
@@ -284,7 +286,7 @@ class FrameScorer:
         Args:
             searches: the search state of every clip of the batch.
             clip_indices: indices of the R clips that search for a label.
-            predictor_states: (B, J) predictor states of all clips.
+            predictor_states: (B, J) predictor states of all clips, where J is the width of the joint network.
 
         Returns:
             The plan for K frames of each of the R clips.
@@ -292,11 +294,11 @@ class FrameScorer:
         lookahead = choose_lookahead(self.options, len(clip_indices))
         first_frames = [searches[clip_index].next_frame for clip_index in clip_indices]
         clip_indices_tensor = torch.tensor(clip_indices, device=predictor_states.device)
-        # (R, 1, J)
+        # (R, 1, J) predictor states of these clips
         clip_states = predictor_states.index_select(0, clip_indices_tensor)[:, None]
         if self.find_best_durations is None:
             return FramePlan(clip_indices, self._list_consecutive_frames(first_frames, lookahead), clip_states)
-        # the first frame, and for each of the other lookahead - 1 frames the largest advance of a blank
+        # a blank advances by at most the largest duration, so this covers all frames that `lookahead` blanks can visit
         num_candidates = 1 + (lookahead - 1) * max(1, *self.duration_values)
         candidates = self._list_consecutive_frames(first_frames, num_candidates)
         candidate_states = self._gather_encoder_states(clip_indices, candidates)
@@ -355,7 +357,7 @@ class FrameScorer:
             frames: K frame indices of each clip.
 
         Returns:
-            (R, K, J) encoder states.
+            (R, K, J) encoder states, where J is the width of the joint network.
         """
         # frame n of clip b is at index b * N + n of `self.flat_encoder_states`
         flat_indices = [
@@ -421,6 +423,7 @@ def advance_clips(
         elif not search.is_finished:
             without_label.append(clip_index)
     if label_plan_rows and options.confidence is not None and scores.logits is not None:
+        # one call for all new labels
         label_logits = scores.logits[label_plan_rows, label_positions, : options.vocab_size]
         confidences = compute_token_confidence(label_logits, options.confidence).tolist()
         for plan_row, confidence in zip(label_plan_rows, confidences, strict=True):
@@ -440,7 +443,7 @@ def predict_clips(
 
     Args:
         predict: prediction network: (last labels, LSTM state) -> predictor states, new LSTM state.
-        predictor_states: (B, J) last outputs of the prediction network.
+        predictor_states: (B, J) last outputs of the prediction network, where J is the width of the joint network.
         lstm_state: LSTM state of the prediction network, a tuple of tensors (num_layers, B, LSTM width).
         searches: the search state of every clip of the batch.
         clip_indices: indices of the clips with a new label.

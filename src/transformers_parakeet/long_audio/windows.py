@@ -60,6 +60,7 @@ def cut_windows(num_samples: int, length: int, left: int, right: int) -> Iterato
         keep_from = start + left if start else 0
         yield Window(start, start + length, keep_from, start + length - right)
         start += length - left - right
+    # the last window extends to the end of the clip
     keep_from = start + left if start else 0
     yield Window(start, num_samples, keep_from, None)
 
