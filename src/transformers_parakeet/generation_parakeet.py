@@ -138,16 +138,18 @@ class ParakeetCTCGenerationMixin(GenerationMixin):
 
 @dataclass
 class ParakeetRNNTGenerateOutput(ModelOutput):
-    """Output of `generate` of a transducer; S is the largest number of steps of a clip.
+    """Output of `generate` of a transducer; `num_steps` is the largest number of steps of a clip.
 
     Args:
-        sequences: (B, 1 + S) the blank, then the label or blank of every step, then padding with `pad_token_id`.
-        durations: (B, 1 + S) 0, then the number of frames that each step advances. The frame of a step is the sum of
-            all earlier durations.
+        sequences: (B, 1 + num_steps) the blank, then the label or blank of every step, then `pad_token_id` as
+            padding.
+        durations: (B, 1 + num_steps) 0, then the number of frames that each step advances. The frame of a step is
+            the sum of all earlier durations.
         attentions: attentions of the encoder, if requested.
         hidden_states: hidden states of the encoder, if requested.
-        token_confidence: (B, 1 + S) confidence of each label, 0 for blanks; set if requested with `output_confidence`.
-        logits: for each of the S steps, (B, V + D) scores, 0 for padding; set if requested with `output_logits`.
+        token_confidence: (B, 1 + num_steps) confidence of each label, 0 for blanks; set if requested with
+            `output_confidence`.
+        logits: one tensor per step, (B, V + D) scores, 0 for padding; set if requested with `output_logits`.
         scores: equal to `logits`, because greedy decoding does not change scores; set if requested with
             `output_scores`.
         hypotheses: the labels with their frames and predicted durations, without blanks.

@@ -84,7 +84,7 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
         Returns:
             Arguments of `preprocess`, `_forward` (which passes its arguments to `generate`) and `postprocess`.
         """
-        # argument of the stock pipeline for a warning that this pipeline does not have
+        # `ignore_warning` silences a warning of the stock pipeline, which this pipeline never logs
         kwargs.pop("ignore_warning", None)
         preprocess_kwargs = pop_arguments(kwargs, "chunk_length_s", "stride_length_s")
         postprocess_kwargs = pop_arguments(kwargs, "return_timestamps", "confidence_aggregation")
@@ -94,6 +94,7 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
         if "return_confidence" in kwargs:
             generate_kwargs["output_confidence"] = kwargs.pop("return_confidence")
         generate_kwargs.update(kwargs)
+        # a hybrid can decode with its CTC head, which changes how times are computed
         if "decoder" in generate_kwargs:
             is_ctc = generate_kwargs["decoder"] == "ctc"
             postprocess_kwargs["head_type"] = "ctc" if is_ctc else kind_of(self.model.config)
@@ -147,8 +148,8 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
                 one sixth of `chunk_length_s`.
 
         Returns:
-            The length of a window, of the left context and of the right context in samples, each rounded to a multiple
-            of an encoder frame. Three zeros for one window over the whole clip.
+            The length of a window, of the left context and of the right context in samples, each rounded to whole
+            encoder frames. Three zeros for one window over the whole clip.
         """
         if not chunk_length_s:
             return 0, 0, 0

@@ -104,7 +104,7 @@ class ParakeetProcessor(ProcessorMixin):
 
     @property
     def _decoder_type(self) -> str:
-        """Type of the model's head; if `decoder_type` is `None`, TDT if the vocabulary contains the blank, else CTC."""
+        """Type of the model's head: `decoder_type` if it is set, else TDT for a vocabulary with the blank, else CTC."""
         if self.decoder_type is not None:
             return self.decoder_type
         return "tdt" if self.blank_token in self.tokenizer.get_vocab() else "ctc"
@@ -133,13 +133,16 @@ class ParakeetProcessor(ProcessorMixin):
             ValueError: `sampling_rate` differs from the sampling rate of the model, or the numbers of clips and
                 transcripts differ.
         """
-        merged = self._merge_kwargs(ParakeetProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged_kwargs = self._merge_kwargs(
+            ParakeetProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
         if isinstance(audio, (np.ndarray, Tensor)):
             audio = [audio] if audio.ndim <= 2 else list(audio)
-        batch = self.feature_extractor(audio, **{**merged["audio_kwargs"], "sampling_rate": sampling_rate})
+        batch = self.feature_extractor(audio, **{**merged_kwargs["audio_kwargs"], "sampling_rate": sampling_rate})
         if text is not None:
             transcripts = [text] if isinstance(text, str) else list(text)
-            batch.update(self._tokenize_transcripts(transcripts, len(batch["input_features"]), merged["text_kwargs"]))
+            num_clips = len(batch["input_features"])
+            batch.update(self._tokenize_transcripts(transcripts, num_clips, merged_kwargs["text_kwargs"]))
         return batch
 
     def _tokenize_transcripts(
@@ -162,7 +165,7 @@ class ParakeetProcessor(ProcessorMixin):
             raise ValueError(f"every clip needs a transcript, got {num_clips} clips and {len(transcripts)} transcripts")
         labels = self.tokenizer(transcripts, **text_kwargs)["input_ids"]
         if not isinstance(labels, Tensor):
-            # with `return_tensors=None` the labels are lists of different lengths
+            # with `return_tensors=None` the labels are lists, and `decoder_input_ids` are not built
             return {"labels": labels}
         # the tokenizer returns floats if all transcripts are empty
         labels = labels.long()
@@ -201,6 +204,7 @@ class ParakeetProcessor(ProcessorMixin):
             are a list of `{"token", "start", "end"}` in seconds, and a list of such lists for a batch.
         """
         if durations is not None:
+            # only transducers have durations, and a repeated token of a transducer was emitted twice
             kwargs.setdefault("group_tokens", False)
         sequences, kwargs = self._prepare_decoding(token_ids, kwargs)
         decoded = self.tokenizer.decode(sequences, **kwargs)
@@ -251,7 +255,7 @@ class ParakeetProcessor(ProcessorMixin):
         """
         ignored_ids = {self.tokenizer.pad_token_id, self.blank_token_id}
         emissions = collect_emissions(step_tokens, durations, ignored_ids)
-        # only transducers have durations, so `decoder_type` "ctc" cannot be right here
+        # only transducers have durations: treat the steps as TDT if the processor belongs to a CTC model
         head_type = "tdt" if self._decoder_type == "ctc" else self._decoder_type
         times = []
         for chunk in self.chunks(emissions, "char", head_type):

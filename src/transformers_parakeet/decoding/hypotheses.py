@@ -17,17 +17,17 @@ from torch import Tensor
 class Steps:
     """All steps of a transducer search, blanks included, in the layout of transformers' `generate`.
 
-    S is the largest number of steps of a clip. Shorter clips are padded with `pad_id` in `tokens` and with 0 in the
-    remaining fields.
+    `num_steps` is the largest number of steps of a clip. Shorter clips are padded with `pad_id` in `tokens` and with 0
+    in the remaining fields.
 
     Args:
-        tokens: (B, S) label or blank of each step.
-        durations: (B, S) predicted duration of each step in frames; at least 1 for a blank.
-        forced_advances: (B, S) 1 if the search was forced to the next frame after the step because the maximum number
-            of labels per frame was reached, 0 otherwise.
+        tokens: (B, num_steps) label or blank of each step.
+        durations: (B, num_steps) predicted duration of each step in frames; at least 1 for a blank.
+        forced_advances: (B, num_steps) 1 if the search was forced to the next frame after the step because the
+            maximum number of labels per frame was reached, 0 otherwise.
         lengths: (B,) number of steps.
-        confidence: (B, S) confidence of each label, 0 for blanks; `None` if it was not requested.
-        logits: (B, S, V + D) scores of each step; `None` if they were not requested.
+        confidence: (B, num_steps) confidence of each label, 0 for blanks; `None` if it was not requested.
+        logits: (B, num_steps, V + D) scores of each step; `None` if they were not requested.
     """
 
     tokens: Tensor
@@ -42,15 +42,15 @@ class Steps:
 class Hypotheses:
     """The recognised tokens of a batch, without blanks and repeated CTC frames; an index selects one clip.
 
-    L is the largest number of tokens of a clip. Shorter clips are padded.
+    `num_tokens` is the largest number of tokens of a clip. Shorter clips are padded.
 
     Args:
-        tokens: (B, L) token ids.
-        frames: (B, L) encoder frame at which each token was emitted.
-        durations: (B, L) number of frames: the predicted duration for TDT, 0 for RNN-T, the number of frames that
-            repeat the token for CTC.
+        tokens: (B, num_tokens) token ids.
+        frames: (B, num_tokens) encoder frame at which each token was emitted.
+        durations: (B, num_tokens) number of frames: the predicted duration for TDT, 0 for RNN-T, the number of
+            frames that repeat the token for CTC.
         lengths: (B,) number of tokens.
-        confidence: (B, L) confidence of each token, from 0 to 1; `None` if it was not requested.
+        confidence: (B, num_tokens) confidence of each token, from 0 to 1; `None` if it was not requested.
         steps: all steps of a transducer search; `None` for CTC and after selecting a clip.
     """
 
@@ -70,7 +70,7 @@ class Hypotheses:
         length = int(self.lengths[clip_index])
 
         def select(values: Tensor) -> Tensor:
-            """Select the (1, length) valid entries of the clip from a (B, L) tensor."""
+            """Select the (1, length) valid entries of the clip from a (B, num_tokens) tensor."""
             return values[clip_index : clip_index + 1, :length]
 
         return Hypotheses(
@@ -228,12 +228,13 @@ def pad_logits(clips: Sequence[Sequence[Tensor]], device: torch.device) -> Tenso
         device: device of the result.
 
     Returns:
-        (B, S, V + D) float32, where S is the largest number of steps of a clip. Shorter clips are padded with zeros.
+        (B, num_steps, V + D) float32, where `num_steps` is the largest number of steps of a clip. Shorter
+        clips are padded with zeros.
         (B, 0, 1) if no clip has a step.
     """
-    max_steps = max(map(len, clips), default=0)
+    num_steps = max(map(len, clips), default=0)
     num_outputs = max((len(step_logits[0]) for step_logits in clips if step_logits), default=1)
-    padded_logits = torch.zeros(len(clips), max_steps, num_outputs, device=device)
+    padded_logits = torch.zeros(len(clips), num_steps, num_outputs, device=device)
     for clip_index, step_logits in enumerate(clips):
         if step_logits:
             padded_logits[clip_index, : len(step_logits)] = torch.stack(list(step_logits))
@@ -264,7 +265,7 @@ def insert_forced_blanks(steps: Steps, blank_id: int, pad_id: int, max_steps: in
         lengths = lengths.clamp(max=max_steps)
     max_length = num_steps + int(num_inserted.max())
     clip_indices = torch.arange(batch, device=steps.tokens.device)[:, None].expand(batch, num_steps)
-    # (B, S) new position of every step: its old position plus the number of blanks inserted before it,
+    # (B, num_steps) new position of every step: its old position plus the number of blanks inserted before it,
     # for example forced_advances 0 1 0 1 0 -> new positions 0 1 3 4 6
     num_inserted_before = steps.forced_advances.cumsum(1) - steps.forced_advances
     positions = torch.arange(num_steps, device=clip_indices.device) + num_inserted_before
@@ -272,7 +273,7 @@ def insert_forced_blanks(steps: Steps, blank_id: int, pad_id: int, max_steps: in
     blank_clips, blank_positions = clip_indices[is_forced_advance], positions[is_forced_advance] + 1
 
     def move(values: Tensor, padding_value: int, blank_value: int) -> Tensor:
-        """Move (B, S, ...) values to their new positions and write `blank_value` at the inserted steps."""
+        """Move (B, num_steps, ...) values to their new positions and write `blank_value` at the inserted steps."""
         moved = values.new_full((batch, max_length, *values.shape[2:]), padding_value)
         moved[clip_indices, positions] = values
         moved[blank_clips, blank_positions] = blank_value

@@ -103,14 +103,14 @@ def keep_tokens(hypothesis: Hypotheses, window: Window, samples_per_frame: int) 
     """
     # remove the padding
     hypothesis = hypothesis[0]
-    # (1, L) position of every token in the clip, in samples
+    # (1, num_tokens) position of every token in the clip, in samples
     token_samples = window.start + hypothesis.frames * samples_per_frame
     is_kept = token_samples >= window.keep_from
     if window.keep_to is not None:
         is_kept &= token_samples < window.keep_to
 
     def select(values: Tensor) -> Tensor:
-        """Select the values of the kept tokens from a (1, L) tensor."""
+        """Select the values of the kept tokens from a (1, num_tokens) tensor."""
         return values[is_kept][None]
 
     return Hypotheses(
