@@ -33,7 +33,7 @@ from transformers_parakeet import (
     ParakeetRNNTConfig,
     ParakeetTDTConfig,
 )
-from transformers_parakeet.decoding import collapse_ctc, token_confidence
+from transformers_parakeet.decoding import collapse_ctc, compute_token_confidence
 from transformers_parakeet.networks.fast_linear import Bfloat16Search, apply_pointwise_conv
 
 VOCAB, BLANK, PAD, MELS = 40, 39, 2, 80
@@ -344,7 +344,7 @@ def test_logits_belong_to_their_steps(head: str, forced_blanks: bool):
             assert int(logits[row, :VOCAB].argmax()) == token
             if token != BLANK:
                 labels += 1
-                confidence = token_confidence(logits[row, :VOCAB], "entropy")
+                confidence = compute_token_confidence(logits[row, :VOCAB], "entropy")
                 # measured: 0
                 torch.testing.assert_close(out.token_confidence[row, step], confidence, rtol=0, atol=1e-6)
             else:
@@ -405,7 +405,7 @@ def test_ctc_confidence(method: Any):
     model = tiny("ctc")
     features, mask = batch_of([0, 2])
     out = run(model, features, mask, output_confidence=method)
-    expected = token_confidence(out.logits, "max_prob" if method is True else method)
+    expected = compute_token_confidence(out.logits, "max_prob" if method is True else method)
     assert torch.equal(out.token_confidence, expected)
     assert run(model, features, mask).token_confidence is None
     with pytest.raises(ValueError, match="got 'margin'"):
@@ -437,7 +437,7 @@ def test_the_ctc_head_of_a_hybrid_returns_the_best_tokens(head: str):
     assert torch.equal(model.generate(features, attention_mask=mask, decoder="ctc"), expected)
     out = run(model, features, mask, decoder="ctc", output_confidence=True)
     assert torch.equal(out.sequences, expected)
-    assert torch.equal(out.token_confidence, token_confidence(logits))
+    assert torch.equal(out.token_confidence, compute_token_confidence(logits))
     assert out.get("durations") is None
 
 

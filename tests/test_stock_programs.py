@@ -391,4 +391,4 @@ def test_a_warning_says_what_to_import_first(folder):
     program += "\nsys.exit(3)"
     printed, errors = run_program(program, folder, status=3)
     assert json.loads(printed)["instance"]
-    assert "Import transformers_parakeet first for times and chunks on every head." in errors
+    assert "Import transformers_parakeet first to get timestamps and chunked inference with every head." in errors

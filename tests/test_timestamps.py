@@ -17,13 +17,13 @@ from transformers_parakeet.timestamps import (
     Emissions,
     Span,
     aggregate_confidence,
-    char_spans,
-    ctc_runs,
-    is_special,
-    segment_spans,
-    supported_punctuation,
-    transducer_emissions,
-    word_spans,
+    collect_emissions,
+    compute_token_spans,
+    find_supported_punctuation,
+    group_into_segments,
+    group_into_words,
+    is_special_token,
+    merge_repeats,
 )
 
 HERE = Path(__file__).parent
@@ -67,9 +67,9 @@ def test_times_equal_nemo(level: str, case: dict[str, Any]):
     emissions = emissions_of(case)
     assert emissions.tokens == case["ids"]
     assert reader.to_text(emissions) == case["text"]
-    options = {"kind": case["kind"], "gap_threshold": case["segment_gap_threshold"]}
-    seconds = reader.chunks(emissions, level, frame_s=FRAME_S, **options)
-    frames = reader.chunks(emissions, level, frame_s=1.0, **options)
+    options = {"head_type": case["kind"], "gap_threshold": case["segment_gap_threshold"]}
+    seconds = reader.chunks(emissions, level, frame_duration_s=FRAME_S, **options)
+    frames = reader.chunks(emissions, level, frame_duration_s=1.0, **options)
     # NeMo gives a character of a transducer as a list of one text
     assert [chunk["text"].strip() for chunk in frames] == ["".join(truth[level]).strip() for truth in case[level]]
     offsets = [(truth["start_offset"], truth["end_offset"]) for truth in case[level]]
@@ -107,36 +107,36 @@ def test_ctc_emissions_are_runs_of_tokens_with_their_smallest_confidence():
 
 
 def test_ctc_runs_keep_blanks():
-    assert ctc_runs([9, 4, 4, 9]) == [(9, 0, 1), (4, 1, 3), (9, 3, 4)]
-    assert ctc_runs([]) == []
+    assert merge_repeats([9, 4, 4, 9]) == [(9, 0, 1), (4, 1, 3), (9, 3, 4)]
+    assert merge_repeats([]) == []
 
 
 def test_the_frame_of_a_transducer_step_is_the_sum_of_earlier_durations():
     # start, label that stays, label that advances, blank, label, then padding
     ids, durations = [9, 4, 5, 9, 4, 2, 2], [0, 0, 3, 1, 2, 0, 0]
-    assert transducer_emissions(ids, durations, {9, 2}) == Emissions([4, 5, 4], [0, 0, 4], [0, 3, 2])
-    assert transducer_emissions(ids, durations, {9, 2}).confidence is None
-    assert transducer_emissions([], [], {9}) == Emissions([], [], [])
+    assert collect_emissions(ids, durations, {9, 2}) == Emissions([4, 5, 4], [0, 0, 4], [0, 3, 2])
+    assert collect_emissions(ids, durations, {9, 2}).confidence is None
+    assert collect_emissions([], [], {9}) == Emissions([], [], [])
 
 
 def test_every_transducer_step_needs_a_duration():
     with pytest.raises(ValueError, match="zip"):
-        transducer_emissions([1, 2], [1], {9})
+        collect_emissions([1, 2], [1], {9})
 
 
 def test_word_starts_and_special_tokens_have_no_supported_punctuation():
     pieces = ["\u2581-", "-", "a.b", "<;>", "[:]", "##!", "?", "\u00bf", "$", "+", "x", "<", "&"]
     # the dollar, plus and angle signs are symbols and not punctuation
-    assert supported_punctuation(pieces) == {"-", ".", "?", "\u00bf", "&"}
-    assert supported_punctuation([*pieces, "!blank!"], blank_token="!blank!") == {"-", ".", "?", "\u00bf", "&"}
-    assert supported_punctuation([]) == frozenset()
+    assert find_supported_punctuation(pieces) == {"-", ".", "?", "\u00bf", "&"}
+    assert find_supported_punctuation([*pieces, "!blank!"], blank_token="!blank!") == {"-", ".", "?", "\u00bf", "&"}
+    assert find_supported_punctuation([]) == frozenset()
 
 
 @pytest.mark.parametrize(
     ("piece", "special"), [("<unk>", True), ("[CLS]", True), ("<", False), ("", False), ("<a]", False), ("a>", False)]
 )
 def test_is_special(piece: str, special: bool):
-    assert is_special(piece) is special
+    assert is_special_token(piece) is special
 
 
 LETTERS = Emissions([7, 8, 9], [2, 5, 6], [1, 0, 4], [0.5, 0.25, 0.75])
@@ -144,7 +144,7 @@ LETTERS = Emissions([7, 8, 9], [2, 5, 6], [1, 0, 4], [0.5, 0.25, 0.75])
 
 def test_times_of_tokens_by_hand():
     def spans(kind: str) -> list[tuple[int, int]]:
-        return [(span.start, span.end) for span in char_spans(kind, LETTERS, ["a", "?", "b"], {"?"})]
+        return [(span.start, span.end) for span in compute_token_spans(kind, LETTERS, ["a", "?", "b"], {"?"})]
 
     # punctuation has no length, except in RNN-T
     assert spans("tdt") == [(2, 3), (3, 3), (6, 10)]
@@ -155,8 +155,8 @@ def test_times_of_tokens_by_hand():
 
 def test_punctuation_at_the_start_of_a_clip_keeps_its_time():
     first = Emissions([8], [3], [2])
-    assert char_spans("tdt", first, ["?"], {"?"}) == [Span("?", 3, 5)]
-    assert char_spans("ctc", Emissions([8], [0], [2]), ["?"], {"?"}) == [Span("?", 0, 0)]
+    assert compute_token_spans("tdt", first, ["?"], {"?"}) == [Span("?", 3, 5)]
+    assert compute_token_spans("ctc", Emissions([8], [0], [2]), ["?"], {"?"}) == [Span("?", 0, 0)]
 
 
 def test_words_start_with_pieces_that_differ_from_their_text():
@@ -167,30 +167,30 @@ def test_words_start_with_pieces_that_differ_from_their_text():
     def decode(ids: list[int]) -> str:
         return "".join(pieces[i] for i in ids).replace("\u2581", " ").strip()
 
-    words = word_spans(chars, list(range(6)), pieces, decode, {".", "?"})
+    words = group_into_words(chars, list(range(6)), pieces, decode, {".", "?"})
     # a piece that is only a word start begins a word, which the punctuation joins
     assert [(word.text, word.start, word.end) for word in words] == [("soon.", 0, 5), ("?", 6, 9), ("no", 10, 11)]
     assert [word.confidence for word in words] == pytest.approx([0.7, 0.5, 0.4])
-    means = word_spans(chars, list(range(6)), pieces, decode, {".", "?"}, "mean")
+    means = group_into_words(chars, list(range(6)), pieces, decode, {".", "?"}, "mean")
     assert [word.confidence for word in means] == pytest.approx([0.8, 0.55, 0.4])
-    assert word_spans([], [], [], decode, {"."}) == []
+    assert group_into_words([], [], [], decode, {"."}) == []
 
 
 WORDS = [Span("Well.", 0, 4, 0.5), Span("so", 5, 9, 0.5), Span("it", 30, 31, 0.25), Span("is?", 33, 40, 0.5)]
 
 
 def test_segments_end_after_punctuation():
-    assert segment_spans(WORDS, ".?!") == [Span("Well.", 0, 4, 0.5), Span("so it is?", 5, 40, 0.25)]
-    assert segment_spans(WORDS[:3], ".?!")[-1] == Span("so it", 5, 31, 0.25)
-    assert segment_spans(WORDS, "") == [Span("Well. so it is?", 0, 40, 0.25)]
-    assert segment_spans([], ".") == []
+    assert group_into_segments(WORDS, ".?!") == [Span("Well.", 0, 4, 0.5), Span("so it is?", 5, 40, 0.25)]
+    assert group_into_segments(WORDS[:3], ".?!")[-1] == Span("so it", 5, 31, 0.25)
+    assert group_into_segments(WORDS, "") == [Span("Well. so it is?", 0, 40, 0.25)]
+    assert group_into_segments([], ".") == []
 
 
 def test_segments_end_at_gaps():
     # with a gap threshold, punctuation ends a segment only after the first word of the segment
-    assert [s.text for s in segment_spans(WORDS, ".?!", gap_threshold=21)] == ["Well.", "so", "it is?"]
-    assert [s.text for s in segment_spans(WORDS, ".?!", gap_threshold=22)] == ["Well.", "so it is?"]
-    assert [s.text for s in segment_spans(WORDS, "", gap_threshold=2)] == ["Well. so", "it", "is?"]
+    assert [s.text for s in group_into_segments(WORDS, ".?!", gap_threshold=21)] == ["Well.", "so", "it is?"]
+    assert [s.text for s in group_into_segments(WORDS, ".?!", gap_threshold=22)] == ["Well.", "so it is?"]
+    assert [s.text for s in group_into_segments(WORDS, "", gap_threshold=2)] == ["Well. so", "it", "is?"]
 
 
 def test_aggregation_of_confidences_by_hand():
@@ -203,7 +203,7 @@ def test_aggregation_of_confidences_by_hand():
     assert aggregate_confidence([Span("c", 2, 3)], "min") is None
 
 
-@pytest.mark.parametrize("call", [aggregate_confidence, lambda s, how: segment_spans(s, ".", aggregation=how)])
+@pytest.mark.parametrize("call", [aggregate_confidence, lambda s, how: group_into_segments(s, ".", aggregation=how)])
 def test_unknown_aggregations_are_refused(call: Any):
     with pytest.raises(ValueError, match="must be one of mean, min, prod, got 'max'"):
         call([Span("a", 0, 1, 0.5)], "max")

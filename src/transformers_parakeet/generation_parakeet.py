@@ -1,6 +1,6 @@
-"""`generate()`: reads the arguments of Hugging Face, runs greedy decoding, and returns the outputs of Hugging Face.
+"""Implements `generate()` with the arguments and outputs of Hugging Face transformers.
 
-The search itself is in `decoding/`. Text and times are made by the processor.
+The search itself is in `decoding/`. The processor computes text and times.
 """
 
 from __future__ import annotations
@@ -25,32 +25,39 @@ from .decoding import (
     Shortcuts,
     TransducerOptions,
     collapse_ctc,
-    greedy_ctc,
-    greedy_transducer,
+    compute_token_confidence,
+    greedy_decode_ctc,
+    greedy_decode_transducer,
     insert_forced_blanks,
-    token_confidence,
 )
-from .generation_arguments import confidence_method, ctc_request, refuse_processors, without_targets
+from .generation_arguments import (
+    check_logits_processors,
+    drop_training_inputs,
+    get_confidence_method,
+    parse_ctc_arguments,
+)
+from .generation_streaming import StepObserver, stream_frames
 
-# a limit of steps that no audio reaches
-UNLIMITED = 2**31
+# value of `max_length` that means no limit; no audio has this number of steps
+UNLIMITED_LENGTH = 2**31
 
 
 class CTCTokens(Tensor):
-    """Frame-wise tokens (B, N) from the CTC head of a hybrid. Slices and copies have this type as well.
+    """The best token of every frame (B, N) from the CTC head of a hybrid; slices and copies also have this type.
 
-    The processor of a hybrid decodes transducer output by default. It recognises CTC output by this type.
+    The processor of a hybrid decodes the output of the transducer by default, and recognises the output of the CTC head
+    by this type.
     """
 
     decoder_type = "ctc"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CTCTokens:
-        """Copy the tokens and keep the type."""
-        # mypy does not know that operations keep the type
+        """Copy the tokens; the copy has the type `CTCTokens`."""
+        # mypy does not know that `clone` returns the type of `self`
         return self.clone()  # type: ignore[return-value]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Save a plain tensor, which `torch.load` reads without this package."""
+        """Pickle as a plain tensor, so `torch.load` can read it without this package."""
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
@@ -59,12 +66,13 @@ class ParakeetCTCGenerateOutput(ModelOutput):
     """Output of `ParakeetForCTC.generate` with `return_dict_in_generate=True`.
 
     Args:
-        sequences: (B, N) best token of every frame, blanks and repeats included; the blank past the end of a clip.
+        sequences: (B, N) best token of every frame, blanks and repeats included; the blank at padding frames.
         logits: (B, N, V) scores.
         attentions: attentions of the encoder, if requested.
         hidden_states: hidden states of the encoder, if requested.
-        token_confidence: (B, N) confidence of each frame's token, with `output_confidence`.
-        scores: the same as `logits`, with `output_scores`; greedy decoding does not change the scores.
+        token_confidence: (B, N) confidence of the best token of each frame, if requested with `output_confidence`.
+        scores: equal to `logits`, because greedy decoding does not change scores; set if requested with
+            `output_scores`.
         hypotheses: the tokens without blanks and repeats, with their frames.
     """
 
@@ -78,7 +86,7 @@ class ParakeetCTCGenerateOutput(ModelOutput):
 
 
 class ParakeetCTCGenerationMixin(GenerationMixin):
-    """`generate` of a CTC model. It stores nothing on the model."""
+    """Adds `generate` to a CTC model. It stores no state on the model, so several threads can call it."""
 
     @torch.no_grad()
     def generate(
@@ -91,52 +99,59 @@ class ParakeetCTCGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> ParakeetCTCGenerateOutput | Tensor:
-        """Return the best token of every frame.
+        """Decode a batch greedily: select the best token of every frame.
 
         Args:
             input_features: (B, T, F) log-mel features.
-            attention_mask: (B, T), 1 on valid mel frames; `None` if all are valid.
-            return_dict_in_generate: return a `ParakeetCTCGenerateOutput` instead of a tensor.
-            compile_config: compile the forward pass with these settings.
-            output_confidence: also return confidences; `True` means `"max_prob"`, see `decoding.token_confidence`.
-            generation_config: its settings are used like arguments; arguments have priority.
+            attention_mask: (B, T), 1 for valid feature frames; `None` if there is no padding.
+            return_dict_in_generate: whether to return a `ParakeetCTCGenerateOutput` instead of a tensor.
+            compile_config: settings with which to compile the forward pass; `None` to run it uncompiled.
+            output_confidence: confidence method of `decoding.compute_token_confidence`, `True` for `"max_prob"`, or
+                `False` for no confidence.
+            generation_config: settings that are treated as arguments; arguments of the call override them.
             **kwargs: `streamer`, `output_scores` and arguments of `forward`. Other arguments of transformers'
-                `generate` are accepted if they ask for greedy decoding, and ignored with a warning if they have no
-                effect.
+                `generate` are accepted if they mean greedy decoding, and ignored with a warning if they have no effect.
 
         Returns:
-            (B, N) token ids, blanks and repeats included; `processor.batch_decode` merges them.
+            (B, N) token ids, blanks and repeats included. `processor.batch_decode` merges repeats and removes blanks.
 
         Raises:
-            ValueError: an argument asks for anything but greedy decoding, or is unknown.
+            ValueError: an argument is unknown or requires a search other than greedy decoding.
         """
         if return_dict_in_generate:
             kwargs["return_dict_in_generate"] = True
-        request = ctc_request(kwargs, generation_config)
+        arguments = parse_ctc_arguments(kwargs, generation_config)
         forward = self.__call__ if compile_config is None else self.get_compiled_call(compile_config)
-        outputs = forward(input_features=input_features, attention_mask=attention_mask, **request.forward)
-        lengths = None if attention_mask is None else self._get_subsampling_output_length(attention_mask.sum(-1))
+        outputs = forward(input_features=input_features, attention_mask=attention_mask, **arguments.forward_kwargs)
+        frame_lengths = None
+        if attention_mask is not None:
+            frame_lengths = self._get_subsampling_output_length(attention_mask.sum(-1))
         blank_id = self.config.pad_token_id
-        sequences = greedy_ctc(outputs.logits, lengths, blank_id)
-        stream_frames(sequences, blank_id, request.streamer)
-        if not request.return_dict:
+        sequences = greedy_decode_ctc(outputs.logits, frame_lengths, blank_id)
+        stream_frames(sequences, blank_id, arguments.streamer)
+        if not arguments.return_dict:
             return sequences
-        return ctc_output(outputs, outputs.logits, sequences, blank_id, output_confidence, request.scores)
+        return build_ctc_output(
+            outputs, outputs.logits, sequences, blank_id, output_confidence, arguments.output_scores
+        )
 
 
 @dataclass
 class ParakeetRNNTGenerateOutput(ModelOutput):
-    """Output of `generate` of a transducer.
+    """Output of `generate` of a transducer; `num_steps` is the largest number of steps of a clip.
 
     Args:
-        sequences: (B, 1 + S) the blank, then the label or blank of every step; `pad_token_id` past the end of a row.
-        durations: (B, 1 + S) 0, then the frames that each step advances. The frame of a step is the sum of the
-            durations before it.
+        sequences: (B, 1 + num_steps) the blank, then the label or blank of every step, then `pad_token_id` as
+            padding.
+        durations: (B, 1 + num_steps) 0, then the number of frames that each step advances. The frame of a step is
+            the sum of all earlier durations.
         attentions: attentions of the encoder, if requested.
         hidden_states: hidden states of the encoder, if requested.
-        token_confidence: (B, 1 + S) confidence of each label, 0 for blanks, with `output_confidence`.
-        logits: S scores (B, V + D), one per step, with `output_logits`; 0 past the end of a row.
-        scores: the same as `logits`, with `output_scores`; greedy decoding does not change the scores.
+        token_confidence: (B, 1 + num_steps) confidence of each label, 0 for blanks; set if requested with
+            `output_confidence`.
+        logits: one tensor per step, (B, V + D) scores, 0 for padding; set if requested with `output_logits`.
+        scores: equal to `logits`, because greedy decoding does not change scores; set if requested with
+            `output_scores`.
         hypotheses: the labels with their frames and predicted durations, without blanks.
     """
 
@@ -151,34 +166,37 @@ class ParakeetRNNTGenerateOutput(ModelOutput):
 
 
 class ParakeetTransducerGenerationMixin(GenerationMixin):
-    """`generate` of a transducer: transformers' `generate` with the search replaced. It stores nothing on the model."""
+    """Replaces the search in transformers' `generate` by greedy transducer decoding.
+
+    It stores no state on the model, so several threads can call `generate`.
+    """
 
     _supported_generation_modes: ClassVar[list[GenerationMode]] = [GenerationMode.GREEDY_SEARCH]
-    # arguments of `generate` that transformers does not know
+    # arguments of `generate` that only this package has
     _additional_arguments = ("output_confidence",)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, decoder: str = "transducer", **kwargs: Any) -> Any:
         """Decode a batch greedily.
 
         Args:
-            inputs: (B, T, F) log-mel features, also accepted as `input_features`.
+            inputs: (B, T, F) log-mel features; `input_features` is another name of this argument.
             *args: further arguments of transformers' `generate`.
             decoder: `"transducer"`, or `"ctc"` for the CTC head of a hybrid.
-            **kwargs: `attention_mask` (B, T); `output_confidence`, `True` for `"max_prob"` or a method of
-                `decoding.token_confidence`; and those arguments of transformers' `generate` that fit greedy decoding:
-                `max_new_tokens` (steps, blanks included), `streamer`, `stopping_criteria`, `output_logits`,
-                `output_scores`, ...
+            **kwargs: `attention_mask` (B, T), 1 for valid feature frames; `output_confidence`, `True` for `"max_prob"`
+                or a method of `decoding.compute_token_confidence`; and the arguments of transformers' `generate` that
+                are compatible with greedy decoding: `max_new_tokens` (steps, blanks included), `streamer`,
+                `stopping_criteria`, `output_logits`, `output_scores`, ...
 
         Returns:
-            `ParakeetRNNTGenerateOutput`; with `decoder="ctc"` the same as `ParakeetForCTC.generate`.
+            `ParakeetRNNTGenerateOutput`. With `decoder="ctc"`, the result of `ParakeetForCTC.generate`.
 
         Raises:
-            ValueError: an argument asks for beam search or sampling, or `decoder="ctc"` without a CTC head.
+            ValueError: an argument requires beam search or sampling, or `decoder="ctc"` without a CTC head.
         """
-        kwargs = without_targets(kwargs)
+        kwargs = drop_training_inputs(kwargs)
         if decoder == "ctc":
-            features = kwargs.pop("input_features", inputs)
-            return self._generate_ctc(features, **kwargs)
+            input_features = kwargs.pop("input_features", inputs)
+            return self._generate_ctc(input_features, **kwargs)
         if decoder != "transducer":
             raise ValueError(f"`decoder` must be 'transducer' or 'ctc', got {decoder!r}")
         return super().generate(inputs, *args, **kwargs)
@@ -192,63 +210,108 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> ParakeetCTCGenerateOutput | Tensor:
-        """Decode a batch with the CTC head of a hybrid; arguments and result as in `ParakeetForCTC.generate`."""
+        """Decode a batch greedily with the CTC head of a hybrid.
+
+        Args:
+            input_features: (B, T, F) log-mel features.
+            attention_mask: (B, T), 1 for valid feature frames; `None` if there is no padding.
+            output_confidence: confidence method, `True` for `"max_prob"`, or `False` for no confidence.
+            generation_config: settings that are treated as arguments; arguments of the call override them.
+            **kwargs: further arguments of `ParakeetForCTC.generate`.
+
+        Returns:
+            (B, N) token ids of type `CTCTokens`, or a `ParakeetCTCGenerateOutput` with `return_dict_in_generate=True`.
+        """
         if not self.config.ctc_head:
             raise ValueError(
-                "`decoder='ctc'` needs a hybrid checkpoint, but this one has no CTC head: leave out `decoder`"
+                "`decoder='ctc'` requires a hybrid checkpoint, but this checkpoint has no CTC head: leave out `decoder`"
             )
-        request = ctc_request(kwargs, generation_config)
-        encoded = self.encoder(input_features=input_features, attention_mask=attention_mask, **request.forward)
-        logits = self.ctc_logits(encoded.last_hidden_state)
-        lengths = None if attention_mask is None else encoded.attention_mask.sum(-1)
+        arguments = parse_ctc_arguments(kwargs, generation_config)
+        encoder_outputs = self.encoder(
+            input_features=input_features, attention_mask=attention_mask, **arguments.forward_kwargs
+        )
+        logits = self.ctc_logits(encoder_outputs.last_hidden_state)
+        frame_lengths = None if attention_mask is None else encoder_outputs.attention_mask.sum(-1)
         blank_id = self.config.blank_token_id
-        sequences = greedy_ctc(logits, lengths, blank_id).as_subclass(CTCTokens)
-        stream_frames(sequences, blank_id, request.streamer)
-        if not request.return_dict:
+        # by this type, the processor recognises the output of the CTC head
+        sequences = greedy_decode_ctc(logits, frame_lengths, blank_id).as_subclass(CTCTokens)
+        stream_frames(sequences, blank_id, arguments.streamer)
+        if not arguments.return_dict:
             return sequences
-        return ctc_output(encoded, logits, sequences, blank_id, output_confidence, request.scores)
+        return build_ctc_output(
+            encoder_outputs, logits, sequences, blank_id, output_confidence, arguments.output_scores
+        )
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """Let transformers check all arguments of `generate` but those that only this package knows."""
-        known = {name: value for name, value in model_kwargs.items() if name not in self._additional_arguments}
-        super()._validate_model_kwargs(known)
+        """Validate the arguments of `generate` with transformers' check, except those that only this package has."""
+        stock_kwargs = {name: value for name, value in model_kwargs.items() if name not in self._additional_arguments}
+        super()._validate_model_kwargs(stock_kwargs)
 
     def _prepare_special_tokens(self, generation_config: Any, *args: Any, **kwargs: Any) -> None:
-        """Set the start token to the blank; `generation_config` is a copy that belongs to this call."""
+        """Set the start token to the blank.
+
+        Args:
+            generation_config: the copy of the generation config for this call, changed in place.
+            *args: further arguments of the method of transformers.
+            **kwargs: further arguments of the method of transformers.
+        """
         generation_config.decoder_start_token_id = self.config.blank_token_id
         super()._prepare_special_tokens(generation_config, *args, **kwargs)
 
     def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, str, dict[str, Any]]:
-        """Run the encoder, unless its output was passed, and store its output as `encoder_outputs`."""
-        inputs, name, model_kwargs = super()._prepare_model_inputs(*args, **kwargs)
+        """Run the encoder, unless `generate` was called with `encoder_outputs`.
+
+        Args:
+            *args: arguments of the method of transformers.
+            **kwargs: arguments of the method of transformers.
+
+        Returns:
+            The features, the name of the argument with the features, and the remaining arguments of `generate` with
+            `encoder_outputs`.
+        """
+        input_features, input_name, model_kwargs = super()._prepare_model_inputs(*args, **kwargs)
         if model_kwargs.get("encoder_outputs") is None:
-            requested = {k: v for k, v in model_kwargs.items() if k in ("output_attentions", "output_hidden_states")}
+            output_names = ("output_attentions", "output_hidden_states")
+            output_kwargs = {name: value for name, value in model_kwargs.items() if name in output_names}
             model_kwargs["encoder_outputs"] = self.get_audio_features(
-                inputs, attention_mask=model_kwargs.get("attention_mask"), **requested
+                input_features, attention_mask=model_kwargs.get("attention_mask"), **output_kwargs
             )
-        return inputs, name, model_kwargs
+        return input_features, input_name, model_kwargs
 
     def _prepare_decoder_input_ids_for_generation(
         self, batch_size: int, model_kwargs: dict[str, Any], device: Any = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Start every row from the blank: return (B, 1) blanks and the unchanged `model_kwargs`."""
+        """Return the (B, 1) start tokens, which are blanks, and the unchanged `model_kwargs`."""
         return torch.full((batch_size, 1), self.config.blank_token_id, device=device), model_kwargs
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """Create no cache: the search keeps the LSTM state in local variables."""
+        """Create no key-value cache, because the search keeps the LSTM state in local variables."""
 
     def _prepare_generated_length(
         self, generation_config: Any, has_default_max_length: bool, *args: Any, **kwargs: Any
     ) -> Any:
-        """Set `max_length`: unlimited by default, because the number of frames bounds the number of steps."""
+        """Set `max_length` of the sequence, which is unlimited by default.
+
+        The search ends without a limit as well, because the number of frames bounds the number of steps.
+
+        Args:
+            generation_config: the copy of the generation config for this call, changed in place.
+            has_default_max_length: whether the caller has not set `max_length`.
+            *args: further arguments of the method of transformers.
+            **kwargs: further arguments of the method of transformers.
+
+        Returns:
+            `generation_config`.
+        """
         if has_default_max_length and generation_config.max_new_tokens is None:
-            generation_config.max_length = UNLIMITED
+            generation_config.max_length = UNLIMITED_LENGTH
         elif generation_config.max_new_tokens is not None:
+            # the sequence starts with a blank, which is not a new token
             generation_config.max_length = generation_config.max_new_tokens + 1
         return generation_config
 
     def _validate_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> None:
-        """Raise ValueError if `max_length` leaves no room for a step after the start token."""
+        """Raise ValueError if `max_length` does not allow a step after the start token."""
         if generation_config.max_length < 2:
             raise ValueError(
                 "the sequence of a transducer starts with a blank: `max_length` must be at least 2, "
@@ -265,28 +328,30 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> ParakeetRNNTGenerateOutput:
-        """Run the greedy search; transformers' `generate` calls this method in place of its own search.
+        """Run greedy transducer decoding; transformers' `generate` calls this method for greedy search.
 
         Args:
-            input_ids: (B, 1) blanks.
-            logits_processor: processors that would change the scores; only the stock suppression is accepted.
-            stopping_criteria: the caller's criteria, and the limit of steps, which the search checks itself.
-            generation_config: the settings of this call.
-            synced_gpus: not needed, because a search does not wait for other processes.
-            streamer: receives every step; `None` for no streamer.
+            input_ids: (B, 1) start tokens, which are blanks.
+            logits_processor: logits processors; only the suppression of duration outputs is accepted.
+            stopping_criteria: the stopping criteria of the caller, and the criterion for `max_length`, which is
+                ignored, because the search limits the number of steps itself.
+            generation_config: the generation config of this call.
+            synced_gpus: unused, because the search does not wait for other processes.
+            streamer: receives the token of every step; `None` for no streamer.
             **model_kwargs: `encoder_outputs` and `output_confidence`.
 
         Returns:
             The output of `generate`.
         """
-        refuse_processors(logits_processor, self.config.vocab_size)
-        encoded = model_kwargs["encoder_outputs"]
+        check_logits_processors(logits_processor, self.config.vocab_size)
+        encoder_outputs = model_kwargs["encoder_outputs"]
         criteria = [criterion for criterion in stopping_criteria if not isinstance(criterion, MaxLengthCriteria)]
         is_observed = bool(criteria) or streamer is not None
-        options = self._decoding_options(generation_config, model_kwargs.get("output_confidence"), is_observed)
-        hypotheses = greedy_transducer(
-            encoded.pooler_output,
-            frame_lengths(encoded),
+        options = self._build_decoding_options(generation_config, model_kwargs.get("output_confidence"), is_observed)
+        hypotheses = greedy_decode_transducer(
+            # encoder states after the projection to the joint width
+            encoder_outputs.pooler_output,
+            get_frame_lengths(encoder_outputs),
             predict=self.decoder.step,
             joint=self.joint.score,
             options=options,
@@ -296,17 +361,19 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         )
         if streamer is not None:
             streamer.end()
-        return transducer_output(hypotheses, input_ids, encoded, self.config, options.max_steps, generation_config)
+        return build_transducer_output(
+            hypotheses, input_ids, encoder_outputs, self.config, options.max_steps, generation_config
+        )
 
-    def _decoding_options(
+    def _build_decoding_options(
         self, generation_config: Any, output_confidence: bool | str | None, is_observed: bool
     ) -> TransducerOptions:
-        """Collect the settings of the search.
+        """Build the settings of the search from the model config and the arguments of `generate`.
 
         Args:
-            generation_config: the settings of this call of `generate`.
-            output_confidence: `True`, the name of a method, or `False` or `None` for no confidence.
-            is_observed: a streamer or stopping criterion must see every step before the next one.
+            generation_config: the generation config of this call.
+            output_confidence: `True` for `"max_prob"`, the name of a method, or `False` or `None` for no confidence.
+            is_observed: whether a streamer or stopping criterion must receive every step before the next step.
         """
         config = self.config
         return TransducerOptions(
@@ -314,87 +381,54 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             vocab_size=config.vocab_size,
             durations=tuple(config.durations) if hasattr(config, "durations") else None,
             max_symbols=config.max_symbols_per_step,
-            max_steps=None if generation_config.max_length >= UNLIMITED else generation_config.max_length - 1,
+            # `max_length` includes the start token
+            max_steps=None if generation_config.max_length >= UNLIMITED_LENGTH else generation_config.max_length - 1,
+            # 1: one step at a time; 0: the search chooses
             lookahead=1 if is_observed else 0,
-            confidence=confidence_method(output_confidence),
+            confidence=get_confidence_method(output_confidence),
             keep_logits=bool(generation_config.output_logits or generation_config.output_scores),
         )
 
 
-class StepObserver:
-    """Passes the steps of a transducer search to a streamer and to stopping criteria while the search runs.
-
-    Args:
-        start_tokens: (B, 1) the blank, which starts every sequence.
-        pad_id: token id past the end of a row.
-        criteria: stopping criteria of transformers.
-        streamer: receives the tokens of the first row; `None` for no streamer.
-    """
-
-    def __init__(self, start_tokens: Tensor, pad_id: int, criteria: list[Any], streamer: Any) -> None:
-        self.start_tokens, self.pad_id, self.criteria, self.streamer = start_tokens, pad_id, criteria, streamer
-        self.num_streamed = 0
-
-    def __call__(self, rows: list[list[int]]) -> list[bool]:
-        """Stream the new tokens and ask the criteria.
-
-        Args:
-            rows: all tokens of each row so far.
-
-        Returns:
-            For each row, whether it must stop.
-        """
-        if self.streamer is not None:
-            for token in rows[0][self.num_streamed :]:
-                self.streamer.put(torch.tensor([token]))
-            self.num_streamed = len(rows[0])
-        if not self.criteria:
-            return [False] * len(rows)
-        width = max(map(len, rows))
-        padded = [row + [self.pad_id] * (width - len(row)) for row in rows]
-        tokens = torch.tensor(padded, dtype=torch.long, device=self.start_tokens.device)
-        sequences = torch.cat([self.start_tokens, tokens], dim=1)
-        # the search does not keep the scores of single steps
-        stops = [torch.as_tensor(criterion(sequences, None)).expand(len(rows)) for criterion in self.criteria]
-        return torch.stack(stops).any(0).tolist()
-
-
-def transducer_output(
+def build_transducer_output(
     hypotheses: Hypotheses,
     start_tokens: Tensor,
-    encoded: Any,
+    encoder_outputs: Any,
     config: Any,
     max_steps: int | None,
     generation_config: GenerationConfig,
 ) -> ParakeetRNNTGenerateOutput:
-    """Convert the result of a search to the output of `generate` in transformers.
+    """Convert the result of a transducer search to the output of transformers' `generate`.
+
+    A forced advance is an advance by one frame after the maximum number of labels on a frame. With
+    `config.forced_blanks`, it becomes a blank step, otherwise it is added to the duration of the last label.
 
     Args:
-        hypotheses: the result, with its steps.
-        start_tokens: (B, 1) the blank, which starts every sequence.
-        encoded: the output of the encoder.
-        config: the configuration of the model.
-        max_steps: limit of steps in the output; `None` for no limit.
-        generation_config: says which scores to return.
+        hypotheses: the result of the search; `steps` must be set.
+        start_tokens: (B, 1) start tokens, which are blanks.
+        encoder_outputs: the output of the encoder.
+        config: the model config.
+        max_steps: maximum number of steps in the output; `None` for no limit.
+        generation_config: the generation config, which says whether to return `logits` and `scores`.
 
     Returns:
-        The steps in the layout of transformers, and the hypotheses.
+        All steps in the layout of transformers, and the hypotheses.
     """
     steps = hypotheses.steps
-    # the transducer search always returns its steps
     assert steps is not None
     if config.forced_blanks:
-        # as in NeMo, the duration of the label is the predicted one
+        # as in NeMo, the label keeps its predicted duration
         steps = insert_forced_blanks(steps, config.blank_token_id, config.pad_token_id, max_steps)
     else:
-        # as in stock transformers, the duration of the label includes the forced move
-        steps = replace(steps, durations=steps.durations + steps.forced_moves)
+        # as in stock transformers
+        steps = replace(steps, durations=steps.durations + steps.forced_advances)
     logits = None if steps.logits is None else tuple(steps.logits.unbind(1))
+    # durations and confidence of the start token are 0
     return ParakeetRNNTGenerateOutput(
         sequences=torch.cat([start_tokens, steps.tokens], dim=1),
         durations=F.pad(steps.durations, (1, 0)),
-        attentions=encoded.attentions,
-        hidden_states=encoded.hidden_states,
+        attentions=encoder_outputs.attentions,
+        hidden_states=encoder_outputs.hidden_states,
         token_confidence=None if steps.confidence is None else F.pad(steps.confidence, (1, 0)),
         logits=logits if generation_config.output_logits else None,
         scores=logits if generation_config.output_scores else None,
@@ -402,65 +436,52 @@ def transducer_output(
     )
 
 
-def frame_lengths(encoded: Any) -> Tensor:
-    """Return the number of valid frames (B,) of an encoder output; all frames are valid without an attention mask.
+def get_frame_lengths(encoder_outputs: Any) -> Tensor:
+    """Return the number of valid encoder frames of each clip.
 
     Args:
-        encoded: has `last_hidden_state` (B, N, H) and `attention_mask` (B, N) or `None`.
+        encoder_outputs: output of the encoder with `last_hidden_state` (B, N, H) and `attention_mask` (B, N), which is
+            `None` if all frames are valid.
+
+    Returns:
+        (B,) number of valid frames.
     """
-    batch, num_frames = encoded.last_hidden_state.shape[:2]
-    if encoded.attention_mask is None:
-        return torch.full((batch,), num_frames, device=encoded.last_hidden_state.device)
-    return encoded.attention_mask.sum(-1)
+    batch, num_frames = encoder_outputs.last_hidden_state.shape[:2]
+    if encoder_outputs.attention_mask is None:
+        return torch.full((batch,), num_frames, device=encoder_outputs.last_hidden_state.device)
+    return encoder_outputs.attention_mask.sum(-1)
 
 
-def ctc_output(
-    encoded: ModelOutput,
+def build_ctc_output(
+    encoder_outputs: ModelOutput,
     logits: Tensor,
     sequences: Tensor,
     blank_id: int,
     output_confidence: bool | str,
     output_scores: bool,
 ) -> ParakeetCTCGenerateOutput:
-    """Collect the output of `generate` with a CTC head.
+    """Build the output of `generate` for a CTC head.
 
     Args:
-        encoded: the output of the encoder, with its attentions and hidden states.
+        encoder_outputs: output with the attentions and hidden states of the encoder.
         logits: (B, N, V) scores.
         sequences: (B, N) best token of every frame.
         blank_id: id of the blank.
-        output_confidence: the argument of `generate`.
-        output_scores: return the scores in the field `scores` as well.
+        output_confidence: confidence method, `True` for `"max_prob"`, or `False` for no confidence.
+        output_scores: whether to set the field `scores`.
 
     Returns:
         The best tokens of all frames, and the hypotheses.
     """
-    method = confidence_method(output_confidence)
-    frame_confidence = None if method is None else token_confidence(logits, method)
+    method = get_confidence_method(output_confidence)
+    frame_confidence = None if method is None else compute_token_confidence(logits, method)
     return ParakeetCTCGenerateOutput(
         sequences=sequences,
         logits=logits,
-        attentions=encoded.attentions,
-        hidden_states=encoded.hidden_states,
+        attentions=encoder_outputs.attentions,
+        hidden_states=encoder_outputs.hidden_states,
         token_confidence=frame_confidence,
         scores=logits if output_scores else None,
+        # `sequences` of a hybrid has the subclass `CTCTokens`, the hypotheses are plain tensors
         hypotheses=collapse_ctc(sequences.as_subclass(Tensor), blank_id, frame_confidence),
     )
-
-
-def stream_frames(sequences: Tensor, blank_id: int, streamer: Any) -> None:
-    """Pass the tokens of all frames to a streamer, one frame after the other.
-
-    A streamer of transformers expects the prompt first, so the blank is passed before the first frame.
-
-    Args:
-        sequences: (B, N) best token of every frame.
-        blank_id: id of the blank.
-        streamer: a streamer of transformers; `None` to do nothing.
-    """
-    if streamer is None:
-        return
-    streamer.put(torch.full((len(sequences), 1), blank_id))
-    for tokens in sequences.as_subclass(Tensor).cpu().unbind(1):
-        streamer.put(tokens)
-    streamer.end()

@@ -27,7 +27,7 @@ from .configuration_parakeet import (
     add_missing_fields,
     change_attention_context,
 )
-from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin, frame_lengths
+from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin, get_frame_lengths
 from .losses import TransducerLoss, compact_labels, ctc_loss, select_loss
 from .networks import (
     ParakeetEncoderAttention,
@@ -259,7 +259,7 @@ class ParakeetForCTC(ParakeetPreTrainedModel, ParakeetCTCGenerationMixin):
             loss = ctc_loss(
                 logits,
                 labels,
-                frame_lengths(encoder_outputs),
+                get_frame_lengths(encoder_outputs),
                 blank_token_id=self.config.pad_token_id,
                 reduction=self.config.ctc_loss_reduction,
                 zero_infinity=self.config.ctc_zero_infinity,
@@ -397,7 +397,7 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         Returns:
             Scalar loss, or (B,) losses without reduction.
         """
-        config, encoder_lengths = self.config, frame_lengths(encoder_outputs)
+        config, encoder_lengths = self.config, get_frame_lengths(encoder_outputs)
         transducer_loss = self._compute_transducer_loss(
             encoder_outputs.pooler_output, predictor_states, labels, encoder_lengths, label_lengths
         )

@@ -1,6 +1,6 @@
-"""`pipeline("automatic-speech-recognition")` for Parakeet: text, times, confidence, batches and long audio.
+"""Implements `pipeline("automatic-speech-recognition")` for Parakeet: text, times, confidence, batches and long audio.
 
-Models of other families get the pipeline of transformers.
+Models of other families use the pipeline of transformers.
 """
 
 from collections.abc import Iterator
@@ -13,133 +13,151 @@ from transformers.utils import logging
 from .audio import load_audio
 from .configuration_parakeet import get_head_type
 from .long_audio import Window, cut_windows, merge_windows
-from .processing_parakeet import DECODER_TYPES, LEVELS, ParakeetProcessor, to_emissions
+from .processing_parakeet import HEAD_TYPES, TIMESTAMP_LEVELS, ParakeetProcessor, to_emissions
 from .timestamps import DEFAULT_AGGREGATION
 
 logger = logging.get_logger(__name__)
 
-# module of transformers' own Parakeet classes; a program that imports them before this package uses them
-STOCK_MODULE = "transformers.models.parakeet.modeling_parakeet"
+# module of the stock Parakeet classes; a program gets them if it imports them before this package
+STOCK_MODULE_NAME = "transformers.models.parakeet.modeling_parakeet"
 
-# keys of an input dict that describe the audio; all others are returned with the result
+# keys of an input dict that describe the audio; the values of all other keys are returned with the result
 AUDIO_KEYS = {"array", "raw", "sampling_rate", "path", "bytes"}
 
-# keys of a processed window that are not returned with the result
+# keys of a decoded window that are not returned with the result
 WINDOW_KEYS = {"hypotheses", "window", "is_last"}
 
-# a chunk overlaps its neighbours on each side by this fraction of its length, as in the stock pipeline
-DEFAULT_STRIDE = 1 / 6
+# fraction of a chunk that is context on each side, as in the stock pipeline
+DEFAULT_STRIDE_FRACTION = 1 / 6
 
 
 class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
     """Speech recognition with any Parakeet head; created by `pipeline("automatic-speech-recognition", model=...)`.
 
-    Call it with a file name, URL, bytes, array, tensor or `{"array", "sampling_rate"}`, or with an iterable of these.
-    If the model is not of this package, creating this class gives a pipeline of transformers.
+    The input of a call is a file name, URL, bytes, array, tensor, `{"array", "sampling_rate"}`, or an iterable of
+    these. If the model is not a model of this package, the constructor returns a pipeline of transformers.
 
     Args:
         model: a model of this package.
         *args: further arguments of the stock pipeline: `feature_extractor`, `tokenizer`, ...
-        processor: the processor to use; `None` builds one from `feature_extractor` and `tokenizer`.
-        **kwargs: arguments of the stock pipeline, and those below, which a call accepts as well.
-        return_timestamps: `"char"` (one entry per token), `"word"` or `"segment"` (also `True`).
-        return_confidence: add a `confidence` to every chunk, or to the result if there are no timestamps; `True` means
-            the method `"max_prob"`.
-        confidence_aggregation: how words and segments get their confidence from tokens: `"min"` (default), `"mean"` or
-            `"prod"`.
-        chunk_length_s: cut longer audio into overlapping chunks of this many seconds.
-        stride_length_s: seconds of overlap on each side, one number or a pair; default a sixth of the chunk.
+        processor: the processor; `None` to build it from `feature_extractor` and `tokenizer`.
+        **kwargs: further arguments of the stock pipeline, and the arguments below. A call also accepts the arguments
+            below.
+        return_timestamps: `"char"` (one entry per token), `"word"`, `"segment"`, or `True` for `"segment"`.
+        return_confidence: a confidence method, or `True` for `"max_prob"`: add `confidence` to every chunk, or to the
+            result if there are no timestamps.
+        confidence_aggregation: how to compute the confidence of words and segments from the confidences of tokens:
+            `"min"` (default), `"mean"` or `"prod"`.
+        chunk_length_s: length in seconds of the overlapping chunks into which longer audio is cut.
+        stride_length_s: seconds of context on each side of a chunk, one number or a pair (left, right); default: one
+            sixth of `chunk_length_s`.
         generate_kwargs: arguments of `generate`, such as `{"decoder": "ctc"}` for a hybrid.
     """
 
     processor: Any
 
     def __new__(cls, model: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Create this pipeline, or the one of transformers if the model is not of this package.
+        """Create a Parakeet pipeline, or a pipeline of transformers if the model is not a model of this package.
 
         Args:
             model: the model; `None` while a pickled pipeline is loaded.
-            *args: arguments of the stock pipeline.
-            **kwargs: the same.
+            *args: positional arguments of the stock pipeline.
+            **kwargs: keyword arguments of the stock pipeline.
         """
-        if model is None or is_our_model(model):
+        if model is None or check_package_model(model):
             return super().__new__(cls)
         return AutomaticSpeechRecognitionPipeline(model, *args, **kwargs)
 
     def __init__(self, model: Any, *args: Any, processor: Any = None, **kwargs: Any) -> None:
-        # with a processor alone, the base class takes tokenizer and feature extractor from it
+        # without `tokenizer` and `feature_extractor`, the base class takes both from the processor
         super().__init__(model, *args, processor=processor, **kwargs)
         if self.processor is None:
-            kind = get_head_type(model.config)
-            self.processor = ParakeetProcessor(self.feature_extractor, self.tokenizer, decoder_type=kind)
+            head_type = get_head_type(model.config)
+            self.processor = ParakeetProcessor(self.feature_extractor, self.tokenizer, decoder_type=head_type)
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Sort the arguments of a call into those of `preprocess`, `_forward` and `postprocess`.
+        """Split the arguments of a call between `preprocess`, `_forward` and `postprocess`.
 
         Args:
-            **kwargs: arguments of a call; those that the pipeline does not know are arguments of `generate`.
+            **kwargs: arguments of a call; unknown arguments are passed to `generate`.
+
+        Returns:
+            Arguments of `preprocess`, `_forward` (which passes its arguments to `generate`) and `postprocess`.
         """
+        # `ignore_warning` silences a warning of the stock pipeline, which this pipeline never logs
         kwargs.pop("ignore_warning", None)
-        preprocess = pop_arguments(kwargs, "chunk_length_s", "stride_length_s")
-        postprocess = pop_arguments(kwargs, "return_timestamps", "confidence_aggregation")
-        if "return_timestamps" in postprocess:
-            postprocess["return_timestamps"] = check_level(postprocess["return_timestamps"])
-        generate = {**kwargs.pop("generate_kwargs", {})}
+        preprocess_kwargs = pop_arguments(kwargs, "chunk_length_s", "stride_length_s")
+        postprocess_kwargs = pop_arguments(kwargs, "return_timestamps", "confidence_aggregation")
+        if "return_timestamps" in postprocess_kwargs:
+            postprocess_kwargs["return_timestamps"] = get_timestamp_level(postprocess_kwargs["return_timestamps"])
+        generate_kwargs = {**kwargs.pop("generate_kwargs", {})}
         if "return_confidence" in kwargs:
-            generate["output_confidence"] = kwargs.pop("return_confidence")
-        generate.update(kwargs)
-        if "decoder" in generate:
-            postprocess["kind"] = "ctc" if generate["decoder"] == "ctc" else get_head_type(self.model.config)
-        return preprocess, generate, postprocess
+            generate_kwargs["output_confidence"] = kwargs.pop("return_confidence")
+        generate_kwargs.update(kwargs)
+        # a hybrid can decode with its CTC head, which changes how times are computed
+        if "decoder" in generate_kwargs:
+            is_ctc = generate_kwargs["decoder"] == "ctc"
+            postprocess_kwargs["head_type"] = "ctc" if is_ctc else get_head_type(self.model.config)
+        return preprocess_kwargs, generate_kwargs, postprocess_kwargs
 
     def preprocess(
         self, inputs: Any, chunk_length_s: float | None = None, stride_length_s: Any = None, **kwargs: Any
     ) -> Iterator[dict[str, Any]]:
-        """Load one input and compute the features of its windows.
+        """Load one input, cut it into windows and compute the features of each window.
 
         Args:
-            inputs: an audio source; of a dict, the keys that do not describe the audio are returned with the result.
-            chunk_length_s: seconds of a window; `None` or 0 for one window.
-            stride_length_s: seconds of context on each side, one number or a pair; `None` for the default.
-            **kwargs: not used.
+            inputs: the audio. If it is a dict, the values of the keys that do not describe the audio are returned with
+                the result.
+            chunk_length_s: length of a window in seconds; `None` or 0 for one window over the whole input.
+            stride_length_s: seconds of context on each side of a window, one number or a pair (left, right); `None` for
+                one sixth of `chunk_length_s`.
+            **kwargs: unused.
 
         Yields:
-            The features of one window, with `window`, `is_last` and the additional keys of the input.
+            For each window, the features, the keys `window` and `is_last`, and the additional keys of the input.
         """
-        metadata = {k: v for k, v in inputs.items() if k not in AUDIO_KEYS} if isinstance(inputs, dict) else {}
+        metadata = {}
+        if isinstance(inputs, dict):
+            metadata = {key: value for key, value in inputs.items() if key not in AUDIO_KEYS}
         if "stride" in metadata:
             raise ValueError(
-                "an input must have no `stride`: pass the whole audio with `chunk_length_s` and `stride_length_s`"
+                "an input must not have the key `stride`: pass the whole audio and set `chunk_length_s` and "
+                "`stride_length_s`"
             )
-        extractor = self.processor.feature_extractor
-        samples = load_audio(inputs, target_rate=extractor.sampling_rate)
-        # a forked worker process cannot use the GPU of its parent
-        device = self.device if torch.utils.data.get_worker_info() is None else torch.device("cpu")
-        for window in cut_windows(len(samples), *self._window_samples(chunk_length_s, stride_length_s)):
-            features = extractor(
+        feature_extractor = self.processor.feature_extractor
+        samples = load_audio(inputs, target_rate=feature_extractor.sampling_rate)
+        # a forked worker of a data loader cannot use the GPU of its parent process
+        is_worker = torch.utils.data.get_worker_info() is not None
+        device = torch.device("cpu") if is_worker else self.device
+        length, left, right = self._compute_window_samples(chunk_length_s, stride_length_s)
+        for window in cut_windows(len(samples), length, left, right):
+            features = feature_extractor(
                 samples[window.start : window.stop],
-                sampling_rate=extractor.sampling_rate,
+                sampling_rate=feature_extractor.sampling_rate,
                 return_tensors="pt",
                 device=device,
             )
             yield {"is_last": window.keep_to is None, "window": window, **features, **metadata}
 
-    def _window_samples(self, chunk_length_s: float | None, stride_length_s: Any) -> tuple[int, int, int]:
-        """Convert the lengths of windows and of their left and right context to samples.
+    def _compute_window_samples(self, chunk_length_s: float | None, stride_length_s: Any) -> tuple[int, int, int]:
+        """Convert the length of a window and the lengths of its context from seconds to samples.
 
         Args:
-            chunk_length_s: seconds of a window; `None` or 0 for one window over the whole clip.
-            stride_length_s: seconds of context on each side, one number or a pair; `None` for the default.
+            chunk_length_s: length of a window in seconds; `None` or 0 for one window over the whole clip.
+            stride_length_s: seconds of context on each side of a window, one number or a pair (left, right); `None` for
+                one sixth of `chunk_length_s`.
 
         Returns:
-            Window, left and right context in samples, each rounded to whole encoder frames; zeros for one window.
+            The length of a window, of the left context and of the right context in samples, each rounded to whole
+            encoder frames. Three zeros for one window over the whole clip.
         """
         if not chunk_length_s:
             return 0, 0, 0
-        stride = chunk_length_s * DEFAULT_STRIDE if stride_length_s is None else stride_length_s
-        left_s, right_s = stride if isinstance(stride, (list, tuple)) else (stride, stride)
+        stride_s = chunk_length_s * DEFAULT_STRIDE_FRACTION if stride_length_s is None else stride_length_s
+        left_s, right_s = stride_s if isinstance(stride_s, (list, tuple)) else (stride_s, stride_s)
         samples_per_frame = self.model.config.inputs_to_logits_ratio
         frames_per_second = self.processor.feature_extractor.sampling_rate / samples_per_frame
+        # round to whole encoder frames
         length, left, right = (
             round(seconds * frames_per_second) * samples_per_frame for seconds in (chunk_length_s, left_s, right_s)
         )
@@ -149,15 +167,15 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
         """Decode one batch of windows.
 
         Args:
-            model_inputs: what `preprocess` yields, collated by transformers.
+            model_inputs: results of `preprocess`, collated to a batch by transformers.
             **kwargs: arguments of `generate`.
 
         Returns:
-            The inputs without features, and the decoded tokens as `hypotheses`.
+            The remaining inputs (without features and mask) plus the decoded tokens as `hypotheses`.
         """
-        features, mask = model_inputs.pop("input_features"), model_inputs.pop("attention_mask")
+        input_features, attention_mask = model_inputs.pop("input_features"), model_inputs.pop("attention_mask")
         output = self.model.generate(
-            input_features=features, attention_mask=mask, return_dict_in_generate=True, **kwargs
+            input_features=input_features, attention_mask=attention_mask, return_dict_in_generate=True, **kwargs
         )
         return {**model_inputs, "hypotheses": output.hypotheses.cpu()}
 
@@ -166,21 +184,22 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
         model_outputs: list[dict[str, Any]],
         return_timestamps: str | None = None,
         confidence_aggregation: str = DEFAULT_AGGREGATION,
-        kind: str | None = None,
+        head_type: str | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Merge the windows of one input and compute text, chunks and confidence.
 
         Args:
-            model_outputs: what `_forward` returns, one dict per window with one row of `hypotheses` each.
+            model_outputs: results of `_forward`, one dict per window with the hypothesis of the window.
             return_timestamps: `"char"`, `"word"` or `"segment"`; `None` for no chunks.
-            confidence_aggregation: `"min"`, `"mean"` or `"prod"`.
-            kind: `"ctc"`, `"rnnt"` or `"tdt"`, the head that decoded; `None` for that of the model.
-            **kwargs: not used.
+            confidence_aggregation: how to combine the confidences of tokens: `"min"`, `"mean"` or `"prod"`.
+            head_type: type of the head that decoded: `"ctc"`, `"rnnt"` or `"tdt"`; `None` for the head type of the
+                model.
+            **kwargs: unused.
 
         Returns:
-            `text`, and if requested `chunks` or `confidence`; the additional keys of the input as lists, one entry per
-            window.
+            `text`; `chunks` if timestamps were requested; `confidence` if only confidence was requested; the additional
+            keys of the input, each with a list of one value per window.
         """
         config = self.model.config
         windows: list[Window] = [output["window"] for output in model_outputs]
@@ -191,7 +210,7 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
             result["chunks"] = self.processor.chunks(
                 emissions,
                 return_timestamps,
-                kind or get_head_type(config),
+                head_type or get_head_type(config),
                 config.inputs_to_logits_ratio / self.processor.feature_extractor.sampling_rate,
                 config.segment_separators,
                 config.segment_gap_threshold,
@@ -199,53 +218,59 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
             )
         elif emissions.confidence is not None:
             result["confidence"] = self.processor.overall_confidence(emissions, confidence_aggregation)
-        for key in model_outputs[0].keys() - WINDOW_KEYS:
+        metadata_keys = model_outputs[0].keys() - WINDOW_KEYS
+        for key in metadata_keys:
             result[key] = [output[key] for output in model_outputs]
         return result
 
 
-def is_our_model(model: Any) -> bool:
-    """Tell whether a model is a Parakeet model of this package, and warn about a Parakeet model of transformers.
+def check_package_model(model: Any) -> bool:
+    """Return whether a model is a Parakeet model of this package; log a warning if it is a stock Parakeet model.
 
-    An adapter or compiler may be wrapped around the model.
+    The model may be wrapped, for example by PEFT or `torch.compile`.
 
     Args:
-        model: a model with a configuration.
+        model: a model with a `config` attribute.
     """
-    if get_head_type(model.config) not in DECODER_TYPES:
+    if get_head_type(model.config) not in HEAD_TYPES:
         return False
-    is_stock = any(type(module).__module__ == STOCK_MODULE for module in model.modules())
-    if is_stock:
+    # check all submodules, because the outer module may be a wrapper
+    has_stock_modules = any(type(module).__module__ == STOCK_MODULE_NAME for module in model.modules())
+    if has_stock_modules:
         logger.warning(
-            f"{type(model).__name__} is transformers' own class, imported before transformers_parakeet: it runs in "
-            "transformers' own pipeline. Import transformers_parakeet first for times and chunks on every head."
+            f"{type(model).__name__} is the stock class of transformers, because it was imported before "
+            "transformers_parakeet, and is used with the stock pipeline. Import transformers_parakeet first to get "
+            "timestamps and chunked inference with every head."
         )
-    return not is_stock
+    return not has_stock_modules
 
 
 def pop_arguments(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Remove arguments from `kwargs` and return those that were present.
+    """Remove arguments from `kwargs` and return the removed arguments.
 
     Args:
-        kwargs: arguments, which are changed in place.
-        *names: names of the arguments to remove.
+        kwargs: arguments, changed in place.
+        *names: names of the arguments to remove; names that `kwargs` does not contain are ignored.
     """
     return {name: kwargs.pop(name) for name in names if name in kwargs}
 
 
-def check_level(return_timestamps: Any) -> str | None:
-    """Return the level of timestamps that an argument asks for.
+def get_timestamp_level(return_timestamps: Any) -> str | None:
+    """Get the level of timestamps from the argument `return_timestamps`.
 
     Args:
-        return_timestamps: `"char"`, `"word"`, `"segment"`, `True` for segments, or `False` or `None`.
+        return_timestamps: `"char"`, `"word"`, `"segment"`, `True` for `"segment"`, or `False` or `None` for no
+            timestamps.
 
     Returns:
         The level; `None` for no timestamps.
 
     Raises:
-        ValueError: there is no such level.
+        ValueError: `return_timestamps` is not one of these.
     """
     level = "segment" if return_timestamps is True else return_timestamps or None
-    if level is not None and level not in LEVELS:
-        raise ValueError(f"`return_timestamps` must be one of {', '.join(LEVELS)} or True, got {return_timestamps!r}")
+    if level is not None and level not in TIMESTAMP_LEVELS:
+        raise ValueError(
+            f"`return_timestamps` must be one of {', '.join(TIMESTAMP_LEVELS)} or True, got {return_timestamps!r}"
+        )
     return level

@@ -1,6 +1,6 @@
-"""The processor: turns audio and text into a batch, and decoded tokens into text, times and confidence.
+"""The processor: converts audio and transcripts to a batch, and decoded tokens to text, times and confidence.
 
-Features are computed in `feature_extraction_parakeet.py`, and times in `timestamps.py`.
+`feature_extraction_parakeet.py` computes the features, `timestamps.py` the start and end frames.
 """
 
 import re
@@ -21,27 +21,25 @@ from .timestamps import (
     Emissions,
     Span,
     aggregate_confidence,
-    char_spans,
-    segment_spans,
-    supported_punctuation,
-    transducer_emissions,
-    word_spans,
+    collect_emissions,
+    compute_token_spans,
+    find_supported_punctuation,
+    group_into_segments,
+    group_into_words,
 )
 from .tokenization_parakeet import BLANK, WORD_START
 
-# kinds of heads
-DECODER_TYPES = ("ctc", "rnnt", "tdt")
+HEAD_TYPES = ("ctc", "rnnt", "tdt")
 
-# levels of timestamps
-LEVELS = ("char", "word", "segment")
+TIMESTAMP_LEVELS = ("char", "word", "segment")
 
-# arguments of `from_pretrained` that say where files are
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+# arguments of `from_pretrained` that control how files are located and downloaded
+HUB_OPTION_NAMES = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
-# mel frames per encoder frame in every released checkpoint
+# feature frames per encoder frame in every released checkpoint
 SUBSAMPLING_FACTOR = 8
 
-DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULT_KWARGS: dict[str, dict[str, Any]] = {
     "audio_kwargs": {
         "sampling_rate": 16000,
         "padding": "longest",
@@ -57,19 +55,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 class ParakeetProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Default arguments of the feature extractor and the tokenizer."""
 
-    _defaults = DEFAULTS
+    _defaults = DEFAULT_KWARGS
 
 
 class ParakeetProcessor(ProcessorMixin):
-    """A feature extractor and a tokenizer, and the conversions between them and a model.
+    """Prepares audio and transcripts for a model, and converts decoded tokens to text, times and confidence.
 
     Args:
         feature_extractor: a `ParakeetFeatureExtractor`.
         tokenizer: a `ParakeetTokenizer`.
-        blank_token: the blank in the vocabulary of a transducer. The blank of a CTC tokenizer is its pad token.
-        decoder_type: `"ctc"`, `"rnnt"` or `"tdt"`. With `None`, `from_pretrained` reads it from the configuration of
-            the model in the same folder. If there is none, a vocabulary with the blank belongs to TDT, and one without
-            the blank to CTC.
+        blank_token: the blank in the vocabulary of a transducer. In a CTC vocabulary the pad token is the blank.
+        decoder_type: type of the model's head: `"ctc"`, `"rnnt"` or `"tdt"`. If it is `None`, `from_pretrained` reads
+            it from the model config in the same folder. Without a model config, a vocabulary with `blank_token` means
+            TDT and a vocabulary without it means CTC.
     """
 
     valid_processor_kwargs = ParakeetProcessorKwargs
@@ -84,18 +82,21 @@ class ParakeetProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a processor. If its file has no `decoder_type`, the type is that of the model in the same folder.
+        """Load a processor from a folder or the Hub.
+
+        If the processor config has no `decoder_type`, take it from the model config in the same folder.
 
         Args:
-            pretrained_model_name_or_path: a folder or Hub id.
-            *args: further arguments of transformers' `from_pretrained`.
-            **kwargs: the same.
+            pretrained_model_name_or_path: a folder, or the id of a repository on the Hub.
+            *args: further positional arguments of transformers' `from_pretrained`.
+            **kwargs: further keyword arguments of transformers' `from_pretrained`.
 
         Returns:
-            The processor; with `return_unused_kwargs=True` a tuple of it and the unused arguments.
+            The processor. With `return_unused_kwargs=True`, a tuple `(processor, unused_kwargs)`.
         """
-        # the base class removes arguments from its own copy of `kwargs`
+        # the base class pops arguments from its own copy, so `kwargs` is still complete below
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        # with `return_unused_kwargs=True`, `loaded` is a tuple
         processor = loaded[0] if isinstance(loaded, tuple) else loaded
         if processor.decoder_type is None:
             processor.decoder_type = read_decoder_type(pretrained_model_name_or_path, kwargs)
@@ -103,14 +104,14 @@ class ParakeetProcessor(ProcessorMixin):
 
     @property
     def _decoder_type(self) -> str:
-        """The type of the model's head; if it is not set, the vocabulary decides: TDT with the blank, else CTC."""
+        """Type of the model's head: `decoder_type` if it is set, else TDT for a vocabulary with the blank, else CTC."""
         if self.decoder_type is not None:
             return self.decoder_type
         return "tdt" if self.blank_token in self.tokenizer.get_vocab() else "ctc"
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of everything that calling the processor may return."""
+        """Names of all model inputs that a call of the processor can return."""
         decoder_names = [] if self._decoder_type == "ctc" else ["decoder_input_ids"]
         return [*self.feature_extractor.model_input_names, "labels", *decoder_names]
 
@@ -118,40 +119,53 @@ class ParakeetProcessor(ProcessorMixin):
         """Prepare audio for a model, together with its transcripts for training.
 
         Args:
-            audio: one clip or a list of clips, see `ParakeetFeatureExtractor`; a 2-D array is one clip with channels.
-            text: the transcript of the clip, or one transcript per clip; `None` without training.
-            sampling_rate: sampling rate of the audio in Hz.
+            audio: one clip or a list of clips, see `ParakeetFeatureExtractor`. A 2-D array is one clip with channels.
+            text: the transcript of the clip, or a list of one transcript per clip; `None` for inference.
+            sampling_rate: sampling rate of the audio in Hz; `None` for the sampling rate of the model.
             **kwargs: arguments of the feature extractor and the tokenizer.
 
         Returns:
-            `input_features` (B, T, F) and `attention_mask` (B, T). With text also `labels` (B, U), padded with the pad
-            token, and for transducers `decoder_input_ids` (B, U + 1), the blank before the labels. Programs written for
-            stock transformers expect `decoder_input_ids`; our models derive them from the labels.
+            `input_features` (B, T, F) and `attention_mask` (B, T). With `text`, also `labels` (B, U), padded with the
+            pad token. For transducers, also `decoder_input_ids` (B, U + 1): the blank, then the labels. Programs for
+            stock transformers use `decoder_input_ids`; the models of this package derive them from the labels.
 
         Raises:
-            ValueError: the sampling rate is not that of the model, or the numbers of clips and transcripts differ.
+            ValueError: `sampling_rate` differs from the sampling rate of the model, or the numbers of clips and
+                transcripts differ.
         """
-        merged = self._merge_kwargs(ParakeetProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged_kwargs = self._merge_kwargs(
+            ParakeetProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
         if isinstance(audio, (np.ndarray, Tensor)):
             audio = [audio] if audio.ndim <= 2 else list(audio)
-        batch = self.feature_extractor(audio, **{**merged["audio_kwargs"], "sampling_rate": sampling_rate})
+        batch = self.feature_extractor(audio, **{**merged_kwargs["audio_kwargs"], "sampling_rate": sampling_rate})
         if text is not None:
             transcripts = [text] if isinstance(text, str) else list(text)
-            batch.update(self._encode_labels(transcripts, len(batch["input_features"]), merged["text_kwargs"]))
+            num_clips = len(batch["input_features"])
+            batch.update(self._tokenize_transcripts(transcripts, num_clips, merged_kwargs["text_kwargs"]))
         return batch
 
-    def _encode_labels(self, transcripts: list[str], num_clips: int, text_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the `labels` of transcripts, and for a transducer `decoder_input_ids`.
+    def _tokenize_transcripts(
+        self, transcripts: list[str], num_clips: int, text_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Tokenize the transcripts of a batch.
 
         Args:
-            transcripts: one text per clip.
+            transcripts: the transcript of each clip.
             num_clips: number of clips in the batch.
             text_kwargs: arguments of the tokenizer.
+
+        Returns:
+            `labels` (B, U), and for a transducer also `decoder_input_ids` (B, U + 1): the blank, then the labels.
+
+        Raises:
+            ValueError: the numbers of clips and transcripts differ.
         """
         if len(transcripts) != num_clips:
             raise ValueError(f"every clip needs a transcript, got {num_clips} clips and {len(transcripts)} transcripts")
         labels = self.tokenizer(transcripts, **text_kwargs)["input_ids"]
         if not isinstance(labels, Tensor):
+            # with `return_tensors=None` the labels are lists, and `decoder_input_ids` are not built
             return {"labels": labels}
         # the tokenizer returns floats if all transcripts are empty
         labels = labels.long()
@@ -161,162 +175,179 @@ class ParakeetProcessor(ProcessorMixin):
         return {"labels": labels, "decoder_input_ids": torch.cat([blanks, labels], dim=1)}
 
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
-        """Decode generated sequences to texts.
+        """Decode a batch of generated sequences to text.
 
-        Repeats are merged for CTC and kept for transducers. A tensor that the CTC head of a hybrid generated is
-        recognised as such; pass `group_tokens=True` after converting it to a list.
+        Repeats are merged for CTC and kept for transducers. For a hybrid, the type `CTCTokens` of a tensor marks the
+        output of the CTC head; pass `group_tokens=True` if you convert the tensor to a list.
 
         Args:
-            sequences: (B, L) token ids, as `generate` returns them.
+            sequences: (B, sequence length) token ids from `generate`.
             **kwargs: arguments of the tokenizer.
 
         Returns:
-            B texts.
+            The text of each sequence.
         """
         sequences, kwargs = self._prepare_decoding(sequences, kwargs)
         return [self._join_punctuation(text) for text in self.tokenizer.batch_decode(sequences, **kwargs)]
 
     def decode(self, token_ids: Any, *, durations: Tensor | None = None, **kwargs: Any) -> Any:
-        """Decode generated sequences, and compute the times of their tokens if durations are given.
+        """Decode one or several generated sequences to text, and optionally compute the times of the tokens.
 
         Args:
-            token_ids: (L,) or (B, L), as `generate` returns them.
-            durations: frames that each step of a transducer advances, same shape; `None` for no times.
+            token_ids: (sequence length,) or (B, sequence length) token ids from `generate`.
+            durations: number of frames that each step of a transducer advances, same shape as `token_ids`; `None` to
+                return only the text.
             **kwargs: arguments of the tokenizer.
 
         Returns:
-            The text or texts. With durations, a tuple of them and, per sequence, a list of `{"token", "start", "end"}`
-            in seconds.
+            The text, or a list of texts for a batch. With `durations`, a tuple `(text, times)`: the times of a sequence
+            are a list of `{"token", "start", "end"}` in seconds, and a list of such lists for a batch.
         """
         if durations is not None:
+            # only transducers have durations, and a repeated token of a transducer was emitted twice
             kwargs.setdefault("group_tokens", False)
         sequences, kwargs = self._prepare_decoding(token_ids, kwargs)
         decoded = self.tokenizer.decode(sequences, **kwargs)
         if isinstance(decoded, str):
             text: Any = self._join_punctuation(decoded)
         else:
-            text = [self._join_punctuation(row) for row in decoded]
+            text = [self._join_punctuation(sequence_text) for sequence_text in decoded]
         if durations is None:
             return text
-        token_rows, duration_rows = torch.as_tensor(sequences), torch.as_tensor(durations)
-        if token_rows.ndim == 1:
-            return text, self._token_times(token_rows.tolist(), duration_rows.tolist())
-        rows = zip(token_rows.tolist(), duration_rows.tolist(), strict=True)
-        return text, [self._token_times(*row) for row in rows]
+        step_tokens, step_durations = torch.as_tensor(sequences), torch.as_tensor(durations)
+        if step_tokens.ndim == 1:
+            return text, self._compute_token_times(step_tokens.tolist(), step_durations.tolist())
+        times = [
+            self._compute_token_times(sequence_tokens, sequence_durations)
+            for sequence_tokens, sequence_durations in zip(step_tokens.tolist(), step_durations.tolist(), strict=True)
+        ]
+        return text, times
 
     def _prepare_decoding(self, sequences: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Return sequences and tokenizer arguments such that the tokenizer merges repeats of CTC only.
+        """Set the tokenizer argument `group_tokens`, so repeats are merged for CTC and kept for transducers.
 
         Args:
-            sequences: token ids; those from the CTC head of a hybrid have the type `CTCTokens`.
-            kwargs: arguments of the tokenizer, which have priority.
+            sequences: generated token ids; a tensor from the CTC head of a hybrid has the type `CTCTokens`, which has
+                the attribute `decoder_type`.
+            kwargs: arguments of the tokenizer; `group_tokens` in `kwargs` has priority.
+
+        Returns:
+            The sequences, in which the blank of a hybrid's CTC head is replaced by the pad token, and the arguments.
         """
-        first = sequences[0] if isinstance(sequences, (list, tuple)) and len(sequences) else sequences
-        kind = getattr(first, "decoder_type", None)
-        kwargs = {"group_tokens": (kind or self._decoder_type) == "ctc", **kwargs}
-        if kind == "ctc" and isinstance(sequences, Tensor):
-            # the tokenizer removes the pad token between repeats, which is the blank of a CTC model
+        first_sequence = sequences[0] if isinstance(sequences, (list, tuple)) and len(sequences) else sequences
+        sequence_head_type = getattr(first_sequence, "decoder_type", None)
+        head_type = sequence_head_type or self._decoder_type
+        kwargs = {"group_tokens": head_type == "ctc", **kwargs}
+        if sequence_head_type == "ctc" and isinstance(sequences, Tensor):
+            # after merging repeats, the tokenizer removes pad tokens, but not the blank of a hybrid
             sequences = sequences.masked_fill(sequences == self.blank_token_id, self.tokenizer.pad_token_id)
         return sequences, kwargs
 
-    def _token_times(self, ids: list[int], durations: list[int]) -> list[dict[str, Any]]:
-        """Return `{"token", "start", "end"}` in seconds for every token of a row, as stock transformers does.
+    def _compute_token_times(self, step_tokens: list[int], durations: list[int]) -> list[dict[str, Any]]:
+        """Compute the times of the tokens of one generated sequence, in the format of stock transformers.
 
         Args:
-            ids: label or blank of every step, then padding.
-            durations: frames that every step advances.
+            step_tokens: label or blank of every step, then padding.
+            durations: number of frames that every step advances.
+
+        Returns:
+            `{"token", "start", "end"}` in seconds for every token with text.
         """
-        emissions = transducer_emissions(ids, durations, {self.tokenizer.pad_token_id, self.blank_token_id})
-        # only a transducer has durations
-        kind = "tdt" if self._decoder_type == "ctc" else self._decoder_type
+        ignored_ids = {self.tokenizer.pad_token_id, self.blank_token_id}
+        emissions = collect_emissions(step_tokens, durations, ignored_ids)
+        # only transducers have durations: treat the steps as TDT if the processor belongs to a CTC model
+        head_type = "tdt" if self._decoder_type == "ctc" else self._decoder_type
         times = []
-        for chunk in self.chunks(emissions, "char", kind):
+        for chunk in self.chunks(emissions, "char", head_type):
             if chunk["text"]:
                 start, end = chunk["timestamp"]
                 times.append({"token": chunk["text"], "start": start, "end": end})
         return times
 
     def to_text(self, emissions: Emissions) -> str:
-        """Return the text of tokens as NeMo writes it, without a space before punctuation.
+        """Convert the tokens of a clip to text as NeMo does, without a space before punctuation.
 
         Args:
-            emissions: the tokens of one clip.
+            emissions: the tokens of the clip.
 
         Returns:
-            The text.
+            The text of the clip.
         """
-        return self._join_punctuation(self._detokenize(emissions.tokens))
+        return self._join_punctuation(self._ids_to_text(emissions.tokens))
 
     def chunks(
         self,
         emissions: Emissions,
         level: str,
-        kind: str | None = None,
-        frame_s: float | None = None,
+        head_type: str | None = None,
+        frame_duration_s: float | None = None,
         separators: Any = (".", "?", "!"),
         gap_threshold: int | None = None,
         aggregation: str = DEFAULT_AGGREGATION,
     ) -> list[dict[str, Any]]:
-        """Compute the times of the tokens, words or segments of a clip as NeMo does.
+        """Compute text, times and confidence of the tokens, words or segments of a clip as NeMo does.
 
         Args:
             emissions: the tokens of the clip.
             level: `"char"` (one entry per token), `"word"` or `"segment"`.
-            kind: `"ctc"`, `"rnnt"` or `"tdt"`; `None` for the processor's `decoder_type`.
-            frame_s: seconds per encoder frame; `None` for the property `frame_s`.
+            head_type: `"ctc"`, `"rnnt"` or `"tdt"`; `None` for the `decoder_type` of the processor.
+            frame_duration_s: seconds per encoder frame; `None` for `self.frame_duration_s`.
             separators: characters that end a segment.
-            gap_threshold: frames between two words that end a segment; `None` for no such rule.
-            aggregation: how words and segments get their confidence: `"mean"`, `"min"` or `"prod"` of the tokens.
+            gap_threshold: minimum number of frames between two words that ends a segment; `None` for no threshold.
+            aggregation: how to combine the confidences of the tokens: `"mean"`, `"min"` or `"prod"`.
 
         Returns:
-            A list of `{"text", "timestamp": (start, end)}` in seconds, with `"confidence"` if the tokens have one.
+            A list of `{"text", "timestamp": (start, end)}` in seconds, with `"confidence"` if it was requested.
 
         Raises:
             ValueError: the level or the aggregation is unknown.
         """
-        if level not in LEVELS:
-            raise ValueError(f"the level of timestamps must be one of {', '.join(LEVELS)}, got {level!r}")
+        if level not in TIMESTAMP_LEVELS:
+            raise ValueError(f"the level of timestamps must be one of {', '.join(TIMESTAMP_LEVELS)}, got {level!r}")
         tokens = emissions.tokens
         pieces = self.tokenizer.convert_ids_to_tokens(tokens)
-        texts = [self._detokenize([token]) for token in tokens]
-        spans = char_spans(kind or self._decoder_type, emissions, texts, self.punctuation)
+        texts = [self._ids_to_text([token]) for token in tokens]
+        spans = compute_token_spans(head_type or self._decoder_type, emissions, texts, self.punctuation)
         if level == "char":
             spans = restore_spaces(spans, pieces)
         else:
-            spans = word_spans(spans, tokens, pieces, self._detokenize, self.punctuation, aggregation)
+            spans = group_into_words(spans, tokens, pieces, self._ids_to_text, self.punctuation, aggregation)
         if level == "segment":
-            spans = segment_spans(spans, separators, gap_threshold, aggregation)
-        return [to_chunk(span, frame_s or self.frame_s) for span in spans]
+            spans = group_into_segments(spans, separators, gap_threshold, aggregation)
+        return [to_chunk(span, frame_duration_s or self.frame_duration_s) for span in spans]
 
     def overall_confidence(self, emissions: Emissions, aggregation: str = DEFAULT_AGGREGATION) -> float | None:
-        """Aggregate the confidences of all tokens of a clip.
+        """Combine the confidences of all tokens of a clip to one number.
 
         Args:
             emissions: the tokens of the clip.
             aggregation: `"mean"`, `"min"` or `"prod"`.
 
         Returns:
-            The confidence; `None` if the tokens have none or there are no tokens.
+            The confidence of the clip; `None` if confidence was not requested or the clip has no tokens.
 
         Raises:
-            ValueError: the aggregation is unknown.
+            ValueError: `aggregation` is not one of these.
         """
-        return aggregate_confidence([Span("", 0, 0, value) for value in emissions.confidence or []], aggregation)
+        # `aggregate_confidence` uses only the confidence of a span
+        spans = [Span("", 0, 0, confidence) for confidence in emissions.confidence or []]
+        return aggregate_confidence(spans, aggregation)
 
     @property
-    def frame_s(self) -> float:
+    def frame_duration_s(self) -> float:
         """Seconds per encoder frame."""
         return float(self.feature_extractor.hop_length * SUBSAMPLING_FACTOR / self.feature_extractor.sampling_rate)
 
     @cached_property
     def punctuation(self) -> frozenset[str]:
         """Punctuation that the vocabulary can attach to a word."""
-        return supported_punctuation(self.tokenizer.get_vocab(), self.blank_token)
+        return find_supported_punctuation(self.tokenizer.get_vocab(), self.blank_token)
 
     @cached_property
     def _space_before_punctuation(self) -> re.Pattern[str]:
-        """Pattern of one space and the punctuation after it; it matches nothing if there is no punctuation."""
+        """Pattern of one whitespace character before punctuation, with the punctuation as its first group."""
         if not self.punctuation:
+            # never matches
             return re.compile(r"(?!)")
         return re.compile(r"\s([" + "".join(map(re.escape, sorted(self.punctuation))) + "])")
 
@@ -324,88 +355,92 @@ class ParakeetProcessor(ProcessorMixin):
         """Remove the space before punctuation that the vocabulary can attach to a word."""
         return self._space_before_punctuation.sub(r"\1", text)
 
-    def _detokenize(self, ids: list[int]) -> str:
-        """Return the text of token ids; repeats are kept."""
-        return str(self.tokenizer.decode(ids, group_tokens=False))
+    def _ids_to_text(self, token_ids: list[int]) -> str:
+        """Convert token ids to text without merging repeats."""
+        return str(self.tokenizer.decode(token_ids, group_tokens=False))
 
 
-def to_emissions(hypotheses: Hypotheses, row: int = 0) -> Emissions:
-    """Convert one row of decoded tokens to Python lists.
+def to_emissions(hypotheses: Hypotheses, clip_index: int = 0) -> Emissions:
+    """Convert the hypothesis of one clip to Python lists.
 
     Args:
         hypotheses: the decoded tokens of a batch.
-        row: index of the row.
+        clip_index: index of the clip in the batch.
 
     Returns:
-        The tokens of the row.
+        The tokens of the clip with their frames, durations and confidence.
     """
-    return Emissions(**hypotheses.to_lists(row))
+    return Emissions(**hypotheses.to_lists(clip_index))
 
 
 def find_blank_id(tokenizer: Any, blank_token: str) -> int:
-    """Return the id of the blank: that of `blank_token`, or of the pad token if the vocabulary has no such entry.
+    """Find the id of the blank: the id of `blank_token`, or of the pad token if the vocabulary lacks `blank_token`.
 
-    `convert_tokens_to_ids` cannot be used, because it returns the id of the unknown token for a missing entry.
+    `convert_tokens_to_ids` is not used, because it returns the id of the unknown token for a missing entry.
 
     Args:
         tokenizer: a `ParakeetTokenizer`.
         blank_token: the blank in the vocabulary of a transducer.
 
     Returns:
-        The id.
+        The id of the blank.
     """
     return int(tokenizer.get_vocab().get(blank_token, tokenizer.pad_token_id))
 
 
-def read_decoder_type(source: Any, options: dict[str, Any]) -> str | None:
-    """Read the type of a model's head from the configuration in a folder or Hub repository.
+def read_decoder_type(source: Any, pretrained_kwargs: dict[str, Any]) -> str | None:
+    """Read the type of the model's head from the model config in a folder or Hub repository.
 
     Args:
-        source: the folder or Hub id.
-        options: arguments of `from_pretrained`; those that say where files are are used.
+        source: the folder, or the id of a repository on the Hub.
+        pretrained_kwargs: arguments of `from_pretrained`; only the arguments that control how files are located and
+            downloaded are used.
 
     Returns:
-        `"ctc"`, `"rnnt"` or `"tdt"`; `None` if there is no configuration of such a model.
+        `"ctc"`, `"rnnt"` or `"tdt"`; `None` if there is no model config or it is not the config of a Parakeet model.
     """
-    hub_options = {name: value for name, value in options.items() if name in HUB_OPTIONS}
+    hub_options = {name: value for name, value in pretrained_kwargs.items() if name in HUB_OPTION_NAMES}
     try:
-        fields, _ = PreTrainedConfig.get_config_dict(source, **hub_options)
+        config_fields, _ = PreTrainedConfig.get_config_dict(source, **hub_options)
     except OSError:
         return None
-    kind = get_head_type(SimpleNamespace(model_type=fields.get("model_type")))
-    return kind if kind in DECODER_TYPES else None
+    # `get_head_type` reads only `model_type`
+    head_type = get_head_type(SimpleNamespace(model_type=config_fields.get("model_type")))
+    return head_type if head_type in HEAD_TYPES else None
 
 
-def restore_spaces(spans: list[Span], pieces: list[str]) -> list[Span]:
-    """Put a space before the text of every token that starts a word, except the first token.
+def restore_spaces(token_spans: list[Span], pieces: list[str]) -> list[Span]:
+    """Add a space before the text of every token that starts a word, except before the first token.
+
+    Decoding a single token removes the space at its start.
 
     Args:
-        spans: one span per token, whose text has lost its space because it was decoded alone.
-        pieces: vocabulary entries of the tokens.
+        token_spans: text and frames of each token.
+        pieces: vocabulary entry of each token.
 
     Returns:
-        Spans whose joined texts are the text of the clip.
+        The spans with the new texts, which can be concatenated to the text of the clip.
     """
-    spaced = spans[:1]
-    for span, piece in zip(spans[1:], pieces[1:], strict=True):
+    spaced_spans = token_spans[:1]
+    for span, piece in zip(token_spans[1:], pieces[1:], strict=True):
         text = f" {span.text}" if piece.startswith(WORD_START) else span.text
-        spaced.append(Span(text, span.start, span.end, span.confidence))
-    return spaced
+        spaced_spans.append(Span(text, span.start, span.end, span.confidence))
+    return spaced_spans
 
 
-def to_chunk(span: Span, frame_s: float) -> dict[str, Any]:
+def to_chunk(span: Span, frame_duration_s: float) -> dict[str, Any]:
     """Convert a span to an entry of the pipeline's `chunks`.
 
     Args:
-        span: text with its time in frames.
-        frame_s: seconds per frame.
+        span: text with its start and end frame.
+        frame_duration_s: seconds per frame.
 
     Returns:
         `{"text", "timestamp"}` with times in seconds, rounded to milliseconds, and `"confidence"` if the span has one.
     """
     chunk: dict[str, Any] = {
         "text": span.text,
-        "timestamp": (round(span.start * frame_s, 3), round(span.end * frame_s, 3)),
+        "timestamp": (round(span.start * frame_duration_s, 3), round(span.end * frame_duration_s, 3)),
     }
     if span.confidence is not None:
         chunk["confidence"] = span.confidence

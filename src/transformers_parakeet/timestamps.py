@@ -1,6 +1,6 @@
-"""From encoder frames to times of characters, words and segments, exactly as NVIDIA NeMo computes them; pure Python.
+"""Converts encoder frames of tokens to start and end frames of tokens, words and segments, as NVIDIA NeMo does.
 
-Works on token ids, frames and texts of tokens. Seconds are computed and texts are decoded by the processor.
+Pure Python without torch. The processor decodes token ids to text and converts frames to seconds.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ AGGREGATIONS: dict[str, Callable[[Sequence[float]], float]] = {
     "prod": math.prod,
 }
 
-# default aggregation of NeMo's `ConfidenceConfig`, from tokens to words
+# default aggregation from tokens to words in NeMo's `ConfidenceConfig`
 DEFAULT_AGGREGATION = "min"
 
 
 @dataclass(frozen=True)
 class Emissions:
-    """The tokens that a model emitted for one clip, without blanks, as Python lists with one entry per token.
+    """The tokens that a model emitted for one clip, without blanks; every list has one entry per token.
 
     Args:
         tokens: token ids.
         frames: encoder frame at which each token was emitted.
-        durations: frames of each token: for TDT the predicted duration, for CTC the number of frames that repeat the
-            token, for RNN-T 0 (not used for times).
+        durations: number of frames of each token: the predicted duration for TDT, the number of frames that repeat the
+            token for CTC, 0 for RNN-T.
         confidence: confidence of each token, from 0 to 1; `None` if it was not requested.
     """
 
@@ -41,13 +41,13 @@ class Emissions:
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of text with its time.
+    """The text of a token, word or segment with its time.
 
     Args:
-        text: a token, word or segment.
+        text: text of the token, word or segment.
         start: first encoder frame.
-        end: encoder frame after the last one.
-        confidence: from 0 to 1; `None` if it was not requested.
+        end: end frame, exclusive.
+        confidence: confidence from 0 to 1; `None` if it was not requested.
     """
 
     text: str
@@ -56,159 +56,177 @@ class Span:
     confidence: float | None = None
 
 
-def ctc_runs(ids: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Merge consecutive repeats of frame-wise token ids. Blanks are merged as well and stay in the result.
+def merge_repeats(frame_tokens: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Merge consecutive repeats of the tokens of a CTC head to runs.
+
+    For example, tokens 5 5 0 5 give the runs (5, 0, 2), (0, 2, 3), (5, 3, 4).
 
     Args:
-        ids: the best token of every frame.
+        frame_tokens: the best token of every frame.
 
     Returns:
-        (token, first frame, frame after the last one) of every run.
+        `(token id, first frame, end frame exclusive)` for each run. Runs of blanks are included.
     """
-    runs, frame = [], 0
-    for token, group in groupby(ids):
-        length = len(list(group))
-        runs.append((token, frame, frame + length))
-        frame += length
+    runs, start = [], 0
+    for token, repeats in groupby(frame_tokens):
+        end = start + len(list(repeats))
+        runs.append((token, start, end))
+        start = end
     return runs
 
 
-def transducer_emissions(ids: Sequence[int], durations: Sequence[int], ignored_ids: Collection[int]) -> Emissions:
-    """Read the output of stock transformers' `generate`, where the frame of a step is the sum of earlier durations.
+def collect_emissions(step_tokens: Sequence[int], durations: Sequence[int], ignored_ids: Collection[int]) -> Emissions:
+    """Collect the labels and their frames from the steps of a transducer, as stock transformers' `generate` lists them.
+
+    The frame of a step is the sum of the durations of all earlier steps.
 
     Args:
-        ids: label or blank of every step, then padding.
-        durations: frames that every step advances.
-        ignored_ids: the ids that are not labels: the blank and the padding.
+        step_tokens: label or blank of every step, then padding.
+        durations: number of frames that each step advances.
+        ignored_ids: token ids that are not labels: the ids of the blank and of the padding.
 
     Returns:
         The labels, without confidence.
     """
-    tokens, frames, label_durations = [], [], []
+    labels, label_frames, label_durations = [], [], []
     frame = 0
-    for token, duration in zip(ids, durations, strict=True):
+    for token, duration in zip(step_tokens, durations, strict=True):
         if token not in ignored_ids:
-            tokens.append(token)
-            frames.append(frame)
+            labels.append(token)
+            label_frames.append(frame)
             label_durations.append(duration)
         frame += duration
-    return Emissions(tokens, frames, label_durations)
+    return Emissions(labels, label_frames, label_durations)
 
 
-def supported_punctuation(pieces: Iterable[str], blank_token: str | None = None) -> frozenset[str]:
-    """Collect the punctuation that a vocabulary can write inside or at the end of a word.
+def find_supported_punctuation(vocabulary: Iterable[str], blank_token: str | None = None) -> frozenset[str]:
+    """Find the punctuation that a vocabulary can attach to a word.
 
     Args:
-        pieces: the entries of the vocabulary.
-        blank_token: the entry of the blank; `None` if there is none.
+        vocabulary: the entries (pieces) of the vocabulary.
+        blank_token: the entry of the blank; `None` if the vocabulary has no blank.
 
     Returns:
-        All characters of Unicode category P in pieces that do not start a word and are not special tokens.
+        All characters of the Unicode category P (punctuation) in pieces that neither start a word nor are special
+        tokens.
     """
     characters: set[str] = set()
-    for piece in pieces:
-        starts_word = piece.startswith(("\u2581", "##"))
-        if not starts_word and not is_special(piece) and piece != blank_token:
+    for piece in vocabulary:
+        # marker of SentencePiece at a word start, prefix of WordPiece
+        has_prefix = piece.startswith(("\u2581", "##"))
+        if not has_prefix and not is_special_token(piece) and piece != blank_token:
             characters.update(character for character in piece if unicodedata.category(character).startswith("P"))
     return frozenset(characters)
 
 
-def is_special(piece: str) -> bool:
-    """Tell whether a vocabulary entry is written like a special token: `<...>` or `[...]`.
+def is_special_token(piece: str) -> bool:
+    """Return whether a vocabulary entry has the form of a special token: `<...>` or `[...]`.
 
     Args:
-        piece: the entry.
+        piece: the vocabulary entry.
     """
-    return (piece[:1], piece[-1:]) in {("<", ">"), ("[", "]")} and len(piece) > 1
+    first_character, last_character = piece[:1], piece[-1:]
+    return (first_character, last_character) in {("<", ">"), ("[", "]")}
 
 
-def char_spans(
-    kind: str, emissions: Emissions, texts: Sequence[str], punctuation: Collection[str] = frozenset()
+def compute_token_spans(
+    head_type: str, emissions: Emissions, texts: Sequence[str], punctuation: Collection[str] = frozenset()
 ) -> list[Span]:
-    """Compute the start and end frame of every token.
+    """Compute the start and end frame of every token as NeMo does.
 
-    As in NeMo, a token of TDT lasts for its duration and a token of RNN-T for one frame. A token of CTC starts at the
-    frame of the token before it and ends at its own frame. In TDT and CTC punctuation has no length: for TDT it stands
-    at the end of the token before it.
+    - TDT: from the frame of the token, for its predicted duration.
+    - RNN-T: one frame.
+    - CTC: from the frame of the previous token to the frame of the token.
+
+    Punctuation has length 0 in TDT and CTC, unless it is the first token. In TDT it is placed at the end of the
+    previous token.
 
     Args:
-        kind: `"ctc"`, `"rnnt"` or `"tdt"`.
-        emissions: the tokens.
-        texts: text of each token, decoded alone.
-        punctuation: see `supported_punctuation`.
+        head_type: `"ctc"`, `"rnnt"` or `"tdt"`.
+        emissions: the tokens of the clip.
+        texts: text of each token.
+        punctuation: the punctuation that the vocabulary can attach to a word.
 
     Returns:
         One span per token.
     """
-    spans: list[Span] = []
+    token_spans: list[Span] = []
     for index, (frame, duration) in enumerate(zip(emissions.frames, emissions.durations, strict=True)):
-        if kind == "tdt":
+        if head_type == "tdt":
             start, end = frame, frame + duration
-        elif kind == "rnnt":
+        elif head_type == "rnnt":
             start, end = frame, frame + 1
         else:
+            # the first token starts one frame before its own frame
             start, end = (emissions.frames[index - 1] if index else max(0, frame - 1)), frame
+        # punctuation has length 0, unless it is the first token
         if index and texts[index] in punctuation:
-            if kind == "tdt":
-                start = end = spans[-1].end
-            elif kind == "ctc":
+            if head_type == "tdt":
+                start = end = token_spans[-1].end
+            elif head_type == "ctc":
                 end = start
         confidence = None if emissions.confidence is None else emissions.confidence[index]
-        spans.append(Span(texts[index], start, end, confidence))
-    return spans
+        token_spans.append(Span(texts[index], start, end, confidence))
+    return token_spans
 
 
-def word_spans(
-    chars: Sequence[Span],
+def group_into_words(
+    token_spans: Sequence[Span],
     tokens: Sequence[int],
     pieces: Sequence[str],
     decode: Callable[[list[int]], str],
     punctuation: Collection[str],
     aggregation: str = DEFAULT_AGGREGATION,
 ) -> list[Span]:
-    """Join tokens to words.
+    """Group tokens into words as NeMo does.
 
-    As in NeMo, a token starts a word if its vocabulary entry differs from its text. Punctuation never starts a word.
+    A token starts a word if its vocabulary entry differs from its text, which means that the entry has the word-start
+    marker. Punctuation never starts a word.
 
     Args:
-        chars: the spans of the tokens, see `char_spans`.
-        tokens: their ids.
-        pieces: their vocabulary entries.
-        decode: turns a list of ids into text.
-        punctuation: see `supported_punctuation`.
-        aggregation: `"mean"`, `"min"` or `"prod"` of the confidences of the tokens.
+        token_spans: text and frames of each token, see `compute_token_spans`.
+        tokens: id of each token.
+        pieces: vocabulary entry of each token.
+        decode: function that converts a list of token ids to text.
+        punctuation: the punctuation that the vocabulary can attach to a word.
+        aggregation: how to compute the confidence of a word from the confidences of its tokens: `"mean"`, `"min"` or
+            `"prod"`.
 
     Returns:
         One span per word.
     """
-    groups: list[list[int]] = []
-    for index, char in enumerate(chars):
-        starts_word = pieces[index] != char.text and char.text not in punctuation
-        if starts_word or not groups:
-            groups.append([])
-        groups[-1].append(index)
+    # indices of the tokens of each word
+    word_indices: list[list[int]] = []
+    for index, token_span in enumerate(token_spans):
+        starts_word = pieces[index] != token_span.text and token_span.text not in punctuation
+        if starts_word or not word_indices:
+            word_indices.append([])
+        word_indices[-1].append(index)
     words = []
-    for group in groups:
-        members = [chars[index] for index in group]
-        text = decode([tokens[index] for index in group])
-        words.append(Span(text, members[0].start, members[-1].end, aggregate_confidence(members, aggregation)))
+    for indices in word_indices:
+        spans = [token_spans[index] for index in indices]
+        text = decode([tokens[index] for index in indices])
+        words.append(Span(text, spans[0].start, spans[-1].end, aggregate_confidence(spans, aggregation)))
     return words
 
 
-def segment_spans(
+def group_into_segments(
     words: Sequence[Span],
     separators: Collection[str],
     gap_threshold: int | None = None,
     aggregation: str = DEFAULT_AGGREGATION,
 ) -> list[Span]:
-    """Join words to segments.
+    """Group words into segments as NeMo does.
+
+    Without `gap_threshold`, a segment ends after a word that ends with a separator. With it, a segment ends before a
+    long gap, and a separator ends the segment only if the word with the separator is the first word of the segment.
 
     Args:
-        words: see `word_spans`.
-        separators: characters that end a segment at the end of a word.
-        gap_threshold: number of frames between two words that ends a segment; `None` or 0 for no such rule. With it,
-            as in NeMo, a separator ends a segment only after the first word of the segment.
-        aggregation: `"mean"`, `"min"` or `"prod"` of the confidences of the words.
+        words: text and frames of each word, see `group_into_words`.
+        separators: characters that end a segment if they are the last character of a word.
+        gap_threshold: minimum number of frames between two words that ends a segment; `None` or 0 for no threshold.
+        aggregation: how to compute the confidence of a segment from the confidences of its words: `"mean"`, `"min"` or
+            `"prod"`.
 
     Returns:
         One span per segment.
@@ -216,9 +234,11 @@ def segment_spans(
     segments: list[list[Span]] = [[]]
     for word in words:
         if gap_threshold and segments[-1]:
-            if word.start - segments[-1][-1].end >= gap_threshold:
+            gap = word.start - segments[-1][-1].end
+            if gap >= gap_threshold:
                 segments.append([])
             segments[-1].append(word)
+            # like NeMo, do not check the separators of this word
             continue
         segments[-1].append(word)
         if word.text and word.text[-1] in separators:
@@ -230,27 +250,27 @@ def join_words(words: Sequence[Span], aggregation: str) -> Span:
     """Join the words of one segment to one span.
 
     Args:
-        words: the words, at least one.
-        aggregation: `"mean"`, `"min"` or `"prod"` of their confidences.
+        words: the words of the segment, at least one.
+        aggregation: how to combine the confidences of the words: `"mean"`, `"min"` or `"prod"`.
     """
     text = " ".join(word.text for word in words)
     return Span(text, words[0].start, words[-1].end, aggregate_confidence(words, aggregation))
 
 
 def aggregate_confidence(spans: Sequence[Span], aggregation: str) -> float | None:
-    """Aggregate the confidences of spans.
+    """Combine the confidences of several spans to one number.
 
     Args:
-        spans: spans with or without confidence.
+        spans: tokens or words; spans without confidence are ignored.
         aggregation: `"mean"`, `"min"` or `"prod"`.
 
     Returns:
-        The aggregated confidence; `None` if no span has one.
+        The combined confidence; `None` if no span has a confidence.
 
     Raises:
-        ValueError: the aggregation is unknown.
+        ValueError: `aggregation` is not one of these.
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"`aggregation` must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
-    values = [span.confidence for span in spans if span.confidence is not None]
-    return AGGREGATIONS[aggregation](values) if values else None
+    confidences = [span.confidence for span in spans if span.confidence is not None]
+    return AGGREGATIONS[aggregation](confidences) if confidences else None

@@ -1,6 +1,6 @@
 """Converts token ids to text: merges CTC repeats, removes blanks, computes offsets in frames.
 
-Times as NeMo computes them are in `timestamps.py`.
+`timestamps.py` computes times as NeMo does.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import TokenizersBackend
 
-from .timestamps import ctc_runs
+from .timestamps import merge_repeats
 
-# SentencePiece's mark of a space, at the start of a word
+# SentencePiece's marker of a word start, in place of the space before the word
 WORD_START = "\u2581"
 # the blank in the vocabulary of a transducer
 BLANK = "<blank>"
@@ -22,12 +22,12 @@ BLANK = "<blank>"
 class ParakeetTokenizer(TokenizersBackend):
     """Tokenizer of the released checkpoints.
 
-    The blank of a CTC vocabulary is the pad token. The vocabulary of a transducer, or of a hybrid, contains the token
-    `BLANK` in addition. Decoding removes pad tokens. It merges repeated tokens by default only for a CTC vocabulary,
-    because a transducer emits every token separately.
+    In a CTC vocabulary the pad token is the blank. The vocabulary of a transducer or a hybrid additionally contains the
+    token `BLANK`. Decoding removes pad tokens. By default it merges repeated tokens only for a CTC vocabulary, because
+    a repeated token of a transducer was emitted twice.
     """
 
-    # the word delimiter that tools of transformers pass to `_get_word_offsets`
+    # transformers' CTC pipeline passes this word delimiter to `_get_word_offsets`
     replace_word_delimiter_char = " "
 
     def _decode(
@@ -39,73 +39,78 @@ class ParakeetTokenizer(TokenizersBackend):
         output_char_offsets: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Decode one sequence of token ids.
+        """Decode one sequence of token ids to text.
 
         Args:
             token_ids: token ids; for CTC one per frame.
-            skip_special_tokens: leave special tokens out of the text.
-            clean_up_tokenization_spaces: remove spaces before punctuation; None means the setting of the tokenizer.
-            group_tokens: merge consecutive repeats; None merges them only for a CTC vocabulary.
-            output_char_offsets: return offsets in addition to the text.
+            skip_special_tokens: whether to omit special tokens from the text.
+            clean_up_tokenization_spaces: whether to remove spaces before punctuation; `None` for the setting of the
+                tokenizer.
+            group_tokens: whether to merge consecutive repeats; `None` to merge them only for a CTC vocabulary.
+            output_char_offsets: whether to also return the frames of each token.
             **kwargs: further arguments of the base class.
 
         Returns:
-            The text; with `output_char_offsets` a dict of `text` and `char_offsets`, which has one
-            `{"char", "start_offset", "end_offset"}` in frames per token, as CTC tokenizers of transformers return it.
+            The text. With `output_char_offsets`, a dict with the keys `text` and `char_offsets`, in the format of
+            transformers' CTC tokenizers: one `{"char", "start_offset", "end_offset"}` per token, offsets in frames.
         """
-        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        frame_tokens = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         if group_tokens is None:
             group_tokens = self.backend_tokenizer.token_to_id(BLANK) is None
-        # (token, first frame, frame after the last) of each token
-        runs = ctc_runs(ids) if group_tokens else [(token, frame, frame + 1) for frame, token in enumerate(ids)]
+        # (token id, first frame, end frame exclusive) of each token
+        if group_tokens:
+            runs = merge_repeats(frame_tokens)
+        else:
+            runs = [(token, frame, frame + 1) for frame, token in enumerate(frame_tokens)]
         runs = [run for run in runs if run[0] != self.pad_token_id]
 
-        def decode_tokens(tokens: list[int]) -> str:
-            """Convert token ids without repeats and pad tokens to text."""
+        def ids_to_text(token_ids: list[int]) -> str:
+            """Convert token ids to text; repeats and pad tokens must already be removed."""
             return super(ParakeetTokenizer, self)._decode(
-                tokens,
+                token_ids,
                 skip_special_tokens=skip_special_tokens,
                 clean_up_tokenization_spaces=clean_up_tokenization_spaces,
                 **kwargs,
             )
 
-        text = decode_tokens([token for token, _, _ in runs])
+        text = ids_to_text([token for token, _, _ in runs])
         if not output_char_offsets:
             return text
-        return {"text": text, "char_offsets": self._char_offsets(runs, decode_tokens)}
+        return {"text": text, "char_offsets": self._compute_char_offsets(runs, ids_to_text)}
 
-    def _char_offsets(
-        self, runs: list[tuple[int, int, int]], decode_tokens: Callable[[list[int]], str]
+    def _compute_char_offsets(
+        self, runs: list[tuple[int, int, int]], ids_to_text: Callable[[list[int]], str]
     ) -> list[dict[str, Any]]:
-        """Compute the offsets of the text of each token, with a delimiter entry between words.
+        """Compute the text and the frames of each token, with a delimiter entry between words.
 
         Args:
-            runs: token id, first frame and frame after the last, for each token.
-            decode_tokens: converts token ids to text.
+            runs: `(token id, first frame, end frame exclusive)` of each token.
+            ids_to_text: function that converts a list of token ids to text.
 
         Returns:
-            `{"char", "start_offset", "end_offset"}` in frames for each token with text and for each delimiter.
+            `{"char", "start_offset", "end_offset"}` for each delimiter and each token with text, offsets in frames.
         """
         offsets: list[dict[str, Any]] = []
         for token, start, end in runs:
-            chars = decode_tokens([token])
-            if not chars:
+            token_text = ids_to_text([token])
+            if not token_text:
                 continue
-            if offsets and self.convert_ids_to_tokens(token).startswith(WORD_START):
+            starts_word = self.convert_ids_to_tokens(token).startswith(WORD_START)
+            if offsets and starts_word:
                 offsets.append({"char": self.replace_word_delimiter_char, "start_offset": start, "end_offset": start})
-            offsets.append({"char": chars.strip(), "start_offset": start, "end_offset": end})
+            offsets.append({"char": token_text.strip(), "start_offset": start, "end_offset": end})
         return offsets
 
     @staticmethod
     def _get_word_offsets(offsets: list[dict[str, Any]], word_delimiter_char: str = " ") -> list[dict[str, Any]]:
-        """Join character offsets to word offsets; CTC tools of transformers call this method.
+        """Group character offsets into word offsets; transformers' CTC pipeline calls this method.
 
         Args:
-            offsets: `{"char", "start_offset", "end_offset"}` in frames.
-            word_delimiter_char: the `char` that separates words.
+            offsets: `{"char", "start_offset", "end_offset"}` of each token and delimiter, offsets in frames.
+            word_delimiter_char: value of `char` that separates two words.
 
         Returns:
-            `{"word", "start_offset", "end_offset"}` in frames for each word.
+            `{"word", "start_offset", "end_offset"}` of each word, offsets in frames.
         """
         words: list[dict[str, Any]] = []
         for is_delimiter, group in groupby(offsets, key=lambda offset: offset["char"] == word_delimiter_char):

@@ -11,7 +11,7 @@ from confidence64 import confidence64
 from conftest import TESTS
 from safetensors.torch import load_file
 
-from transformers_parakeet.decoding import collapse_ctc, greedy_ctc, token_confidence
+from transformers_parakeet.decoding import collapse_ctc, compute_token_confidence, greedy_decode_ctc
 
 GOLDEN = TESTS / "golden"
 
@@ -23,7 +23,7 @@ def test_confidence_equals_the_formula_in_float64(vocab_size: int, method: str):
     # a uniform distribution and a certain token
     logits[0, 0] = 0.0
     logits[0, 1, 1] = 200.0
-    confidence = token_confidence(logits, method)
+    confidence = compute_token_confidence(logits, method)
     expected = np.apply_along_axis(confidence64, -1, logits.numpy(), method)
     # measured: 1.6e-6 with 8193 tokens, the error of torch's float32 softmax
     np.testing.assert_allclose(confidence.numpy(), expected, atol=5e-6, rtol=0.0)
@@ -34,13 +34,13 @@ def test_confidence_equals_the_formula_in_float64(vocab_size: int, method: str):
 def test_confidence_does_not_depend_on_a_constant_added_to_the_scores():
     logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
     for method in ("max_prob", "entropy"):
-        expected = token_confidence(logits + 50, method)
-        torch.testing.assert_close(token_confidence(logits.log_softmax(-1), method), expected)
+        expected = compute_token_confidence(logits + 50, method)
+        torch.testing.assert_close(compute_token_confidence(logits.log_softmax(-1), method), expected)
 
 
 def test_unknown_confidence_methods_are_refused():
     with pytest.raises(ValueError, match="must be one of max_prob, entropy, got 'margin'"):
-        token_confidence(torch.zeros(2, 3), "margin")
+        compute_token_confidence(torch.zeros(2, 3), "margin")
 
 
 def aggregate_runs(tokens: list[int], values: list[float], blank_id: int, aggregate: Callable) -> list[float]:
@@ -57,10 +57,10 @@ def test_ctc_confidence_equals_nemo(clip: str, method: str, name: str):
     row, blank_id = expected["clips"].index(clip), expected["blank_id"]
     length = int(arrays["encoder_lengths"][row])
     log_probs = arrays["ctc_log_probs"][row : row + 1]
-    tokens = greedy_ctc(log_probs, torch.tensor([length]), blank_id)
+    tokens = greedy_decode_ctc(log_probs, torch.tensor([length]), blank_id)
     nemo = expected["ctc"]["single"][clip]
     assert tokens[0, :length].tolist() == nemo["raw_argmax"]
-    frame_confidence = token_confidence(log_probs, method)
+    frame_confidence = compute_token_confidence(log_probs, method)
     ours = aggregate_runs(nemo["raw_argmax"], frame_confidence[0, :length].tolist(), blank_id, min)
     # measured: 2.3e-6; the golden numbers are rounded to seven digits
     assert ours == pytest.approx(nemo[f"token_confidence.{name}"], abs=1e-5)

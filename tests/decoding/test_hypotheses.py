@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from transformers_parakeet.decoding import Hypotheses, Steps, collapse_ctc, greedy_ctc, insert_forced_blanks
-from transformers_parakeet.decoding.hypotheses import pad_logits, pad_rows
+from transformers_parakeet.decoding import Hypotheses, Steps, collapse_ctc, greedy_decode_ctc, insert_forced_blanks
+from transformers_parakeet.decoding.hypotheses import pad_lists, pad_logits
 
 BLANK, PAD = 9, 77
 
@@ -15,8 +15,8 @@ BLANK, PAD = 9, 77
 def test_greedy_ctc_takes_the_best_token_and_a_blank_past_the_end():
     best = torch.tensor([[2, 2, 0, 1], [1, 0, 0, 2]])
     logits = torch.nn.functional.one_hot(best, 4).float()
-    assert greedy_ctc(logits, None, 3).tolist() == best.tolist()
-    assert greedy_ctc(logits, torch.tensor([3, 0]), 3).tolist() == [[2, 2, 0, 3], [3, 3, 3, 3]]
+    assert greedy_decode_ctc(logits, None, 3).tolist() == best.tolist()
+    assert greedy_decode_ctc(logits, torch.tensor([3, 0]), 3).tolist() == [[2, 2, 0, 3], [3, 3, 3, 3]]
 
 
 def test_ctc_runs_are_merged_and_keep_their_smallest_confidence():
@@ -73,7 +73,7 @@ def three_rows() -> Steps:
     return Steps(
         tokens=torch.tensor([[1, 2, 3], [1, BLANK, PAD], [BLANK, 4, 5]]),
         durations=torch.tensor([[0, 0, 0], [2, 1, 0], [1, 0, 0]]),
-        forced_moves=torch.tensor([[0, 1, 1], [0, 0, 0], [0, 0, 1]]),
+        forced_advances=torch.tensor([[0, 1, 1], [0, 0, 0], [0, 0, 1]]),
         lengths=torch.tensor([3, 2, 3]),
         confidence=torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.0, 0.0], [0.0, 0.5, 0.6]]),
         logits=torch.arange(1.0, 10.0).reshape(3, 3, 1),
@@ -92,7 +92,7 @@ def test_forced_moves_become_blank_steps_of_one_frame():
     assert equals(steps.confidence, [[0.1, 0.2, 0, 0.3, 0], [0.4, 0, 0, 0, 0], [0, 0.5, 0.6, 0, 0]])
     assert equals(steps.logits, [[[1], [2], [0], [3], [0]], [[4], [5], [6], [0], [0]], [[7], [8], [9], [0], [0]]])
     assert steps.lengths.tolist() == [5, 2, 4]
-    assert not steps.forced_moves.any()
+    assert not steps.forced_advances.any()
 
 
 def test_inserted_blanks_count_towards_the_limit_of_steps():
@@ -104,10 +104,10 @@ def test_inserted_blanks_count_towards_the_limit_of_steps():
 
 def test_padding_of_lists():
     device = torch.device("cpu")
-    assert equals(pad_rows([[1, 2], [], [3]], PAD, device), [[1, 2], [PAD, PAD], [3, PAD]])
-    assert pad_rows([[1, 2]], PAD, device).dtype == torch.long
-    assert pad_rows([[], []], 0.0, device).shape == (2, 0)
-    assert pad_rows([[], []], 0.0, device).dtype == torch.float32
+    assert equals(pad_lists([[1, 2], [], [3]], PAD, device), [[1, 2], [PAD, PAD], [3, PAD]])
+    assert pad_lists([[1, 2]], PAD, device).dtype == torch.long
+    assert pad_lists([[], []], 0.0, device).shape == (2, 0)
+    assert pad_lists([[], []], 0.0, device).dtype == torch.float32
     logits = pad_logits([[torch.ones(2), 2 * torch.ones(2)], []], device)
     assert equals(logits, [[[1.0, 1.0], [2.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]]])
     assert pad_logits([[], []], device).shape == (2, 0, 1)

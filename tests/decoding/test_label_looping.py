@@ -14,8 +14,8 @@ from transformers_parakeet.decoding import (
     Hypotheses,
     Shortcuts,
     TransducerOptions,
-    greedy_transducer,
-    greedy_transducer_reference,
+    greedy_decode_transducer,
+    greedy_decode_transducer_reference,
     insert_forced_blanks,
 )
 
@@ -51,9 +51,9 @@ def play(
         torch.arange(num_frames, dtype=torch.float32).reshape(1, num_frames, 1),
         torch.tensor([num_frames]),
     )
-    hypotheses = greedy_transducer(encoded, lengths, predict, joint, options, **kwargs)
+    hypotheses = greedy_decode_transducer(encoded, lengths, predict, joint, options, **kwargs)
     if "on_step" not in kwargs:
-        assert_same(hypotheses, greedy_transducer_reference(encoded, lengths, predict, joint, options))
+        assert_same(hypotheses, greedy_decode_transducer_reference(encoded, lengths, predict, joint, options))
     return steps_of(hypotheses, options, forced_blanks)[0]
 
 
@@ -68,7 +68,7 @@ def steps_of(
     steps = hypotheses.steps
     if forced_blanks:
         steps = insert_forced_blanks(steps, options.blank_id, PAD, options.max_steps)
-    durations = steps.durations + steps.forced_moves
+    durations = steps.durations + steps.forced_advances
     frames = durations.cumsum(1) - durations
     rows = []
     for row, length in enumerate(steps.lengths.tolist()):
@@ -80,7 +80,7 @@ def steps_of(
 def check_labels(hypotheses: Hypotheses, options: TransducerOptions) -> None:
     """Check that the hypotheses hold the labels of the steps, with their frames and predicted durations."""
     steps = hypotheses.steps
-    moves = steps.durations + steps.forced_moves
+    moves = steps.durations + steps.forced_advances
     frames = moves.cumsum(1) - moves
     for row, length in enumerate(steps.lengths.tolist()):
         is_label = steps.tokens[row, :length] != options.blank_id
@@ -261,12 +261,12 @@ def decode(joints: Joints, lengths: list[int], options: TransducerOptions, short
         return joint(frames, predictor_states)[..., : options.vocab_size].argmax(-1)
 
     shortcuts = Shortcuts(
-        durations=best_durations if "durations" in shortcut_names and options.durations else None,
-        tokens=best_tokens if "tokens" in shortcut_names else None,
+        find_best_durations=best_durations if "durations" in shortcut_names and options.durations else None,
+        find_best_tokens=best_tokens if "tokens" in shortcut_names else None,
     )
     arguments = encoded, torch.tensor(lengths), predict, joint, options, PAD
-    hypotheses = greedy_transducer(*arguments, shortcuts=shortcuts)
-    assert_same(hypotheses, greedy_transducer_reference(*arguments))
+    hypotheses = greedy_decode_transducer(*arguments, shortcuts=shortcuts)
+    assert_same(hypotheses, greedy_decode_transducer_reference(*arguments))
     return hypotheses
 
 
@@ -388,13 +388,13 @@ def test_only_frames_that_blanks_lead_to_are_scored():
         scored.extend(frames.flatten().long().tolist())
         return torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0]).expand(*frames.shape[:2], 5)
 
-    hypotheses = greedy_transducer(
+    hypotheses = greedy_decode_transducer(
         torch.arange(100.0).reshape(1, 100, 1),
         torch.tensor([100]),
         predict=lambda tokens, state: (torch.zeros(len(tokens), 1), ()),
         joint=joint,
         options=options,
-        shortcuts=Shortcuts(durations=lambda frames, states: torch.ones(frames.shape[:2], dtype=torch.long)),
+        shortcuts=Shortcuts(find_best_durations=lambda frames, states: torch.ones(frames.shape[:2], dtype=torch.long)),
     )
     assert [frame for _, frame, _ in steps_of(hypotheses, options)[0]] == list(range(0, 100, 4))
     assert set(scored) - {99} == set(range(0, 100, 4))

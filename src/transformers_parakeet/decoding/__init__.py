@@ -1,9 +1,9 @@
-"""Decoding of scores: greedy search for CTC and transducers, hypotheses, and token confidence."""
+"""Greedy decoding of CTC and transducer scores, hypotheses, and token confidence."""
 
-from .confidence import check_confidence_method, token_confidence
-from .greedy import greedy_ctc, greedy_transducer_reference
+from .confidence import check_confidence_method, compute_token_confidence
+from .greedy import greedy_decode_ctc, greedy_decode_transducer_reference
 from .hypotheses import Hypotheses, Steps, collapse_ctc, insert_forced_blanks
-from .label_looping import Shortcuts, greedy_transducer
+from .label_looping import Shortcuts, greedy_decode_transducer
 from .options import TransducerOptions
 
 __all__ = [
@@ -13,9 +13,9 @@ __all__ = [
     "TransducerOptions",
     "check_confidence_method",
     "collapse_ctc",
-    "greedy_ctc",
-    "greedy_transducer",
-    "greedy_transducer_reference",
+    "compute_token_confidence",
+    "greedy_decode_ctc",
+    "greedy_decode_transducer",
+    "greedy_decode_transducer_reference",
     "insert_forced_blanks",
-    "token_confidence",
 ]

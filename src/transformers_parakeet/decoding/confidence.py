@@ -1,6 +1,6 @@
 """Confidence of tokens, computed from the scores of all tokens.
 
-Words and segments get theirs in `timestamps.py`.
+The confidence of words and segments is computed in `timestamps.py`.
 """
 
 import torch
@@ -12,41 +12,43 @@ CONFIDENCE_METHODS = ("max_prob", "entropy")
 TSALLIS_ALPHA = 0.33
 
 
-def token_confidence(logits: Tensor, method: str = "max_prob") -> Tensor:
+def compute_token_confidence(logits: Tensor, method: str = "max_prob") -> Tensor:
     """Compute the confidence of the best token from the scores of all tokens.
 
     Source: arXiv 2212.08703, and `asr_confidence_utils.py` in NeMo.
 
     Args:
-        logits: (..., V) raw scores or log-probabilities of the tokens, with the blank and without duration outputs.
+        logits: (..., V) raw scores or log-probabilities of the V tokens, with the blank and without duration outputs.
         method: `"max_prob"`: (p V - 1) / (V - 1), where p is the largest probability. `"entropy"`, NeMo's default:
             Tsallis entropy of order 0.33 with exponential normalisation.
 
     Returns:
-        (...) float32, from 0 for a uniform distribution to 1 for a certain token.
+        (...) float32, from 0 for a uniform distribution to 1 for a distribution with all probability on one token.
 
     Raises:
-        ValueError: the method is unknown.
+        ValueError: `method` is not a confidence method.
     """
     check_confidence_method(method)
     probabilities = logits.float().softmax(-1)
     vocab_size = probabilities.shape[-1]
     if method == "max_prob":
         return (probabilities.amax(-1) * vocab_size - 1) / (vocab_size - 1)
+    # Tsallis entropy: (1 - sum of p^alpha) / (1 - alpha); its maximum is the entropy of the uniform distribution
     entropy = (1 - (probabilities**TSALLIS_ALPHA).sum(-1)) / (1 - TSALLIS_ALPHA)
-    uniform_entropy = torch.tensor((1 - vocab_size ** (1 - TSALLIS_ALPHA)) / (1 - TSALLIS_ALPHA))
-    uniform_score = uniform_entropy.exp()
-    return (entropy.exp() - uniform_score) / (1 - uniform_score)
+    max_entropy = torch.tensor((1 - vocab_size ** (1 - TSALLIS_ALPHA)) / (1 - TSALLIS_ALPHA))
+    # exponential normalisation: map exp(entropy) linearly, exp(max_entropy) to 0 and exp(0) to 1
+    exp_max_entropy = max_entropy.exp()
+    return (entropy.exp() - exp_max_entropy) / (1 - exp_max_entropy)
 
 
 def check_confidence_method(method: str) -> None:
-    """Raise ValueError if no confidence method has this name.
+    """Check that a confidence method exists.
 
     Args:
         method: `"max_prob"` or `"entropy"`.
 
     Raises:
-        ValueError: any other name.
+        ValueError: `method` is not one of these.
     """
     if method not in CONFIDENCE_METHODS:
         raise ValueError(f"the confidence method must be one of {', '.join(CONFIDENCE_METHODS)}, got {method!r}")

@@ -1,6 +1,6 @@
-"""The result of decoding: the emitted tokens of a batch with their frames, durations and confidence.
+"""The result of decoding: the recognised tokens of a batch with their frames, durations and confidence.
 
-The search itself is in `greedy.py`. Text and times in seconds are made by the processor.
+The search itself is in `greedy.py` and `label_looping.py`. The processor computes text and times in seconds.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Steps:
-    """Every step of a transducer search, blanks included, as `generate` of transformers lists them.
+    """All steps of a transducer search, blanks included, in the layout of transformers' `generate`.
 
-    Columns past the length of a row hold `pad_id` in `tokens` and 0 elsewhere.
+    `num_steps` is the largest number of steps of a clip. Shorter clips are padded with `pad_id` in `tokens` and with 0
+    in the remaining fields.
 
     Args:
-        tokens: (B, S) label or blank of each step.
-        durations: (B, S) frames that each step advances, as the model predicted them; at least 1 for a blank.
-        forced_moves: (B, S) 1 after the step at which the limit of labels per frame forced the search to move one more
-            frame, else 0.
+        tokens: (B, num_steps) label or blank of each step.
+        durations: (B, num_steps) predicted duration of each step in frames; at least 1 for a blank.
+        forced_advances: (B, num_steps) 1 if the search was forced to the next frame after the step because the
+            maximum number of labels per frame was reached, 0 otherwise.
         lengths: (B,) number of steps.
-        confidence: (B, S) confidence of the labels, 0 for blanks; `None` if it was not requested.
-        logits: (B, S, V + D) scores of each step; `None` if they were not requested.
+        confidence: (B, num_steps) confidence of each label, 0 for blanks; `None` if it was not requested.
+        logits: (B, num_steps, V + D) scores of each step; `None` if they were not requested.
     """
 
     tokens: Tensor
     durations: Tensor
-    forced_moves: Tensor
+    forced_advances: Tensor
     lengths: Tensor
     confidence: Tensor | None = None
     logits: Tensor | None = None
@@ -39,18 +40,18 @@ class Steps:
 
 @dataclass(frozen=True)
 class Hypotheses:
-    """The recognised tokens of a batch, without blanks and repeated CTC frames. Indexing selects one row.
+    """The recognised tokens of a batch, without blanks and repeated CTC frames; an index selects one clip.
 
-    Columns past the length of a row hold padding.
+    `num_tokens` is the largest number of tokens of a clip. Shorter clips are padded.
 
     Args:
-        tokens: (B, L) token ids.
-        frames: (B, L) encoder frame at which each token was emitted.
-        durations: (B, L) frames: for TDT the predicted duration, for RNN-T 0, for CTC the number of frames that repeat
-            the token.
+        tokens: (B, num_tokens) token ids.
+        frames: (B, num_tokens) encoder frame at which each token was emitted.
+        durations: (B, num_tokens) number of frames: the predicted duration for TDT, 0 for RNN-T, the number of
+            frames that repeat the token for CTC.
         lengths: (B,) number of tokens.
-        confidence: (B, L) confidence of each token, from 0 to 1; `None` if it was not requested.
-        steps: the steps of a transducer search; `None` for CTC and for selected rows.
+        confidence: (B, num_tokens) confidence of each token, from 0 to 1; `None` if it was not requested.
+        steps: all steps of a transducer search; `None` for CTC and after selecting a clip.
     """
 
     tokens: Tensor
@@ -61,27 +62,27 @@ class Hypotheses:
     steps: Steps | None = None
 
     def __len__(self) -> int:
-        """Return the number of rows."""
+        """Return the number of clips."""
         return len(self.lengths)
 
-    def __getitem__(self, row: int) -> Hypotheses:
-        """Return one row as a batch of its own, without padding and without `steps`."""
-        length = int(self.lengths[row])
+    def __getitem__(self, clip_index: int) -> Hypotheses:
+        """Return the hypothesis of one clip as a batch of size 1, without padding and without `steps`."""
+        length = int(self.lengths[clip_index])
 
         def select(values: Tensor) -> Tensor:
-            """Return the valid columns of the row as (1, length)."""
-            return values[row : row + 1, :length]
+            """Select the (1, length) valid entries of the clip from a (B, num_tokens) tensor."""
+            return values[clip_index : clip_index + 1, :length]
 
         return Hypotheses(
             tokens=select(self.tokens),
             frames=select(self.frames),
             durations=select(self.durations),
-            lengths=self.lengths[row : row + 1],
+            lengths=self.lengths[clip_index : clip_index + 1],
             confidence=None if self.confidence is None else select(self.confidence),
         )
 
     def cpu(self) -> Hypotheses:
-        """Return the hypotheses, without `steps`, in the memory of the CPU."""
+        """Copy the hypotheses, without `steps`, to the CPU."""
         return Hypotheses(
             tokens=self.tokens.cpu(),
             frames=self.frames.cpu(),
@@ -90,222 +91,238 @@ class Hypotheses:
             confidence=None if self.confidence is None else self.confidence.cpu(),
         )
 
-    def to_lists(self, row: int = 0) -> dict[str, Any]:
-        """Return one row as plain Python lists.
+    def to_lists(self, clip_index: int = 0) -> dict[str, Any]:
+        """Convert the hypothesis of one clip to Python lists.
 
         Args:
-            row: index of the row.
+            clip_index: index of the clip in the batch.
 
         Returns:
-            `tokens`, `frames`, `durations` and `confidence`, each a list with one entry per token; `confidence` is
-            `None` if it was not requested.
+            The keys `tokens`, `frames`, `durations` and `confidence`, each with a list of one value per token;
+            `confidence` is `None` if it was not requested.
         """
-        selected = self[row]
+        hypothesis = self[clip_index]
         return {
-            "tokens": selected.tokens[0].tolist(),
-            "frames": selected.frames[0].tolist(),
-            "durations": selected.durations[0].tolist(),
-            "confidence": None if selected.confidence is None else selected.confidence[0].tolist(),
+            "tokens": hypothesis.tokens[0].tolist(),
+            "frames": hypothesis.frames[0].tolist(),
+            "durations": hypothesis.durations[0].tolist(),
+            "confidence": None if hypothesis.confidence is None else hypothesis.confidence[0].tolist(),
         }
 
 
 @dataclass
-class RowSteps:
-    """The steps of one row while it is decoded; every list has one entry per step.
+class ClipSteps:
+    """The decoding steps of one clip during the search; every list has one entry per step.
 
     Args:
         tokens: label or blank.
         frames: encoder frame of the step.
-        durations: frames that the step advances, as predicted.
-        forced_moves: 1 if the search was forced to move one more frame after the step, else 0.
-        confidence: confidence of a label, 0 for a blank.
-        logits: (V + D,) scores; empty if they were not requested.
+        durations: predicted duration in frames.
+        forced_advances: 1 if the search was forced to the next frame after the step, 0 otherwise.
+        confidences: confidence of the label; 0 for a blank.
+        logits: (V + D,) scores; the list is empty if scores were not requested.
     """
 
     tokens: list[int] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)
     durations: list[int] = field(default_factory=list)
-    forced_moves: list[int] = field(default_factory=list)
-    confidence: list[float] = field(default_factory=list)
+    forced_advances: list[int] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
 
-    def append(self, token: int, frame: int, duration: int, is_forced: bool, confidence: float = 0.0) -> None:
-        """Add one step.
+    def append(self, token: int, frame: int, duration: int, is_forced_advance: bool, confidence: float = 0.0) -> None:
+        """Append one decoding step.
 
         Args:
             token: label or blank.
             frame: encoder frame of the step.
-            duration: frames that the step advances, as predicted.
-            is_forced: the search moves one more frame because of the limit of labels per frame.
-            confidence: confidence of a label.
+            duration: predicted duration in frames.
+            is_forced_advance: whether the search is forced to the next frame because the maximum number of labels per
+                frame is reached.
+            confidence: confidence of the label; 0 for a blank.
         """
         self.tokens.append(token)
         self.frames.append(frame)
         self.durations.append(duration)
-        self.forced_moves.append(int(is_forced))
-        self.confidence.append(confidence)
+        self.forced_advances.append(int(is_forced_advance))
+        self.confidences.append(confidence)
 
-    def without_blanks(self, blank_id: int) -> RowSteps:
-        """Return the steps that emitted a label, without their logits.
+    def remove_blanks(self, blank_id: int) -> ClipSteps:
+        """Return a copy that contains only the steps with a label, without their scores.
 
         Args:
             blank_id: id of the blank; every other token is a label.
         """
-        labels = RowSteps()
+        label_steps = ClipSteps()
         for step, token in enumerate(self.tokens):
             if token != blank_id:
-                is_forced = bool(self.forced_moves[step])
-                labels.append(token, self.frames[step], self.durations[step], is_forced, self.confidence[step])
-        return labels
+                is_forced_advance = bool(self.forced_advances[step])
+                label_steps.append(
+                    token, self.frames[step], self.durations[step], is_forced_advance, self.confidences[step]
+                )
+        return label_steps
 
 
 def collect_hypotheses(
-    rows: Sequence[RowSteps], blank_id: int, pad_id: int, device: torch.device, has_confidence: bool, has_logits: bool
+    all_steps: Sequence[ClipSteps],
+    blank_id: int,
+    pad_id: int,
+    device: torch.device,
+    has_confidence: bool,
+    has_logits: bool,
 ) -> Hypotheses:
-    """Pad the decoded rows of a transducer to one batch.
+    """Combine the decoding steps of all clips of a transducer into padded tensors.
 
     Args:
-        rows: the steps of each row.
+        all_steps: the steps of each clip, blanks included.
         blank_id: id of the blank; every other token is a label.
-        pad_id: token id past the end of a row.
+        pad_id: token id that pads short hypotheses.
         device: device of the result.
-        has_confidence: confidence was requested.
-        has_logits: the scores of the steps were requested.
+        has_confidence: whether confidence was requested.
+        has_logits: whether the scores of the steps were requested.
 
     Returns:
-        The labels of every row; the field `steps` holds the blanks as well.
+        The labels of all clips; the field `steps` contains all steps, blanks included.
     """
-    labels = [row.without_blanks(blank_id) for row in rows]
+    label_steps = [steps.remove_blanks(blank_id) for steps in all_steps]
     return Hypotheses(
-        tokens=pad_rows([row.tokens for row in labels], pad_id, device),
-        frames=pad_rows([row.frames for row in labels], 0, device),
-        durations=pad_rows([row.durations for row in labels], 0, device),
-        lengths=torch.tensor([len(row.tokens) for row in labels], device=device),
-        confidence=pad_rows([row.confidence for row in labels], 0.0, device) if has_confidence else None,
+        tokens=pad_lists([steps.tokens for steps in label_steps], pad_id, device),
+        frames=pad_lists([steps.frames for steps in label_steps], 0, device),
+        durations=pad_lists([steps.durations for steps in label_steps], 0, device),
+        lengths=torch.tensor([len(steps.tokens) for steps in label_steps], device=device),
+        confidence=pad_lists([steps.confidences for steps in label_steps], 0.0, device) if has_confidence else None,
         steps=Steps(
-            tokens=pad_rows([row.tokens for row in rows], pad_id, device),
-            durations=pad_rows([row.durations for row in rows], 0, device),
-            forced_moves=pad_rows([row.forced_moves for row in rows], 0, device),
-            lengths=torch.tensor([len(row.tokens) for row in rows], device=device),
-            confidence=pad_rows([row.confidence for row in rows], 0.0, device) if has_confidence else None,
-            logits=pad_logits([row.logits for row in rows], device) if has_logits else None,
+            tokens=pad_lists([steps.tokens for steps in all_steps], pad_id, device),
+            durations=pad_lists([steps.durations for steps in all_steps], 0, device),
+            forced_advances=pad_lists([steps.forced_advances for steps in all_steps], 0, device),
+            lengths=torch.tensor([len(steps.tokens) for steps in all_steps], device=device),
+            confidence=pad_lists([steps.confidences for steps in all_steps], 0.0, device) if has_confidence else None,
+            logits=pad_logits([steps.logits for steps in all_steps], device) if has_logits else None,
         ),
     )
 
 
-def pad_rows(rows: Sequence[Sequence[float]], padding: float, device: torch.device) -> Tensor:
-    """Pad lists of numbers to one tensor.
+def pad_lists(lists: Sequence[Sequence[float]], padding_value: float, device: torch.device) -> Tensor:
+    """Pad lists of numbers at the end and stack them as the rows of a tensor.
 
     Args:
-        rows: B lists of numbers.
-        padding: value past the end of a list; a float makes a float32 tensor, an int an int64 tensor.
+        lists: lists of numbers.
+        padding_value: value of the padding; its type decides the dtype: float32 for a float, int64 for an int.
         device: device of the result.
 
     Returns:
-        (B, length of the longest list).
+        (number of lists, length of the longest list).
     """
-    width = max(map(len, rows), default=0)
-    dtype = torch.float32 if isinstance(padding, float) else torch.int64
-    padded = [[*row, *[padding] * (width - len(row))] for row in rows]
-    return torch.tensor(padded, dtype=dtype, device=device).reshape(len(rows), width)
+    max_length = max(map(len, lists), default=0)
+    dtype = torch.float32 if isinstance(padding_value, float) else torch.int64
+    padded_lists = [[*values, *[padding_value] * (max_length - len(values))] for values in lists]
+    # `reshape` sets the shape (0, 0) if there are no lists
+    return torch.tensor(padded_lists, dtype=dtype, device=device).reshape(len(lists), max_length)
 
 
-def pad_logits(rows: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
-    """Pad the scores of the steps of every row to one tensor.
+def pad_logits(clips: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
+    """Pad the scores of the steps of all clips to one tensor.
 
     Args:
-        rows: B lists of (V + D,) scores, one per step.
+        clips: for each of B clips, one (V + D,) tensor of scores per step.
         device: device of the result.
 
     Returns:
-        (B, S, V + D) float32 with zeros past the end of a row; (B, 0, 1) if there are no steps.
+        (B, num_steps, V + D) float32, where `num_steps` is the largest number of steps of a clip. Shorter
+        clips are padded with zeros.
+        (B, 0, 1) if no clip has a step.
     """
-    num_steps = max(map(len, rows), default=0)
-    num_outputs = max((len(row[0]) for row in rows if row), default=1)
-    padded = torch.zeros(len(rows), num_steps, num_outputs, device=device)
-    for index, row in enumerate(rows):
-        if row:
-            padded[index, : len(row)] = torch.stack(list(row))
-    return padded
+    num_steps = max(map(len, clips), default=0)
+    num_outputs = max((len(step_logits[0]) for step_logits in clips if step_logits), default=1)
+    padded_logits = torch.zeros(len(clips), num_steps, num_outputs, device=device)
+    for clip_index, step_logits in enumerate(clips):
+        if step_logits:
+            padded_logits[clip_index, : len(step_logits)] = torch.stack(list(step_logits))
+    return padded_logits
 
 
 def insert_forced_blanks(steps: Steps, blank_id: int, pad_id: int, max_steps: int | None) -> Steps:
-    """Insert a blank step of one frame after every step at which the search was forced to move.
+    """Insert a blank with duration 1 after every step at which the search was forced to the next frame.
 
-    A search is forced to move one more frame at the limit of labels per frame; `steps.forced_moves` is 1 there.
+    The search is forced to the next frame when the maximum number of labels per frame is reached.
 
     Args:
-        steps: the steps of a search.
+        steps: the steps of a search; the blanks are inserted after steps with `forced_advances` 1.
         blank_id: token of the inserted steps.
-        pad_id: token past the end of a row.
-        max_steps: number of steps after which a row is cut; `None` for no limit.
+        pad_id: token that pads short clips.
+        max_steps: maximum number of steps of a clip, later steps are removed; `None` for no limit.
 
     Returns:
-        Steps whose `forced_moves` are 0. Inserted steps have duration 1, confidence 0 and scores 0.
+        The steps with the inserted blanks. All `forced_advances` are 0, and confidence and scores of the inserted
+        steps are 0.
     """
-    if not steps.forced_moves.any():
+    if not steps.forced_advances.any():
         return steps
     batch, num_steps = steps.tokens.shape
-    num_inserted = steps.forced_moves.sum(1)
+    num_inserted = steps.forced_advances.sum(1)
     lengths = steps.lengths + num_inserted
     if max_steps is not None:
         lengths = lengths.clamp(max=max_steps)
-    width = num_steps + int(num_inserted.max())
-    rows = torch.arange(batch, device=steps.tokens.device)[:, None].expand(batch, num_steps)
-    # (B, S) new column of every step: blanks inserted before it move it to the right
-    columns = torch.arange(num_steps, device=rows.device) + steps.forced_moves.cumsum(1) - steps.forced_moves
-    is_forced = steps.forced_moves.bool()
-    blank_rows, blank_columns = rows[is_forced], columns[is_forced] + 1
+    max_length = num_steps + int(num_inserted.max())
+    clip_indices = torch.arange(batch, device=steps.tokens.device)[:, None].expand(batch, num_steps)
+    # (B, num_steps) new position of every step: its old position plus the number of blanks inserted before it,
+    # for example forced_advances 0 1 0 1 0 -> new positions 0 1 3 4 6
+    num_inserted_before = steps.forced_advances.cumsum(1) - steps.forced_advances
+    positions = torch.arange(num_steps, device=clip_indices.device) + num_inserted_before
+    is_forced_advance = steps.forced_advances.bool()
+    blank_clips, blank_positions = clip_indices[is_forced_advance], positions[is_forced_advance] + 1
 
-    def move(values: Tensor, padding: int, blank_value: int) -> Tensor:
-        """Move (B, S, ...) values to their new columns and write `blank_value` for the inserted steps."""
-        moved = values.new_full((batch, width, *values.shape[2:]), padding)
-        moved[rows, columns] = values
-        moved[blank_rows, blank_columns] = blank_value
+    def move(values: Tensor, padding_value: int, blank_value: int) -> Tensor:
+        """Move (B, num_steps, ...) values to their new positions and write `blank_value` at the inserted steps."""
+        moved = values.new_full((batch, max_length, *values.shape[2:]), padding_value)
+        moved[clip_indices, positions] = values
+        moved[blank_clips, blank_positions] = blank_value
         return moved[:, : int(lengths.max())]
 
     return Steps(
         tokens=move(steps.tokens, pad_id, blank_id),
         durations=move(steps.durations, 0, 1),
-        forced_moves=move(torch.zeros_like(steps.forced_moves), 0, 0),
+        forced_advances=move(torch.zeros_like(steps.forced_advances), 0, 0),
         lengths=lengths,
         confidence=None if steps.confidence is None else move(steps.confidence, 0, 0),
         logits=None if steps.logits is None else move(steps.logits, 0, 0),
     )
 
 
-def collapse_ctc(frame_tokens: Tensor, blank_id: int, frame_confidence: Tensor | None = None) -> Hypotheses:
-    """Turn the best tokens of all frames into hypotheses: merge repeats, then remove blanks (Graves et al., ICML 2006).
+def collapse_ctc(best_tokens: Tensor, blank_id: int, frame_confidence: Tensor | None = None) -> Hypotheses:
+    """Collapse the best tokens of all frames to hypotheses: merge repeats, then remove blanks.
 
-    All shapes depend on the shape of the input alone, so that the function can be compiled.
+    Source: Graves et al., ICML 2006. The function can be compiled, because all shapes depend only on the input shape.
 
     Args:
-        frame_tokens: (B, N) best token of every frame, `blank_id` past the end of a clip.
+        best_tokens: (B, N) best token of every frame; `blank_id` at padding frames.
         blank_id: id of the blank.
-        frame_confidence: (B, N) confidence of every frame; a token gets the smallest of its frames, as in NeMo. `None`
-            for no confidence.
+        frame_confidence: (B, N) confidence of every frame; `None` for no confidence. The confidence of a token is the
+            minimum over its frames, as in NeMo.
 
     Returns:
-        Hypotheses with L = N columns.
+        Hypotheses with tensors of shape (B, N), because N is the largest possible number of tokens. Only the first
+        `lengths` entries of each clip are valid.
     """
-    starts_run = torch.ones_like(frame_tokens, dtype=torch.bool)
-    starts_run[:, 1:] = frame_tokens[:, 1:] != frame_tokens[:, :-1]
-    # (B, N) index of the run to which each frame belongs
-    runs = starts_run.cumsum(1) - 1
-    run_lengths = torch.zeros_like(frame_tokens).scatter_add(1, runs, torch.ones_like(frame_tokens))
-    starts_token = starts_run & (frame_tokens != blank_id)
-    # a stable sort moves the first frame of every token to the left, in order of time
-    frames = starts_token.int().argsort(dim=1, descending=True, stable=True)
-    token_runs = runs.gather(1, frames)
+    # a run is a group of consecutive frames with the same token, for example tokens 7 7 0 7 -> runs 0 0 1 2
+    is_run_start = torch.ones_like(best_tokens, dtype=torch.bool)
+    is_run_start[:, 1:] = best_tokens[:, 1:] != best_tokens[:, :-1]
+    # (B, N) index of the run of each frame
+    run_indices = is_run_start.cumsum(1) - 1
+    run_lengths = torch.zeros_like(best_tokens).scatter_add(1, run_indices, torch.ones_like(best_tokens))
+    is_label_start = is_run_start & (best_tokens != blank_id)
+    # the stable sort moves the first frames of the labels to the left, in chronological order
+    label_frames = is_label_start.int().argsort(dim=1, descending=True, stable=True)
+    label_runs = run_indices.gather(1, label_frames)
     confidence = None
     if frame_confidence is not None:
-        no_frame = torch.full_like(frame_confidence, torch.inf)
-        run_confidence = no_frame.scatter_reduce(1, runs, frame_confidence, "amin")
-        confidence = run_confidence.gather(1, token_runs)
+        no_confidence = torch.full_like(frame_confidence, torch.inf)
+        run_confidence = no_confidence.scatter_reduce(1, run_indices, frame_confidence, "amin")
+        confidence = run_confidence.gather(1, label_runs)
     return Hypotheses(
-        tokens=frame_tokens.gather(1, frames),
-        frames=frames,
-        durations=run_lengths.gather(1, token_runs),
-        lengths=starts_token.sum(1),
+        tokens=best_tokens.gather(1, label_frames),
+        frames=label_frames,
+        durations=run_lengths.gather(1, label_runs),
+        lengths=is_label_start.sum(1),
         confidence=confidence,
     )

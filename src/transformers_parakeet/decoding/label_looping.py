@@ -1,7 +1,6 @@
-"""Greedy transducer decoding by label looping: many rows and several frames per call of the networks.
+"""Greedy transducer decoding by label looping: many clips and several frames per call of the networks.
 
-`greedy_transducer_reference` in `greedy.py` is the plain search with the same result. The choices that affect the speed
-alone are in `choose_lookahead`, `is_prediction_due` and `FrameScorer.plan_frames`.
+`greedy_decode_transducer_reference` in `greedy.py` returns the same result, one clip and one frame at a time.
 """
 
 from __future__ import annotations
@@ -13,40 +12,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .confidence import token_confidence
-from .hypotheses import Hypotheses, RowSteps, collect_hypotheses
+from .confidence import compute_token_confidence
+from .hypotheses import ClipSteps, Hypotheses, collect_hypotheses
 from .options import Joint, Predict, TransducerOptions
 
-# Frames that one call of the joint network scores, over all rows. On a CPU a call is bound by reading the weights, so
-# that up to this number of frames costs little more than one frame.
+# Target number of frames, over all clips, that one call of the joint network scores. On a CPU a call is
+# memory-bandwidth-bound on the weights, so up to this number of frames it takes little longer than for one frame.
 FRAMES_PER_CALL = 32
-# Frames that one call scores in one row. The next label is rarely further away.
-FRAMES_PER_ROW = 4
+# Maximum number of frames per clip that one call scores. The next label is rarely further ahead.
+MAX_FRAMES_PER_CLIP = 4
 
-# Share of the unfinished rows that must have a new label before the prediction network runs. Its cost hardly depends on
-# the number of rows, so it is cheaper to run it once for several rows.
-WAIT_FOR = 0.6
+# Fraction of the unfinished clips that must have a new label before the prediction network runs. The time of a run
+# depends little on the number of clips, so it is cheaper to wait and run it once for several clips.
+MIN_LABEL_FRACTION = 0.6
 
-# Called after every step with the tokens of all rows; returns for every row whether it must stop.
+# Callback after every step: receives one list of all tokens so far per clip, returns per clip whether to stop decoding.
 OnStep = Callable[[list[list[int]]], Sequence[bool]]
 
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """Faster ways to the best outputs of a joint network. Both callables have the arguments of `Joint`.
+    """Functions that find the best outputs of a joint network faster than by scoring all outputs.
+
+    Both take encoder states (R, K, J) of K frames of R clips and predictor states (R, 1, J), and return (R, K) indices.
 
     Args:
-        durations: returns the index of the best duration output (R, K). The search uses it to find the frames that a
-            row visits as long as it emits blanks, and scores no other frames. `None` if there is no shortcut.
-        tokens: returns the best token (R, K). It is used if no scores are requested. `None` if there is no shortcut.
+        find_best_durations: returns the index of the best duration output. With it, the search predicts which frames a
+            clip visits while it emits blanks, and scores only these. `None` for RNN-T or if it is not available.
+        find_best_tokens: returns the best token. It is used if no scores are needed. `None` if it is not available.
     """
 
-    durations: Callable[[Tensor, Tensor], Tensor] | None = None
-    tokens: Callable[[Tensor, Tensor], Tensor] | None = None
+    find_best_durations: Callable[[Tensor, Tensor], Tensor] | None = None
+    find_best_tokens: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
-def greedy_transducer(
-    encoded: Tensor,
+def greedy_decode_transducer(
+    encoder_states: Tensor,
     frame_lengths: Tensor,
     predict: Predict,
     joint: Joint,
@@ -55,176 +56,184 @@ def greedy_transducer(
     shortcuts: Shortcuts = Shortcuts(),
     on_step: OnStep | None = None,
 ) -> Hypotheses:
-    """Decode RNN-T or TDT scores greedily, all rows together, by label looping (arXiv 2406.06220).
-
-    The joint network scores several frames ahead in every row. The prediction network runs only for rows with a new
-    label. The result equals that of `greedy_transducer_reference`.
+    """Decode a batch of RNN-T or TDT clips greedily by label looping (arXiv 2406.06220).
 
     Args:
-        encoded: (B, N, J) encoder frames, projected to the width of the joint network.
+        encoder_states: (B, N, J) encoder frames after the projection to the width of the joint network.
         frame_lengths: (B,) number of valid frames.
-        predict: the prediction network, see `Predict`.
-        joint: the joint network, see `Joint`.
-        options: the settings of the search.
-        pad_id: token id past the end of a row.
-        shortcuts: faster ways to the best outputs of the joint network.
-        on_step: called after every step with the tokens of all rows; `None` to call nothing.
+        predict: prediction network: (last labels, LSTM state) -> predictor states, new LSTM state.
+        joint: joint network: (encoder states, predictor states) -> scores of tokens and durations.
+        options: settings of the search.
+        pad_id: token id that pads short hypotheses.
+        shortcuts: functions that find the best outputs of the joint network faster.
+        on_step: called after every step with the tokens of all clips; returns which clips to stop. `None` for no call.
 
     Returns:
-        The hypotheses of all rows; durations are the predicted ones, as in NeMo.
+        The hypotheses of all clips with the predicted durations.
     """
-    batch, num_frames = encoded.shape[:2]
-    rows = [RowSearch(min(length, num_frames), options) for length in frame_lengths.tolist()]
-    start_tokens = torch.full((batch,), options.blank_id, device=encoded.device)
+    batch, num_frames = encoder_states.shape[:2]
+    searches = [ClipSearch(min(length, num_frames), options) for length in frame_lengths.tolist()]
+    start_tokens = torch.full((batch,), options.blank_id, device=encoder_states.device)
     predictor_states, lstm_state = predict(start_tokens, None)
-    scorer = FrameScorer(encoded, joint, shortcuts, options)
-    unfinished = select_unfinished(rows, range(batch))
+    scorer = FrameScorer(encoder_states, joint, shortcuts, options)
+    unfinished = select_unfinished(searches, range(batch))
     while unfinished:
-        searching = unfinished
-        while not is_prediction_due(len(searching), len(unfinished)):
-            plan = scorer.plan_frames(rows, searching, predictor_states)
-            searching = advance_rows(rows, plan, scorer.score(plan), options)
+        # inner loop: score frames until enough clips have a new label
+        without_label = unfinished
+        while not has_enough_labels(len(without_label), len(unfinished)):
+            plan = scorer.plan_frames(searches, without_label, predictor_states)
+            without_label = advance_clips(searches, plan, scorer.score(plan), options)
             if on_step is not None:
-                stop_rows(rows, on_step)
-                searching = select_unfinished(rows, searching)
-        with_new_label = select_unfinished(rows, sorted(set(unfinished) - set(searching)))
-        if with_new_label:
-            predictor_states, lstm_state = predict_rows(predict, predictor_states, lstm_state, rows, with_new_label)
-        unfinished = select_unfinished(rows, unfinished)
+                stop_clips(searches, on_step)
+                without_label = select_unfinished(searches, without_label)
+        with_label = select_unfinished(searches, sorted(set(unfinished) - set(without_label)))
+        if with_label:
+            predictor_states, lstm_state = predict_clips(predict, predictor_states, lstm_state, searches, with_label)
+        unfinished = select_unfinished(searches, unfinished)
+    all_steps = [search.steps for search in searches]
     has_confidence = options.confidence is not None
-    steps = [row.steps for row in rows]
-    return collect_hypotheses(steps, options.blank_id, pad_id, encoded.device, has_confidence, options.keep_logits)
+    return collect_hypotheses(
+        all_steps, options.blank_id, pad_id, encoder_states.device, has_confidence, options.keep_logits
+    )
 
 
 @dataclass
-class RowSearch:
-    """The state of the search in one row.
+class ClipSearch:
+    """The state of the search in one clip.
 
     Args:
         frame_length: number of valid frames.
-        options: the settings of the search.
-        frame: the next frame to decide on.
-        labels_on_frame: labels emitted on this frame so far.
-        is_stopped: the row was stopped from outside.
+        options: settings of the search.
+        next_frame: the frame of the next step.
+        labels_on_frame: number of labels emitted so far on `next_frame`.
+        is_stopped: whether the `on_step` callback has stopped the clip.
         last_label: the last emitted label.
-        last_label_step: index of its step in `steps`.
+        last_label_step: index of the step that emitted `last_label`.
         steps: all steps so far.
     """
 
     frame_length: int
     options: TransducerOptions
-    frame: int = 0
+    next_frame: int = 0
     labels_on_frame: int = 0
     is_stopped: bool = False
     last_label: int = 0
     last_label_step: int = 0
-    steps: RowSteps = field(default_factory=RowSteps)
+    steps: ClipSteps = field(default_factory=ClipSteps)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the row was stopped, has passed its last frame, or has reached the limit of steps."""
+        """Whether the clip was stopped, has no more frames, or has reached the maximum number of steps."""
         max_steps = self.options.max_steps
-        is_full = max_steps is not None and len(self.steps.tokens) >= max_steps
-        return self.is_stopped or self.frame >= self.frame_length or is_full
+        has_max_steps = max_steps is not None and len(self.steps.tokens) >= max_steps
+        return self.is_stopped or self.next_frame >= self.frame_length or has_max_steps
 
     def advance(self, frames: list[int], tokens: list[int], durations: list[int], logits: Tensor | None) -> int | None:
-        """Take the steps that were scored on the frames ahead, up to and including the first label.
+        """Append the steps on the scored frames to `self.steps`, up to and including the first label.
 
-        `self.frame` is the next frame to decide on. Scored frames that a duration has jumped over are skipped, and so
-        are all frames after the row is finished.
+        `self.next_frame` is the frame of the next step. After a label the remaining scores are invalid, because the
+        predictor state changes.
 
         Args:
-            frames: K scored frames, in order of time.
+            frames: indices of the K scored frames, in chronological order. Frames that a duration jumps over are
+                ignored.
             tokens: best token of each frame.
-            durations: duration of each frame, as predicted.
-            logits: (K, V + D) scores to keep; `None` to keep none.
+            durations: predicted duration of each frame.
+            logits: (K, V + D) scores to store with the steps; `None` to store no scores.
 
         Returns:
-            The position of the label among the K frames; `None` if there was no label.
+            The index of the label in `frames`; `None` if no label was emitted.
         """
         for position, frame in enumerate(frames):
-            if frame != self.frame or self.is_finished:
+            if frame != self.next_frame or self.is_finished:
                 continue
             if logits is not None:
                 self.steps.logits.append(logits[position])
             token, duration = tokens[position], durations[position]
             if token == self.options.blank_id:
-                self._take_step(token, max(duration, 1))
+                # a blank always advances, even if its predicted duration is 0
+                self._append_step(token, max(duration, 1))
                 continue
             self.last_label, self.last_label_step = token, len(self.steps.tokens)
-            self._take_step(token, duration)
+            self._append_step(token, duration)
             return position
         return None
 
-    def _take_step(self, token: int, duration: int) -> None:
-        """Record a step and move on by its duration, or by one frame if the frame has reached `max_symbols` labels.
+    def _append_step(self, token: int, duration: int) -> None:
+        """Append a step and advance `next_frame` by its duration.
+
+        If the maximum number of labels per frame is reached, the search is forced to the next frame.
 
         Args:
             token: label or blank.
-            duration: frames to advance.
+            duration: predicted duration in frames.
         """
         self.labels_on_frame = 0 if duration > 0 else self.labels_on_frame + 1
-        is_forced = self.labels_on_frame == self.options.max_symbols
-        self.steps.append(token, self.frame, duration, is_forced)
-        self.frame += duration
-        if is_forced:
-            self.frame += 1
+        is_forced_advance = self.labels_on_frame == self.options.max_symbols
+        self.steps.append(token, self.next_frame, duration, is_forced_advance)
+        self.next_frame += duration
+        if is_forced_advance:
+            self.next_frame += 1
             self.labels_on_frame = 0
 
 
-def select_unfinished(rows: Sequence[RowSearch], indices: Sequence[int]) -> list[int]:
-    """Return those indices whose rows are not finished.
+def select_unfinished(searches: Sequence[ClipSearch], clip_indices: Sequence[int]) -> list[int]:
+    """Select the clips whose search is not finished.
 
     Args:
-        rows: the state of all rows.
-        indices: indices into `rows`.
+        searches: the search state of every clip of the batch.
+        clip_indices: indices of the clips to select from.
+
+    Returns:
+        The indices of the unfinished clips, in the order of `clip_indices`.
     """
-    return [index for index in indices if not rows[index].is_finished]
+    return [clip_index for clip_index in clip_indices if not searches[clip_index].is_finished]
 
 
-def stop_rows(rows: Sequence[RowSearch], on_step: OnStep) -> None:
-    """Call `on_step` with the tokens of all rows and stop the rows for which it returns true.
+def stop_clips(searches: Sequence[ClipSearch], on_step: OnStep) -> None:
+    """Call `on_step` with the tokens of all clips and stop the clips for which it returns True.
 
     Args:
-        rows: the state of all rows.
-        on_step: gets one list of tokens per row and returns one truth value per row.
+        searches: the search state of every clip of the batch, changed in place.
+        on_step: receives one list of all tokens so far per clip, and returns one truth value per clip.
     """
-    for row, must_stop in zip(rows, on_step([row.steps.tokens for row in rows]), strict=True):
-        row.is_stopped = row.is_stopped or bool(must_stop)
+    tokens = [search.steps.tokens for search in searches]
+    for search, must_stop in zip(searches, on_step(tokens), strict=True):
+        search.is_stopped = search.is_stopped or bool(must_stop)
 
 
-def is_prediction_due(num_searching: int, num_unfinished: int) -> bool:
-    """Tell whether enough rows have a new label to run the prediction network.
+def has_enough_labels(num_without_label: int, num_unfinished: int) -> bool:
+    """Return whether enough clips have a new label to run the prediction network.
 
     Args:
-        num_searching: rows that are still searching for their next label.
-        num_unfinished: rows that were unfinished when the search for the next label began.
+        num_without_label: number of clips that are still searching for the next label.
+        num_unfinished: number of clips that were unfinished when the search for the next label began.
     """
-    return num_searching <= (1 - WAIT_FOR) * num_unfinished
+    return num_without_label <= (1 - MIN_LABEL_FRACTION) * num_unfinished
 
 
-def choose_lookahead(options: TransducerOptions, num_rows: int) -> int:
-    """Return the number of frames to score in every row by one call of the joint network.
+def choose_lookahead(options: TransducerOptions, num_clips: int) -> int:
+    """Choose how many frames of each clip one call of the joint network scores.
 
     Args:
-        options: `lookahead` overrides the choice if it is not 0.
-        num_rows: number of rows in the call.
+        options: settings of the search; a `lookahead` other than 0 is returned unchanged.
+        num_clips: number of clips in the call.
     """
-    return options.lookahead or min(FRAMES_PER_ROW, max(1, FRAMES_PER_CALL // num_rows))
+    return options.lookahead or min(MAX_FRAMES_PER_CLIP, max(1, FRAMES_PER_CALL // num_clips))
 
 
 @dataclass(frozen=True)
 class FramePlan:
-    """The frames to score by one call of the joint network.
+    """The frames that one call of the joint network scores: K frames of each of R clips.
 
     Args:
-        rows: R indices of rows.
-        frames: K frames of each of these rows, in order of time.
-        predictor_states: (R, 1, J) predictor states of these rows.
-        durations: duration of each frame, if a shortcut has predicted them; `None` otherwise.
+        clip_indices: indices of the R clips.
+        frames: K frame indices of each clip, in chronological order.
+        predictor_states: (R, 1, J) predictor states of the clips.
+        durations: predicted duration of each frame, if the shortcut for durations was used; `None` otherwise.
     """
 
-    rows: list[int]
+    clip_indices: list[int]
     frames: list[list[int]]
     predictor_states: Tensor
     durations: list[list[int]] | None = None
@@ -232,12 +241,12 @@ class FramePlan:
 
 @dataclass(frozen=True)
 class FrameScores:
-    """The best outputs of the joint network on the frames of a `FramePlan`.
+    """The best outputs of the joint network on the frames of a `FramePlan`: K frames of each of R clips.
 
     Args:
-        tokens: best token of each of the (R, K) frames.
-        durations: duration of each frame, as predicted; for RNN-T 1 for a blank and 0 for a label.
-        logits: (R, K, V + D) scores; `None` if a shortcut found the tokens.
+        tokens: best token of each frame.
+        durations: predicted duration of each frame; for RNN-T 1 for a blank and 0 for a label.
+        logits: (R, K, V + D) scores; `None` if the shortcut for tokens was used.
     """
 
     tokens: list[list[int]]
@@ -246,172 +255,210 @@ class FrameScores:
 
 
 class FrameScorer:
-    """Plans which frames to score, and scores them.
+    """Chooses which frames to score, and scores them with the joint network.
 
     Args:
-        encoded: (B, N, J) encoder frames.
-        joint: the joint network.
-        shortcuts: faster ways to its best outputs.
-        options: the settings of the search.
+        encoder_states: (B, N, J) encoder frames after the projection to the width of the joint network.
+        joint: joint network: (encoder states, predictor states) -> scores of tokens and durations.
+        shortcuts: functions that find the best outputs of the joint network faster.
+        options: settings of the search.
     """
 
-    def __init__(self, encoded: Tensor, joint: Joint, shortcuts: Shortcuts, options: TransducerOptions) -> None:
-        self.num_frames = encoded.shape[1]
-        # (B * N, J)
-        self.flat_frames = encoded.flatten(0, 1)
+    def __init__(self, encoder_states: Tensor, joint: Joint, shortcuts: Shortcuts, options: TransducerOptions) -> None:
+        self.num_frames = encoder_states.shape[1]
+        # (B * N, J): frame n of clip b is at index b * N + n
+        self.flat_encoder_states = encoder_states.flatten(0, 1)
         self.joint, self.options = joint, options
         self.duration_values = options.durations or ()
-        self.best_durations = shortcuts.durations
-        needs_durations = options.durations is not None and shortcuts.durations is None
-        needs_logits = needs_durations or options.confidence is not None or options.keep_logits
-        self.best_tokens = None if needs_logits else shortcuts.tokens
+        self.find_best_durations = shortcuts.find_best_durations
+        needs_duration_scores = options.durations is not None and shortcuts.find_best_durations is None
+        needs_logits = needs_duration_scores or options.confidence is not None or options.keep_logits
+        self.find_best_tokens = None if needs_logits else shortcuts.find_best_tokens
 
-    def plan_frames(self, rows: Sequence[RowSearch], searching: list[int], predictor_states: Tensor) -> FramePlan:
-        """Choose the next frames of every row that searches for a label.
+    def plan_frames(
+        self, searches: Sequence[ClipSearch], clip_indices: list[int], predictor_states: Tensor
+    ) -> FramePlan:
+        """Choose the frames to score next in every clip that searches for a label.
 
-        Without the shortcut `self.best_durations` these are consecutive frames. With it, they are the frames that the
-        row visits as long as it emits blanks, so that frames that a blank jumps over are not scored.
+        Without the function `self.find_best_durations`, choose consecutive frames. With it, choose only the frames that
+        a clip visits while it emits blanks.
 
         Args:
-            rows: the state of all rows.
-            searching: R indices of the rows that search.
-            predictor_states: (B, J) predictor states of all rows.
+            searches: the search state of every clip of the batch.
+            clip_indices: indices of the R clips that search for a label.
+            predictor_states: (B, J) predictor states of all clips, where J is the width of the joint network.
 
         Returns:
-            K frames of each of the R rows.
+            The plan for K frames of each of the R clips.
         """
-        lookahead = choose_lookahead(self.options, len(searching))
-        first_frames = [rows[index].frame for index in searching]
-        states = predictor_states.index_select(0, torch.tensor(searching, device=predictor_states.device))[:, None]
-        if self.best_durations is None:
-            return FramePlan(searching, self._consecutive_frames(first_frames, lookahead), states)
-        # a blank advances at least one frame and at most the largest duration
-        reach = 1 + (lookahead - 1) * max(1, *self.duration_values)
-        candidates = self._consecutive_frames(first_frames, reach)
-        best_durations = self._to_frames(self.best_durations(self._gather_frames(searching, candidates), states))
+        lookahead = choose_lookahead(self.options, len(clip_indices))
+        first_frames = [searches[clip_index].next_frame for clip_index in clip_indices]
+        clip_indices_tensor = torch.tensor(clip_indices, device=predictor_states.device)
+        # (R, 1, J) predictor states of these clips
+        clip_states = predictor_states.index_select(0, clip_indices_tensor)[:, None]
+        if self.find_best_durations is None:
+            return FramePlan(clip_indices, self._list_consecutive_frames(first_frames, lookahead), clip_states)
+        # a blank advances by at most the largest duration, so this covers all frames that `lookahead` blanks can visit
+        num_candidates = 1 + (lookahead - 1) * max(1, *self.duration_values)
+        candidates = self._list_consecutive_frames(first_frames, num_candidates)
+        candidate_states = self._gather_encoder_states(clip_indices, candidates)
+        candidate_durations = self._to_durations(self.find_best_durations(candidate_states, clip_states))
         frames, durations = [], []
-        for row_frames, row_durations in zip(candidates, best_durations, strict=True):
-            positions = follow_blanks(row_durations, lookahead)
-            frames.append([row_frames[position] for position in positions])
-            durations.append([row_durations[position] for position in positions])
-        return FramePlan(searching, frames, states, durations)
+        for clip_frames, clip_durations in zip(candidates, candidate_durations, strict=True):
+            offsets = follow_blanks(clip_durations, lookahead)
+            frames.append([clip_frames[offset] for offset in offsets])
+            durations.append([clip_durations[offset] for offset in offsets])
+        return FramePlan(clip_indices, frames, clip_states, durations)
 
     def score(self, plan: FramePlan) -> FrameScores:
-        """Find the best token and duration of every planned frame, by the shortcut `self.best_tokens` if there is one.
+        """Find the best token and the best duration of every planned frame.
+
+        If the function `self.find_best_tokens` is set, it replaces the call of the joint network.
 
         Args:
-            plan: R rows with K frames each.
+            plan: K frames of each of R clips.
 
         Returns:
-            The best outputs; with the scores, unless the shortcut was used.
+            The best outputs, and the scores if the joint network was called.
         """
         options = self.options
-        encoded = self._gather_frames(plan.rows, plan.frames)
-        if self.best_tokens is not None:
+        encoder_states = self._gather_encoder_states(plan.clip_indices, plan.frames)
+        if self.find_best_tokens is not None:
             logits = None
-            tokens = self.best_tokens(encoded, plan.predictor_states).tolist()
+            tokens = self.find_best_tokens(encoder_states, plan.predictor_states).tolist()
         else:
-            logits = self.joint(encoded, plan.predictor_states)
-            # `max` is faster than `argmax` on scores that are not contiguous in memory
+            logits = self.joint(encoder_states, plan.predictor_states)
+            # `max` is faster than `argmax` on this slice, which is not contiguous in memory
             tokens = logits[..., : options.vocab_size].max(-1).indices.tolist()
         durations = plan.durations
         if options.durations is None:
-            durations = [[int(token == options.blank_id) for token in row] for row in tokens]
+            # RNN-T: a label has duration 0 and a blank has duration 1
+            durations = [[int(token == options.blank_id) for token in clip_tokens] for clip_tokens in tokens]
         elif durations is None and logits is not None:
-            durations = self._to_frames(logits[..., options.vocab_size :].argmax(-1))
-        # without planned durations the joint network was called, see `needs_durations` in `__init__`
+            durations = self._to_durations(logits[..., options.vocab_size :].argmax(-1))
+        # `__init__` sets `find_best_tokens` for TDT only if the plan contains durations
         assert durations is not None
         return FrameScores(tokens, durations, logits)
 
-    def _consecutive_frames(self, first_frames: Sequence[int], count: int) -> list[list[int]]:
-        """Return `count` frame indices from every first frame on; past the end the last frame of the batch repeats."""
+    def _list_consecutive_frames(self, first_frames: Sequence[int], num_frames: int) -> list[list[int]]:
+        """List `num_frames` consecutive frame indices from each first frame on.
+
+        Indices after the last frame of the batch are replaced by the last frame, because the lists must have equal
+        lengths.
+        """
         last_frame = self.num_frames - 1
-        return [[min(first + offset, last_frame) for offset in range(count)] for first in first_frames]
+        return [[min(first + offset, last_frame) for offset in range(num_frames)] for first in first_frames]
 
-    def _gather_frames(self, rows: Sequence[int], frames: Sequence[Sequence[int]]) -> Tensor:
-        """Return the encoder frames (R, K, J) at K frame indices of each of R rows."""
-        positions = [
-            row * self.num_frames + frame for row, row_frames in zip(rows, frames, strict=True) for frame in row_frames
+    def _gather_encoder_states(self, clip_indices: Sequence[int], frames: Sequence[Sequence[int]]) -> Tensor:
+        """Gather the encoder states of K frames of each of R clips.
+
+        Args:
+            clip_indices: indices of the R clips.
+            frames: K frame indices of each clip.
+
+        Returns:
+            (R, K, J) encoder states, where J is the width of the joint network.
+        """
+        # frame n of clip b is at index b * N + n of `self.flat_encoder_states`
+        flat_indices = [
+            clip_index * self.num_frames + frame
+            for clip_index, clip_frames in zip(clip_indices, frames, strict=True)
+            for frame in clip_frames
         ]
-        selected = self.flat_frames.index_select(0, torch.tensor(positions, device=self.flat_frames.device))
-        return selected.unflatten(0, (len(rows), -1))
+        flat_indices_tensor = torch.tensor(flat_indices, device=self.flat_encoder_states.device)
+        return self.flat_encoder_states.index_select(0, flat_indices_tensor).unflatten(0, (len(clip_indices), -1))
 
-    def _to_frames(self, best_outputs: Tensor) -> list[list[int]]:
-        """Return the frame counts of the indices (R, K) of duration outputs."""
-        return [[self.duration_values[output] for output in row] for row in best_outputs.tolist()]
+    def _to_durations(self, duration_indices: Tensor) -> list[list[int]]:
+        """Convert (R, K) indices of duration outputs to durations in frames."""
+        return [[self.duration_values[index] for index in indices] for indices in duration_indices.tolist()]
 
 
-def follow_blanks(durations: Sequence[int], count: int) -> list[int]:
-    """Return the positions that a row visits if it emits a blank on each of them.
+def follow_blanks(durations: Sequence[int], num_offsets: int) -> list[int]:
+    """List the frame offsets that a clip visits while it emits only blanks.
+
+    A blank advances by its predicted duration, but by at least one frame: durations 2 1 0 1 and `num_offsets` 3 give
+    the offsets 0, 2, 3.
 
     Args:
-        durations: duration on each of consecutive frames; a blank of duration 0 advances one frame.
-        count: number of positions to return, the first of which is 0.
+        durations: predicted duration for each consecutive frame; must cover all returned offsets except the last one.
+        num_offsets: number of offsets to return; the first one is 0.
     """
-    positions = [0]
-    for _ in range(count - 1):
-        positions.append(positions[-1] + max(1, durations[positions[-1]]))
-    return positions
+    offsets = [0]
+    for _ in range(num_offsets - 1):
+        current_offset = offsets[-1]
+        offsets.append(current_offset + max(1, durations[current_offset]))
+    return offsets
 
 
-def advance_rows(
-    rows: Sequence[RowSearch], plan: FramePlan, scores: FrameScores, options: TransducerOptions
+def advance_clips(
+    searches: Sequence[ClipSearch], plan: FramePlan, scores: FrameScores, options: TransducerOptions
 ) -> list[int]:
-    """Take the scored steps in every planned row, up to its first label.
+    """Append the scored steps to every planned clip, up to the first label of the clip.
 
     Args:
-        rows: the state of all rows, which is changed.
-        plan: the planned rows and frames.
-        scores: the best outputs on these frames.
-        options: the settings of the search.
+        searches: the search state of every clip of the batch, changed in place.
+        plan: the R clips and K frames of each that were scored.
+        scores: the best outputs of the joint network on these frames.
+        options: settings of the search.
 
     Returns:
-        Indices of the rows that found no label and are not finished.
+        Indices of the clips that found no label and are not finished.
     """
-    searching: list[int] = []
-    # index into the plan, and position among the scored frames, of every new label
-    label_rows: list[int] = []
+    without_label: list[int] = []
+    # (index of the clip in the plan, index of the frame in the plan) of every new label
+    label_plan_rows: list[int] = []
     label_positions: list[int] = []
-    for plan_row, index in enumerate(plan.rows):
-        kept_logits = scores.logits[plan_row] if scores.logits is not None and options.keep_logits else None
-        position = rows[index].advance(
-            plan.frames[plan_row], scores.tokens[plan_row], scores.durations[plan_row], kept_logits
+    stored_logits = scores.logits if options.keep_logits else None
+    for plan_row, clip_index in enumerate(plan.clip_indices):
+        search = searches[clip_index]
+        label_position = search.advance(
+            plan.frames[plan_row],
+            scores.tokens[plan_row],
+            scores.durations[plan_row],
+            None if stored_logits is None else stored_logits[plan_row],
         )
-        if position is not None:
-            label_rows.append(plan_row)
-            label_positions.append(position)
-        elif not rows[index].is_finished:
-            searching.append(index)
-    if label_rows and options.confidence is not None and scores.logits is not None:
-        label_logits = scores.logits[label_rows, label_positions, : options.vocab_size]
-        confidences = token_confidence(label_logits, options.confidence).tolist()
-        for plan_row, confidence in zip(label_rows, confidences, strict=True):
-            row = rows[plan.rows[plan_row]]
-            row.steps.confidence[row.last_label_step] = confidence
-    return searching
+        if label_position is not None:
+            label_plan_rows.append(plan_row)
+            label_positions.append(label_position)
+        elif not search.is_finished:
+            without_label.append(clip_index)
+    if label_plan_rows and options.confidence is not None and scores.logits is not None:
+        # one call for all new labels
+        label_logits = scores.logits[label_plan_rows, label_positions, : options.vocab_size]
+        confidences = compute_token_confidence(label_logits, options.confidence).tolist()
+        for plan_row, confidence in zip(label_plan_rows, confidences, strict=True):
+            search = searches[plan.clip_indices[plan_row]]
+            search.steps.confidences[search.last_label_step] = confidence
+    return without_label
 
 
-def predict_rows(
-    predict: Predict, predictor_states: Tensor, lstm_state: Any, rows: Sequence[RowSearch], indices: list[int]
+def predict_clips(
+    predict: Predict,
+    predictor_states: Tensor,
+    lstm_state: Any,
+    searches: Sequence[ClipSearch],
+    clip_indices: list[int],
 ) -> tuple[Tensor, Any]:
-    """Run the prediction network for rows with a new label; the other rows keep their states.
+    """Run the prediction network for the clips with a new label; the states of all other clips do not change.
 
     Args:
-        predict: the prediction network.
-        predictor_states: (B, J) its last outputs.
-        lstm_state: its LSTM state, a tuple of tensors (layers, B, P).
-        rows: the state of all rows.
-        indices: R indices of the rows with a new label.
+        predict: prediction network: (last labels, LSTM state) -> predictor states, new LSTM state.
+        predictor_states: (B, J) last outputs of the prediction network, where J is the width of the joint network.
+        lstm_state: LSTM state of the prediction network, a tuple of tensors (num_layers, B, LSTM width).
+        searches: the search state of every clip of the batch.
+        clip_indices: indices of the clips with a new label.
 
     Returns:
-        The new predictor states (B, J) and the new LSTM state.
+        The new (B, J) predictor states and the new LSTM state.
     """
-    labels = torch.tensor([rows[index].last_label for index in indices], device=predictor_states.device)
-    if len(indices) == len(rows):
+    device = predictor_states.device
+    labels = torch.tensor([searches[clip_index].last_label for clip_index in clip_indices], device=device)
+    if len(clip_indices) == len(searches):
         return predict(labels, lstm_state)
-    row_index = torch.tensor(indices, device=predictor_states.device)
-    new_states, new_lstm_state = predict(labels, tuple(part[:, row_index] for part in lstm_state))
+    indices = torch.tensor(clip_indices, device=device)
+    selected_lstm_state = tuple(tensor[:, indices] for tensor in lstm_state)
+    new_predictor_states, new_lstm_state = predict(labels, selected_lstm_state)
     updated_lstm_state = tuple(
-        part.index_copy(1, row_index, new_part) for part, new_part in zip(lstm_state, new_lstm_state, strict=True)
+        tensor.index_copy(1, indices, new_tensor) for tensor, new_tensor in zip(lstm_state, new_lstm_state, strict=True)
     )
-    return predictor_states.index_copy(0, row_index, new_states), updated_lstm_state
+    return predictor_states.index_copy(0, indices, new_predictor_states), updated_lstm_state

@@ -1,6 +1,6 @@
-"""Settings of a transducer search, and the types of the two networks that it calls.
+"""Settings of a transducer search, and the types of the two networks that the search calls.
 
-Both searches, the plain one and the fast one, use them.
+The search itself is in `greedy.py` (reference implementation) and `label_looping.py` (fast implementation).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-# Prediction network: (last labels (R,), LSTM state) -> predictor states (R, J), new LSTM state.
-# The LSTM state is a tuple of tensors (layers, R, P), and `None` before the first step.
+# Prediction network: (last labels (R,), LSTM state) -> predictor states (R, J), new LSTM state. R is the number of
+# clips in the call. The LSTM state is a tuple of tensors (num_layers, R, LSTM width), or `None` before the first step.
 Predict = Callable[[Tensor, Any], tuple[Tensor, Any]]
-# Joint network: (projected frames (R, K, J), predictor states (R, 1, J)) -> scores (R, K, V + D)
+# Joint network: (encoder states (R, K, J), predictor states (R, 1, J)) -> scores (R, K, V + D) of K frames of R clips
 Joint = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -24,15 +24,15 @@ class TransducerOptions:
 
     Args:
         blank_id: id of the blank.
-        vocab_size: number of tokens V with the blank. The outputs of the joint network after them are durations.
-        durations: frames of each duration output; `None` for RNN-T, where a label stays on its frame and a blank
-            advances one frame.
-        max_symbols: number of labels on one frame after which the search moves one frame.
-        max_steps: number of steps, blanks included, after which a row stops; `None` for no limit.
-        lookahead: number of frames that one call of the joint network scores in a row; 0 chooses it by the number of
-            rows. It changes the speed and not the result.
-        confidence: method of `token_confidence`; `None` for no confidence.
-        keep_logits: return the scores of every step.
+        vocab_size: number of tokens V with the blank. The outputs of the joint network after the first V are durations.
+        durations: number of frames for each duration output; `None` for RNN-T, where a label has duration 0 and a blank
+            has duration 1.
+        max_symbols: number of labels on one frame after which the search advances by one frame.
+        max_steps: number of steps, blanks included, after which the search of a clip ends; `None` for no limit.
+        lookahead: number of frames of each clip that one call of the joint network scores; 0 to choose it from the
+            number of clips. It changes the speed and not the result.
+        confidence: method of `compute_token_confidence`; `None` for no confidence.
+        keep_logits: whether to return the scores of every step.
     """
 
     blank_id: int

@@ -1,4 +1,4 @@
-"""Long audio: windows, and the merging of their hypotheses."""
+"""Long audio: cutting into windows, and merging of the hypotheses of the windows."""
 
 from .windows import Window, cut_windows, merge_windows
 

@@ -1,6 +1,6 @@
-"""Long audio: cuts it into overlapping windows, and merges the hypotheses of the windows by time.
+"""Cuts long audio into overlapping windows, and merges the hypotheses of the windows by time.
 
-The pipeline runs the model on the windows.
+The pipeline decodes the windows.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from ..decoding import Hypotheses
 
 @dataclass(frozen=True)
 class Window:
-    """A window of a clip. All numbers count samples from the start of the clip.
+    """A window of a clip; all fields are sample indices counted from the start of the clip.
 
-    The samples outside `keep_from` and `keep_to` are context: the model sees them, but their tokens are dropped.
+    The window keeps its tokens from `keep_from` to `keep_to`. The samples outside this range are context: the model
+    processes them, but their tokens are dropped.
 
     Args:
         start: first sample of the window.
-        stop: sample after the last one.
-        keep_from: tokens before this sample are taken from the previous window.
-        keep_to: tokens from this sample on are taken from the next window; `None` for the last window.
+        stop: end of the window, exclusive.
+        keep_from: first sample whose tokens are kept; tokens before it come from the previous window.
+        keep_to: end of the kept range, exclusive; `None` for the last window, which keeps all tokens to its end.
     """
 
     start: int
@@ -38,15 +39,15 @@ def cut_windows(num_samples: int, length: int, left: int, right: int) -> Iterato
 
     Args:
         num_samples: length of the clip.
-        length: samples of a window; 0 for one window over the whole clip.
-        left: samples at the start of a window that are only context.
-        right: samples at the end of a window that are only context.
+        length: length of a window in samples; 0 for one window over the whole clip.
+        left: number of samples at the start of a window that are only context.
+        right: number of samples at the end of a window that are only context.
 
     Yields:
-        Windows whose kept ranges cover every sample of the clip once.
+        Windows whose kept ranges do not overlap and together cover the clip.
 
     Raises:
-        ValueError: a window consists of context only.
+        ValueError: a window consists only of context.
     """
     if length and length <= left + right:
         raise ValueError(
@@ -55,62 +56,67 @@ def cut_windows(num_samples: int, length: int, left: int, right: int) -> Iterato
         )
     start = 0
     while length and start + length < num_samples:
-        yield Window(start, start + length, start + left if start else 0, start + length - right)
+        # the first window has no left context
+        keep_from = start + left if start else 0
+        yield Window(start, start + length, keep_from, start + length - right)
         start += length - left - right
-    yield Window(start, num_samples, start + left if start else 0, None)
+    # the last window extends to the end of the clip
+    keep_from = start + left if start else 0
+    yield Window(start, num_samples, keep_from, None)
 
 
 def merge_windows(hypotheses: Sequence[Hypotheses], windows: Sequence[Window], samples_per_frame: int) -> Hypotheses:
-    """Join the hypotheses of the windows of one clip, so that every token occurs once.
+    """Join the hypotheses of the windows of one clip, dropping tokens duplicated in the overlaps.
 
     Args:
-        hypotheses: one row per window, with frames counted from the start of the window.
-        windows: the windows, in order of time.
-        samples_per_frame: samples per encoder frame.
+        hypotheses: hypothesis of each window, with frames counted from the start of the window.
+        windows: the windows in chronological order.
+        samples_per_frame: number of samples per encoder frame.
 
     Returns:
-        One row for the clip, with frames counted from the start of the clip.
+        The hypothesis of the clip, with frames counted from the start of the clip.
     """
-    kept = [
+    kept_hypotheses = [
         keep_tokens(hypothesis, window, samples_per_frame)
         for hypothesis, window in zip(hypotheses, windows, strict=True)
     ]
-    confidences = [row.confidence for row in kept if row.confidence is not None]
+    confidences = [hypothesis.confidence for hypothesis in kept_hypotheses if hypothesis.confidence is not None]
     return Hypotheses(
-        tokens=torch.cat([row.tokens for row in kept], dim=1),
-        frames=torch.cat([row.frames for row in kept], dim=1),
-        durations=torch.cat([row.durations for row in kept], dim=1),
-        lengths=torch.stack([row.lengths for row in kept]).sum(0),
+        tokens=torch.cat([hypothesis.tokens for hypothesis in kept_hypotheses], dim=1),
+        frames=torch.cat([hypothesis.frames for hypothesis in kept_hypotheses], dim=1),
+        durations=torch.cat([hypothesis.durations for hypothesis in kept_hypotheses], dim=1),
+        lengths=torch.stack([hypothesis.lengths for hypothesis in kept_hypotheses]).sum(0),
         confidence=torch.cat(confidences, dim=1) if confidences else None,
     )
 
 
 def keep_tokens(hypothesis: Hypotheses, window: Window, samples_per_frame: int) -> Hypotheses:
-    """Select the tokens of one window that lie in its kept range.
+    """Select the tokens that lie in the kept range of a window.
 
     Args:
-        hypothesis: one row, with frames counted from the start of the window.
-        window: the window.
-        samples_per_frame: samples per encoder frame.
+        hypothesis: hypothesis of the window, with frames counted from the start of the window.
+        window: the window; tokens from sample `keep_from` to sample `keep_to` of the clip are kept.
+        samples_per_frame: number of samples per encoder frame.
 
     Returns:
-        One row, with frames counted from the start of the clip.
+        The kept tokens, with frames counted from the start of the clip.
     """
-    row = hypothesis[0]
-    # (1, L) first sample of the frame of every token
-    samples = window.start + row.frames * samples_per_frame
-    is_kept = samples >= window.keep_from
+    # remove the padding
+    hypothesis = hypothesis[0]
+    # (1, num_tokens) position of every token in the clip, in samples
+    token_samples = window.start + hypothesis.frames * samples_per_frame
+    is_kept = token_samples >= window.keep_from
     if window.keep_to is not None:
-        is_kept &= samples < window.keep_to
+        is_kept &= token_samples < window.keep_to
 
     def select(values: Tensor) -> Tensor:
-        """Return the values (1, L) of the kept tokens."""
+        """Select the values of the kept tokens from a (1, num_tokens) tensor."""
         return values[is_kept][None]
 
     return Hypotheses(
-        tokens=select(row.tokens),
-        frames=select(row.frames) + window.start // samples_per_frame,
-        durations=select(row.durations),
+        tokens=select(hypothesis.tokens),
+        frames=select(hypothesis.frames) + window.start // samples_per_frame,
+        durations=select(hypothesis.durations),
         lengths=is_kept.sum(1),
-        confidence=None if row.confidence is None else select(row.confidence),
+        confidence=None if hypothesis.confidence is None else select(hypothesis.confidence),
     )
