@@ -4,8 +4,8 @@ Only one chunk of logits is stored at a time, plus the chunks that fit into the 
 `lattice.py`; the autograd function of the fused loss is in `transducer.py`.
 
 Letters: B clips, T frames, U labels, J width of the joint network, V tokens with the blank, D durations. `num_nodes` is
-the number of valid nodes in the batch, `chunk_nodes` is the number of nodes of a chunk. [V + D] is V + D for TDT and V
-for RNN-T.
+the number of valid nodes in the batch, `chunk_nodes` is the number of nodes of a chunk. `num_outputs` is V + D for
+TDT and V for RNN-T.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ class ChunkedJoint:
     Args:
         encoder_states: (B, T, J) projected encoder states.
         predictor_states: (B, U+1, J) projected predictor states.
-        head_weight: ([V + D], J) weight of the output layer.
-        head_bias: ([V + D],) bias of the output layer, or None.
+        head_weight: (num_outputs, J) weight of the output layer.
+        head_bias: (num_outputs,) bias of the output layer, or None.
         lattice: the lattices of the batch.
         settings: settings of the joint network.
     """
@@ -386,7 +386,7 @@ class GradientAccumulator:
         self.posteriors = posteriors
         dtype = get_accumulation_dtype(joint.settings.dtype)
         tensors = joint.flat_encoder_states, joint.flat_predictor_states, joint.head_weight, joint.head_bias
-        # (B * T, J), (B * (U+1), J), ([V + D], J) and ([V + D],); None for a tensor that needs no gradient
+        # (B * T, J), (B * (U+1), J), (num_outputs, J) and (num_outputs,); None for a tensor that needs no gradient
         self.encoder_grad, self.predictor_grad, self.weight_grad, self.bias_grad = (
             torch.zeros_like(tensor, dtype=dtype) if is_needed else None
             for tensor, is_needed in zip(tensors, needs_gradient, strict=False)
@@ -396,8 +396,8 @@ class GradientAccumulator:
         """Return the accumulated gradients in the shapes of the inputs.
 
         Returns:
-            Gradients of encoder states (B, T, J), predictor states (B, U+1, J), weight ([V + D], J), bias ([V + D],);
-            None for a tensor that needs no gradient.
+            Gradients of encoder states (B, T, J), predictor states (B, U+1, J), weight (V + D, J) and bias (V + D,); None
+            for a tensor that needs no gradient. RNN-T has no durations, so D is 0.
         """
         batch_size, num_frames, num_positions = self.joint.lattice.grid_shape
         encoder_grad, predictor_grad = self.encoder_grad, self.predictor_grad

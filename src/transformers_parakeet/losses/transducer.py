@@ -74,15 +74,13 @@ def transducer_loss(
         head_weight: (V, J), or (V + D, J) with durations: weight of the joint network's output layer.
         head_bias: (V,) or (V + D,) bias of the output layer, or None.
         labels: (B, U) token ids; values beyond `label_lengths` are ignored.
-        frame_lengths: (B,) number of valid frames.
-        label_lengths: (B,) number of valid labels.
+        frame_lengths, label_lengths: (B,) number of valid frames and (B,) number of valid labels.
         blank_id, sigma, fastemit_lambda: see `TransducerOptions`.
         durations: number of frames of each duration output of TDT; None for RNN-T.
         omega: probability of computing the RNN-T loss of the batch instead of the TDT loss, as in NeMo.
         activation, dropout, workspace_bytes: see `JointSettings`.
         reduction: see `reduce_loss`.
-        zero_infinity: whether to replace the infinite loss of a clip without any path by 0. The gradient of such a clip
-            is 0 in any case.
+        zero_infinity: whether a clip without any path has loss 0 instead of infinity; its gradient is always 0.
 
     Returns:
         Scalar, or (B,) with `reduction="none"`; float64 for float64 inputs, otherwise float32.
