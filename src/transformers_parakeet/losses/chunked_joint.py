@@ -396,8 +396,8 @@ class GradientAccumulator:
         """Return the accumulated gradients in the shapes of the inputs.
 
         Returns:
-            Gradients of encoder states (B, T, J), predictor states (B, U+1, J), weight (V + D, J) and bias (V + D,); None
-            for a tensor that needs no gradient. RNN-T has no durations, so D is 0.
+            Gradients of encoder states (B, T, J), predictor states (B, U+1, J), weight (V + D, J) and bias (V + D,);
+            None for a tensor that needs no gradient. RNN-T has no durations, so D is 0.
         """
         batch_size, num_frames, num_positions = self.joint.lattice.grid_shape
         encoder_grad, predictor_grad = self.encoder_grad, self.predictor_grad
