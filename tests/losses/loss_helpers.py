@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from transformers_parakeet.losses import rnnt_loss, tdt_loss, transducer_loss
-from transformers_parakeet.losses.transducer import transducer_loss_reference
+from transformers_parakeet.losses.reference import transducer_loss_reference
 
 VOCAB_SIZE, BLANK_ID, JOINT_WIDTH = 7, 5, 12
 

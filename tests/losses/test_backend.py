@@ -98,7 +98,7 @@ def test_a_kernel_that_cannot_be_used_is_replaced_with_one_warning(use_kernel, w
 )
 def test_pytorch_computes_what_the_kernel_has_no_code_for(states, activation, reason, monkeypatch, warnings):
     monkeypatch.setattr(backend, "load_layer", lambda repository: torch.nn.Identity())
-    monkeypatch.setattr(backend, "find_difference", lambda layer, pytorch_loss, settings: None)
+    monkeypatch.setattr(backend, "describe_difference", lambda layer, pytorch_loss, settings: None)
     assert type(select("auto", states, activation)) is TransducerLoss
     assert reason in warnings[0]
     with pytest.raises(RuntimeError, match=reason):
@@ -220,7 +220,7 @@ class WrongAfterTheFirstUtterance(TransducerLoss):
 )
 def test_a_kernel_that_differs_from_pytorch_is_not_used(layer, reason, monkeypatch):
     monkeypatch.setattr(backend.inspect, "signature", lambda forward: SimpleNamespace(parameters=()))
-    difference = backend.find_difference(layer(), TransducerLoss(), CPU_SETTINGS)
+    difference = backend.describe_difference(layer(), TransducerLoss(), CPU_SETTINGS)
     assert reason in difference
     assert "vocab_size=7" in difference
 
@@ -232,11 +232,11 @@ def test_pytorch_passes_its_own_check(durations, dtype, lengths, monkeypatch):
     monkeypatch.setattr(backend, "INTERPRETER_CHECK_LENGTHS", lengths)
     settings = backend.JointSettings(torch.device("cpu"), dtype, 7, 6, durations, "tanh")
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert backend.find_difference(TransducerLoss(), TransducerLoss(), settings) is None
+        assert backend.describe_difference(TransducerLoss(), TransducerLoss(), settings) is None
 
 
 def test_a_kernel_with_other_arguments_is_not_used():
-    difference = backend.find_difference(DoubledSigma(), TransducerLoss(), CPU_SETTINGS)
+    difference = backend.describe_difference(DoubledSigma(), TransducerLoss(), CPU_SETTINGS)
     assert difference.startswith("its arguments are args, sigma, kwargs, they must be encoder_states, ")
 
 

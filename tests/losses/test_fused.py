@@ -17,21 +17,17 @@ from loss_helpers import (
 from torch.nn import functional as F
 
 from transformers_parakeet.losses import tdt_loss, transducer_loss
-from transformers_parakeet.losses.fused import (
+from transformers_parakeet.losses.chunked_joint import (
     ChunkedJoint,
     GradientAccumulator,
     JointSettings,
     draw_dropout_mask,
     find_active_nodes,
-    locate_nodes,
+    locate_inputs,
     plan_chunks,
 )
-from transformers_parakeet.losses.lattice import (
-    NodeLogProbs,
-    TransducerOptions,
-    build_lattice,
-    sum_paths,
-)
+from transformers_parakeet.losses.lattice import NodeLogProbs, TransducerOptions, build_lattice
+from transformers_parakeet.losses.path_sums import compute_losses_and_posteriors
 
 DURATION_SETS = [None, (0, 1, 2, 3, 4), (0, 1), (0, 2, 5), (1, 2), (3, 0, 1), (1,), (0, 1, 1)]
 NUM_BATCHES = 220
@@ -160,9 +156,9 @@ def test_skipped_nodes_do_not_change_the_gradients():
             tensor.mul_(2.0)
     lattice = rnnt_lattice(batch, (2, 40, 21))
     log_probs = joint_logits(*float_inputs).detach().log_softmax(-1).flatten(0, 2)[lattice.nodes]
-    next_labels = locate_nodes(lattice, lattice.nodes).next_labels
+    next_labels = locate_inputs(lattice, lattice.nodes).next_labels
     label = log_probs.gather(1, next_labels[:, None])[:, 0]
-    _, posteriors = sum_paths(lattice, NodeLogProbs(log_probs[:, BLANK_ID], label, None))
+    _, posteriors = compute_losses_and_posteriors(lattice, NodeLogProbs(log_probs[:, BLANK_ID], label, None))
     num_active = len(find_active_nodes(lattice, posteriors, torch.ones(2)))
     assert 60 <= num_active < 0.8 * len(lattice.nodes)
     fused_gradients = gradients(batch.fused_losses(float_inputs), float_inputs)
@@ -214,10 +210,10 @@ def test_a_frozen_output_layer_needs_no_memory_for_its_gradient():
     lattice = rnnt_lattice(batch, (2, 6, 4))
     joint = ChunkedJoint(*batch.joint_inputs(), lattice, replace(SETTINGS, dtype=torch.double))
     zeros = torch.zeros(len(lattice.nodes), dtype=torch.double)
-    _, posteriors = sum_paths(lattice, NodeLogProbs(zeros, zeros, None))
+    _, posteriors = compute_losses_and_posteriors(lattice, NodeLogProbs(zeros, zeros, None))
     accumulator = GradientAccumulator(joint, posteriors, [True, True, False, False])
-    assert accumulator.weight is None
-    assert accumulator.bias is None
+    assert accumulator.weight_grad is None
+    assert accumulator.bias_grad is None
 
 
 def test_chunks_stay_within_the_workspace():

@@ -6,15 +6,9 @@ import pytest
 import torch
 from loss_helpers import BLANK_ID, VOCAB_SIZE, RandomBatch, gradients, joint_logits, relative_error
 
-from transformers_parakeet.losses.fused import locate_nodes
-from transformers_parakeet.losses.lattice import (
-    IncomingArcs,
-    NodeLogProbs,
-    TransducerOptions,
-    build_lattice,
-    compute_log_alpha,
-    sum_paths,
-)
+from transformers_parakeet.losses.chunked_joint import locate_inputs
+from transformers_parakeet.losses.lattice import NodeLogProbs, TransducerOptions, build_lattice
+from transformers_parakeet.losses.path_sums import IncomingArcs, compute_log_alpha, compute_losses_and_posteriors
 
 
 @pytest.fixture
@@ -38,7 +32,7 @@ def node_log_probs(batch, lattice):
     """Return float64 log-probabilities of the valid nodes of a random batch."""
     logits = joint_logits(*batch.joint_inputs()).detach().flatten(0, 2)[lattice.nodes]
     token_log_probs = logits[:, :VOCAB_SIZE].log_softmax(-1)
-    next_labels = locate_nodes(lattice, lattice.nodes).next_labels
+    next_labels = locate_inputs(lattice, lattice.nodes).next_labels
     label = token_log_probs.gather(1, next_labels[:, None])[:, 0]
     durations = None if batch.durations is None else logits[:, VOCAB_SIZE:].log_softmax(-1)
     return NodeLogProbs(token_log_probs[:, BLANK_ID].clone(), label, durations)
@@ -70,7 +64,7 @@ def test_posteriors_are_the_derivatives_of_the_log_likelihood(durations):
     batch = RandomBatch(31, durations, (2, 6, 3))
     lattice = lattice_of(batch, sigma=0.05)
     log_probs = node_log_probs(batch, lattice)
-    _, posteriors = sum_paths(lattice, log_probs)
+    _, posteriors = compute_losses_and_posteriors(lattice, log_probs)
     step = 1e-6
     for name in ("blank", "label") if durations is None else ("blank", "label", "durations"):
         values, posterior = getattr(log_probs, name), getattr(posteriors, name)
@@ -80,7 +74,7 @@ def test_posteriors_are_the_derivatives_of_the_log_likelihood(durations):
             likelihoods = []
             for sign in (1, -1):
                 changed = {**vars(log_probs), name: values + sign * changes.view_as(values)}
-                losses, _ = sum_paths(lattice, NodeLogProbs(**changed))
+                losses, _ = compute_losses_and_posteriors(lattice, NodeLogProbs(**changed))
                 likelihoods.append(-losses[losses.isfinite()].sum().item())
             derivative = (likelihoods[0] - likelihoods[1]) / (2 * step)
             # measured: 2e-9
@@ -92,8 +86,8 @@ def test_posteriors_count_the_tokens_of_each_clip(durations):
     """Every path emits all labels; an RNN-T path has one blank per frame, and TDT durations add up to the frames."""
     batch = RandomBatch(32, durations, (3, 8, 4))
     lattice = lattice_of(batch)
-    _, posteriors = sum_paths(lattice, node_log_probs(batch, lattice))
-    _, num_frames, num_columns = lattice.shape
+    _, posteriors = compute_losses_and_posteriors(lattice, node_log_probs(batch, lattice))
+    _, num_frames, num_columns = lattice.grid_shape
     clips = lattice.nodes // (num_frames * num_columns)
     for clip, (clip_frames, clip_labels) in enumerate(zip(batch.frame_lengths, batch.label_lengths, strict=True)):
         in_clip = clips == clip

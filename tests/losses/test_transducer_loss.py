@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from transformers_parakeet.losses import REDUCTIONS, TransducerLoss, rnnt_loss, tdt_loss, transducer_loss
-from transformers_parakeet.losses.transducer import transducer_loss_reference
+from transformers_parakeet.losses.reference import transducer_loss_reference
 
 GOLDEN = TESTS / "golden"
 TRANSDUCERS = ["rnnt", "tdt", "hybrid_tdt_ctc", "tdt_agg_tokenizer"]

@@ -1,6 +1,9 @@
-"""Chooses what computes the transducer loss: a Triton kernel that agrees with PyTorch on this device, or PyTorch.
+"""Selects the implementation of the transducer loss: PyTorch, or a Triton kernel that was compared with PyTorch.
 
-The caller passes the PyTorch layer. The source of the kernel is in the folder `hub_kernels/transducer-loss`.
+The caller passes the layer that computes the loss in PyTorch. The source of the kernel is in the folder
+`hub_kernels/transducer-loss`.
+
+Letters: B clips, T frames, U labels, J width of the joint network, V tokens with the blank, D durations.
 """
 
 from __future__ import annotations
@@ -22,32 +25,35 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-CHOICES = ("auto", "off", "require")
+KERNEL_CHOICES = ("auto", "off", "require")
 # Hub id of the kernel; the variable `LOCAL_KERNELS` of the library `kernels` can map it to a folder
 KERNEL_ID = "transformers-parakeet/transducer-loss"
-# major version of the kernel's layer; its `forward` has the arguments of the PyTorch layer
+# major version of the kernel; its layer must have a `forward` with the arguments of the PyTorch layer
 KERNEL_VERSION = 1
-# module that holds the kernel in a wheel and in an editable installation
+# module that contains the kernel in a wheel and in an editable installation
 KERNEL_MODULE = f"{__package__}.transducer_kernel"
-# the kernel's source in a checkout of the repository; an installed wheel has no such file
+# source of the kernel in a checkout of the repository; an installed wheel does not have this file
 KERNEL_SOURCE = (
     Path(__file__).parents[3].joinpath("hub_kernels", "transducer-loss", "torch-ext", "transducer_loss", "__init__.py")
 )
-ACTIVATIONS = ("relu", "tanh", "sigmoid")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# (frames, labels) of the utterances that a kernel is checked on. The kernel's tiles hold 16 frames, 1024 labels or 1024
-# tokens. The first utterance has several tiles of frames, the second several tiles of labels, the last has no labels.
+KERNEL_ACTIVATIONS = ("relu", "tanh", "sigmoid")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# (frames, labels) of the clips that a kernel is compared on. The tiles of the kernel contain 16 frames, 1024 labels or
+# 1024 tokens. The first clip has several tiles of frames, the second has several tiles of labels, the last has no
+# labels.
 CHECK_LENGTHS = ((48, 20), (3, 1100), (17, 0))
-# the same for Triton's interpreter on the CPU, which needs minutes for the lengths above
+# (frames, labels) for Triton's interpreter on the CPU, which would need minutes for `CHECK_LENGTHS`
 INTERPRETER_CHECK_LENGTHS = ((5, 3), (4, 2))
-# memory for the logits of the check, in bytes: at V = 8192 they are computed in several chunks
+# workspace of the comparison, in bytes; with V = 8192 it is too small for all logits, so they are computed in chunks
 CHECK_WORKSPACE_BYTES = 2**24
-# The kernel's largest error against float64 may be this multiple of PyTorch's largest error in the same dtype. Measured
-# with Triton's interpreter at V = 9 and 1025, J = 8 and 640: at most 2.2 in float32, 1.8 in bfloat16, 1.0 in float16.
-ERROR_RATIO = 4.0
-# smallest allowed error; PyTorch's own is 1e-6 in float32, and a GPU approximates exponentials
+# Allowed ratio between the largest error of the kernel and the largest error of PyTorch in the same dtype, both against
+# float64. Measured with Triton's interpreter at V = 9 and 1025, J = 8 and 640: at most 2.2 in float32, 1.8 in bfloat16,
+# 1.0 in float16.
+MAX_ERROR_RATIO = 4.0
+# Smallest tolerance of the comparison. The error of PyTorch in float32 is about 1e-6, and a GPU approximates
+# exponentials.
 MIN_TOLERANCE = 1e-5
-# the results that are compared: the loss and its gradients
+# results of `compute_losses_and_gradients`, in order
 RESULT_NAMES = (
     "loss",
     "gradient of `encoder_states`",
@@ -55,20 +61,20 @@ RESULT_NAMES = (
     "gradient of `head_weight`",
     "gradient of `head_bias`",
 )
-# number of results, from the first one, that have one row per utterance
-RESULTS_PER_UTTERANCE = 3
+# number of results, counted from the first, that have one row per clip
+NUM_PER_CLIP_RESULTS = 3
 
 
 @dataclass(frozen=True)
 class JointSettings:
-    """The properties of a joint network and its inputs that a kernel is compiled for.
+    """Properties of a joint network and its inputs for which a kernel is compiled.
 
     Args:
         device: device of the tensors.
         dtype: dtype of the matrix products.
-        vocab_size: V, the number of tokens with the blank.
-        joint_size: J, the width of the joint network.
-        durations: frames of each duration output; None for RNN-T.
+        vocab_size: V, number of tokens with the blank.
+        joint_size: J, width of the joint network.
+        durations: number of frames of each duration output; None for RNN-T.
         activation: name of the activation of the joint network.
     """
 
@@ -82,18 +88,18 @@ class JointSettings:
 
 @dataclass(frozen=True)
 class CheckedKernel:
-    """A kernel after its first-use check.
+    """Result of loading a kernel and comparing it with PyTorch.
 
     Args:
-        layer: the kernel's layer; None if it cannot be used.
-        problem: why it cannot be used; empty if it can.
+        layer: layer of the kernel; None if the kernel cannot be used.
+        problem: reason why the kernel cannot be used; empty if it can be used.
     """
 
     layer: nn.Module | None
     problem: str = ""
 
 
-# kernels that were checked, by repository and settings; the lock makes concurrent first uses run one check
+# results of the comparisons in this process; the lock makes concurrent first calls share one comparison
 _checked_kernels: dict[tuple[str, JointSettings], CheckedKernel] = {}
 _check_lock = Lock()
 
@@ -106,32 +112,32 @@ def select_loss(
     durations: Sequence[int] | None,
     activation: str,
 ) -> nn.Module:
-    """Choose the layer that computes the transducer loss.
+    """Select the layer that computes the transducer loss: PyTorch or a Triton kernel.
 
-    The environment variable `PARAKEET_KERNEL` overrides `choice`. It may also be the id of a kernel on the Hub,
-    `owner/name`, which is then required. A kernel is used only after its loss and gradients have agreed with those of
+    The environment variable `PARAKEET_KERNEL` overrides `choice`. The variable may also be the id `owner/name` of a
+    kernel on the Hub; this kernel is then required. Before a kernel is used, its loss and gradients are compared with
     `pytorch_loss` at the widths of this joint network, on this device and in this dtype.
 
     Args:
         choice: `"auto"` uses the kernel on a CUDA device and falls back to PyTorch with one warning; `"off"` uses
-            PyTorch; `"require"` uses the kernel or raises.
+            PyTorch; `"require"` uses the kernel or raises an error.
         pytorch_loss: layer that computes the loss in PyTorch.
-        encoder_states: (B, T, J) inputs of the joint network.
-        head_weight: (V, J), or (V + D, J) with durations: output layer of the joint network.
-        durations: frames of each duration output; None for RNN-T.
+        encoder_states: (B, T, J) projected encoder states, the inputs of the joint network.
+        head_weight: (V, J), or (V + D, J) with durations: weight of the joint network's output layer.
+        durations: number of frames of each duration output; None for RNN-T.
         activation: name of the activation of the joint network.
 
     Returns:
-        A layer with the `forward` of `pytorch_loss`.
+        `pytorch_loss`, or a kernel's layer whose `forward` has the same arguments.
 
     Raises:
         RuntimeError: a kernel is required and cannot be used.
-        ValueError: `choice` or `PARAKEET_KERNEL` is none of the values above.
+        ValueError: `choice` or `PARAKEET_KERNEL` has an unknown value.
     """
     requested = os.environ.get("PARAKEET_KERNEL", choice)
     is_hub_id = "/" in requested
-    if requested not in CHOICES and not is_hub_id:
-        raise ValueError(f"`kernel` must be one of {', '.join(CHOICES)}, got {requested!r}")
+    if requested not in KERNEL_CHOICES and not is_hub_id:
+        raise ValueError(f"`kernel` must be one of {', '.join(KERNEL_CHOICES)}, got {requested!r}")
     if requested == "off" or (requested == "auto" and encoder_states.device.type != "cuda"):
         return pytorch_loss
     settings = read_joint_settings(encoder_states, head_weight, durations, activation)
@@ -151,21 +157,21 @@ def select_loss(
 def read_joint_settings(
     encoder_states: Tensor, head_weight: Tensor, durations: Sequence[int] | None, activation: str
 ) -> JointSettings:
-    """Read from its tensors what a kernel is compiled for.
+    """Read the settings for which a kernel is compiled from the tensors of the joint network.
 
     Args:
-        encoder_states: (B, T, J) inputs of the joint network.
-        head_weight: (V, J), or (V + D, J) with durations.
-        durations: frames of each duration output; None for RNN-T.
+        encoder_states: (B, T, J) projected encoder states.
+        head_weight: (V, J), or (V + D, J) with durations: weight of the joint network's output layer.
+        durations: number of frames of each duration output; None for RNN-T.
         activation: name of the activation of the joint network.
 
     Returns:
-        The settings; the dtype is that of autocast if it is on.
+        The settings. Under autocast, their dtype is the dtype of autocast.
     """
     device_type = encoder_states.device.type
     dtype = torch.promote_types(encoder_states.dtype, head_weight.dtype)
-    # a kernel refuses float64 inputs even under autocast
-    if dtype in DTYPES and torch.is_autocast_enabled(device_type):
+    # float64 stays float64, because a kernel does not accept float64 inputs even under autocast
+    if dtype in KERNEL_DTYPES and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
     num_outputs, joint_size = head_weight.shape
     return JointSettings(
@@ -179,24 +185,25 @@ def read_joint_settings(
 
 
 def read_local_override() -> str:
-    """Return `KERNEL_ID` if the variable `LOCAL_KERNELS` maps it to a folder, else an empty string.
+    """Return `KERNEL_ID` if the variable `LOCAL_KERNELS` maps it to a folder, otherwise an empty string.
 
     The value of the variable has the form `owner/name=/folder:owner/name=/folder`.
     """
     entries = os.environ.get("LOCAL_KERNELS", "").split(":")
-    return KERNEL_ID if KERNEL_ID in {entry.partition("=")[0] for entry in entries} else ""
+    mapped_ids = {entry.partition("=")[0] for entry in entries}
+    return KERNEL_ID if KERNEL_ID in mapped_ids else ""
 
 
 def check_kernel_once(repository: str, settings: JointSettings, pytorch_loss: nn.Module) -> CheckedKernel:
-    """Load and check a kernel, or return the result of an earlier check with the same arguments.
+    """Load a kernel and compare it with PyTorch, or return the result of an earlier call for the same joint network.
 
     Args:
-        repository: Hub id of the kernel; empty for the kernel that travels with the package.
-        settings: the joint network to check the kernel for.
+        repository: Hub id of the kernel; empty for the kernel in this package.
+        settings: settings of the joint network.
         pytorch_loss: layer that computes the loss in PyTorch.
 
     Returns:
-        The kernel's layer, or why the kernel cannot be used.
+        The layer of the kernel, or the reason why the kernel cannot be used.
     """
     key = (repository, settings)
     with _check_lock:
@@ -209,49 +216,59 @@ def check_kernel(repository: str, settings: JointSettings, pytorch_loss: nn.Modu
     """Load a kernel and compare it with PyTorch.
 
     Args:
-        repository: Hub id of the kernel; empty for the kernel that travels with the package.
-        settings: the joint network to check the kernel for.
+        repository: Hub id of the kernel; empty for the kernel in this package.
+        settings: settings of the joint network.
         pytorch_loss: layer that computes the loss in PyTorch.
 
     Returns:
-        The kernel's layer, or why the kernel cannot be used.
+        The layer of the kernel, or the reason why the kernel cannot be used. Errors of loading and compiling are not
+        raised; they become the reason.
     """
-    problem = find_unsupported(settings)
+    problem = describe_unsupported_setting(settings)
     if problem is not None:
         return CheckedKernel(None, problem)
     try:
         layer = load_layer(repository)
-        # the kernel is compiled on its first call, which is in the comparison
-        problem = find_difference(layer, pytorch_loss, settings)
+        # the comparison calls the kernel for the first time, which compiles it
+        problem = describe_difference(layer, pytorch_loss, settings)
     except ImportError as error:
         return CheckedKernel(
             None, f"{type(error).__name__}: {error}; the extra `kernels` installs the packages of the kernel"
         )
-    except Exception as error:  # noqa: BLE001  loading and compiling can raise anything; the user gets the reason
+    except Exception as error:  # noqa: BLE001  loading and compiling can raise any error
         return CheckedKernel(None, f"{type(error).__name__}: {error}".strip())
     return CheckedKernel(layer) if problem is None else CheckedKernel(None, problem)
 
 
-def find_unsupported(settings: JointSettings) -> str | None:
-    """Return why a kernel cannot compute the loss of a joint network, or None if it has code for it."""
-    if settings.activation not in ACTIVATIONS:
-        return f"its activations are {', '.join(ACTIVATIONS)}, the joint network has {settings.activation!r}"
-    if settings.dtype not in DTYPES:
-        return f"it computes in float32, float16 and bfloat16, the inputs are {settings.dtype}"
+def describe_unsupported_setting(settings: JointSettings) -> str | None:
+    """Describe the setting of a joint network that no kernel supports.
+
+    Args:
+        settings: settings of the joint network.
+
+    Returns:
+        Reason why a kernel cannot be used; None if the kernels support all settings.
+    """
+    if settings.activation not in KERNEL_ACTIVATIONS:
+        supported = ", ".join(KERNEL_ACTIVATIONS)
+        return f"it supports the activations {supported}, the joint network has {settings.activation!r}"
+    if settings.dtype not in KERNEL_DTYPES:
+        return f"it supports float32, float16 and bfloat16, the inputs are {settings.dtype}"
     return None
 
 
 def load_layer(repository: str) -> nn.Module:
-    """Load a kernel and return its layer `TransducerLoss`.
+    """Load a kernel and create its layer `TransducerLoss`.
 
     Args:
-        repository: Hub id of the kernel; empty for the kernel that travels with the package, which needs only Triton.
+        repository: Hub id of the kernel, which is loaded with the library `kernels`; empty for the kernel in this
+            package, which needs only Triton.
 
     Returns:
-        A new layer; it has no state.
+        A new layer without parameters.
 
     Raises:
-        ImportError: Triton is not installed, or the library `kernels` for a Hub id.
+        ImportError: Triton is not installed, or the library `kernels` is needed and not installed.
     """
     if not repository:
         kernel = load_bundled_kernel()
@@ -264,13 +281,13 @@ def load_layer(repository: str) -> nn.Module:
 
 
 def load_bundled_kernel() -> ModuleType:
-    """Import the kernel that travels with the package.
+    """Import the kernel in this package.
 
-    A wheel holds it as the module `KERNEL_MODULE`. A checkout that is on the Python path without an installation has no
-    such module, so the module is created from the source file in the checkout.
+    An installed package contains the kernel as the module `KERNEL_MODULE`. A checkout that was added to the Python path
+    without an installation has no such module. There, the module is created from the source file `KERNEL_SOURCE`.
 
     Returns:
-        The module.
+        The module `KERNEL_MODULE`.
 
     Raises:
         ImportError: Triton is not installed, or the kernel is missing.
@@ -283,42 +300,45 @@ def load_bundled_kernel() -> ModuleType:
     if spec is None or spec.loader is None:
         raise ImportError(f"{KERNEL_SOURCE} must be a Python file")
     module = importlib.util.module_from_spec(spec)
-    # relative imports inside of the kernel look the module up
+    # register the module before it runs, because the relative imports in the kernel look it up
     sys.modules[KERNEL_MODULE] = module
     try:
         spec.loader.exec_module(module)
     except BaseException:
+        # do not leave a half-imported module
         del sys.modules[KERNEL_MODULE]
         raise
     return module
 
 
-def find_difference(layer: nn.Module, pytorch_loss: nn.Module, settings: JointSettings) -> str | None:
-    """Compare a kernel with PyTorch on a small batch at the widths of a joint network.
+def describe_difference(kernel_loss: nn.Module, pytorch_loss: nn.Module, settings: JointSettings) -> str | None:
+    """Compare a kernel with PyTorch on a small random batch and describe their difference.
 
-    Both are compared with PyTorch in float64. The error that the kernel may have follows from PyTorch's error in the
-    dtype of the settings: it includes the rounding of the matrix products, such as TF32.
+    Both are compared with PyTorch in float64. The allowed error of the kernel is a multiple of the error of PyTorch in
+    `settings.dtype`, because this error includes the rounding of the matrix products, such as TF32.
 
     Args:
-        layer: layer of the kernel.
+        kernel_loss: layer of the kernel.
         pytorch_loss: layer that computes the loss in PyTorch.
-        settings: the joint network to check the kernel for.
+        settings: settings of the joint network.
 
     Returns:
-        What differs, or None if nothing does.
+        Description of the difference; None if the kernel agrees with PyTorch.
     """
     expected_arguments = list(inspect.signature(pytorch_loss.forward).parameters)
-    arguments = list(inspect.signature(layer.forward).parameters)
-    if arguments != expected_arguments:
-        return f"its arguments are {', '.join(arguments)}, they must be {', '.join(expected_arguments)}"
-    exact = compute_check_results(pytorch_loss, settings, torch.float64)
-    pytorch_errors = relative_errors(compute_check_results(pytorch_loss, settings, settings.dtype), exact)
-    kernel_errors = relative_errors(compute_check_results(layer, settings, settings.dtype), exact)
-    tolerance = max(MIN_TOLERANCE, ERROR_RATIO * max(pytorch_errors))
+    kernel_arguments = list(inspect.signature(kernel_loss.forward).parameters)
+    if kernel_arguments != expected_arguments:
+        return f"its arguments are {', '.join(kernel_arguments)}, they must be {', '.join(expected_arguments)}"
+    exact_results = compute_losses_and_gradients(pytorch_loss, settings, torch.float64)
+    pytorch_results = compute_losses_and_gradients(pytorch_loss, settings, settings.dtype)
+    kernel_results = compute_losses_and_gradients(kernel_loss, settings, settings.dtype)
+    pytorch_errors = compute_relative_errors(pytorch_results, exact_results)
+    kernel_errors = compute_relative_errors(kernel_results, exact_results)
+    tolerance = max(MIN_TOLERANCE, MAX_ERROR_RATIO * max(pytorch_errors))
     differences = [
         f"{name} (relative error {error:.1g})"
         for name, error in zip(RESULT_NAMES, kernel_errors, strict=True)
-        # this form of the comparison also catches NaN
+        # `not error <= tolerance` is also true for NaN
         if not error <= tolerance
     ]
     if not differences:
@@ -326,70 +346,77 @@ def find_difference(layer: nn.Module, pytorch_loss: nn.Module, settings: JointSe
     return f"it differs from PyTorch by more than {tolerance:.1g} for {settings}: {', '.join(differences)}"
 
 
-def make_check_states(settings: JointSettings, lengths: tuple[tuple[int, int], ...]) -> list[Tensor]:
-    """Draw the floating-point inputs of a loss, with logits of order 1 and the rounding of `settings.dtype`.
+def draw_joint_inputs(settings: JointSettings, lengths: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    """Draw random inputs and a random output layer of a joint network, scaled to give logits of order 1.
 
     Args:
-        settings: widths and dtype of the joint network.
-        lengths: (frames, labels) of each utterance.
+        settings: settings of the joint network; the values are rounded to `settings.dtype`.
+        lengths: (number of frames, number of labels) of each clip.
 
     Returns:
-        (B, T, J) encoder states, (B, U+1, J) predictor states, (V + D, J) weight and (V + D,) bias.
+        (B, T, J) encoder states, (B, U+1, J) predictor states, and (V + D, J) weight and (V + D,) bias of the output
+        layer, all in `settings.dtype` on the CPU.
     """
-    batch, joint_size = len(lengths), settings.joint_size
-    num_frames, num_labels = (max(counts) for counts in zip(*lengths, strict=True))
+    batch_size, joint_size = len(lengths), settings.joint_size
+    max_frames, max_labels = (max(counts) for counts in zip(*lengths, strict=True))
     num_outputs = settings.vocab_size + len(settings.durations or ())
-    shapes = ((batch, num_frames, joint_size), (batch, num_labels + 1, joint_size), (num_outputs, joint_size))
+    shapes = ((batch_size, max_frames, joint_size), (batch_size, max_labels + 1, joint_size), (num_outputs, joint_size))
     generator = torch.Generator().manual_seed(0)
     encoder_states, predictor_states, weight = (torch.randn(shape, generator=generator) for shape in shapes)
     bias = torch.randn(num_outputs, generator=generator)
-    states = (encoder_states, predictor_states, weight / joint_size**0.5, bias)
-    return [state.to(settings.dtype) for state in states]
+    inputs = (encoder_states, predictor_states, weight / joint_size**0.5, bias)
+    return [tensor.to(settings.dtype) for tensor in inputs]
 
 
-def compute_check_results(layer: nn.Module, settings: JointSettings, dtype: torch.dtype) -> list[Tensor]:
-    """Compute the losses of a random batch and their gradients.
+def compute_losses_and_gradients(loss_layer: nn.Module, settings: JointSettings, dtype: torch.dtype) -> list[Tensor]:
+    """Compute the joint-network losses and their gradients for a random batch.
+
+    The values of the batch are first rounded to `settings.dtype` and then converted to `dtype`. So the results in
+    float64 and in `settings.dtype` have the same inputs and can be compared.
 
     Args:
-        layer: layer that computes the transducer loss.
-        settings: the joint network to check a kernel for; the values of the inputs are rounded to its dtype.
-        dtype: dtype of the inputs.
+        loss_layer: layer that computes the transducer loss.
+        settings: settings of the joint network.
+        dtype: dtype of the inputs of the layer.
 
     Returns:
         (B,) losses, and the gradients of encoder states, predictor states, weight and bias of the output layer.
     """
-    lengths = CHECK_LENGTHS if settings.device.type == "cuda" else INTERPRETER_CHECK_LENGTHS
+    device, vocab_size = settings.device, settings.vocab_size
+    lengths = CHECK_LENGTHS if device.type == "cuda" else INTERPRETER_CHECK_LENGTHS
     # the caller may be in inference mode or under autocast
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(settings.device.type, enabled=False):
-        states = make_check_states(settings, lengths)
-        leaves = [state.to(settings.device, dtype).requires_grad_() for state in states]
-        frame_lengths, label_lengths = torch.tensor(lengths, device=settings.device).unbind(1)
-        shape = (len(lengths), states[1].shape[1] - 1)
-        labels = torch.arange(shape[0] * shape[1], device=settings.device).view(shape) % (settings.vocab_size - 1)
-        losses = layer(
-            *leaves, labels, frame_lengths, label_lengths, settings.vocab_size - 1, settings.durations, sigma=0.05,
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        inputs = [tensor.to(device, dtype).requires_grad_() for tensor in draw_joint_inputs(settings, lengths)]
+        frame_lengths, label_lengths = torch.tensor(lengths, device=device).unbind(1)
+        batch_size, max_labels = len(lengths), max(num_labels for _, num_labels in lengths)
+        # the blank is the last token, V - 1; the labels repeat 0, 1, ..., V - 2
+        labels = torch.arange(batch_size * max_labels, device=device).view(batch_size, max_labels) % (vocab_size - 1)
+        losses = loss_layer(
+            *inputs, labels, frame_lengths, label_lengths, vocab_size - 1, settings.durations, sigma=0.05,
             fastemit_lambda=0.25, activation=settings.activation, reduction="none", zero_infinity=True,
             workspace_bytes=CHECK_WORKSPACE_BYTES,
         )  # fmt: skip
-        return [losses.detach(), *torch.autograd.grad(losses.sum(), leaves)]
+        return [losses.detach(), *torch.autograd.grad(losses.sum(), inputs)]
 
 
-def relative_errors(results: list[Tensor], exact_results: list[Tensor]) -> list[float]:
-    """Return the largest error of each result relative to the largest exact value.
+def compute_relative_errors(results: list[Tensor], exact_results: list[Tensor]) -> list[float]:
+    """Compute the largest error of each result relative to the largest absolute value of the exact result.
 
-    Results with one row per utterance are compared by utterance, so that long utterances do not hide short ones.
+    Results with one row per clip are compared clip by clip, because large values of a long clip would otherwise hide
+    errors in a short clip.
 
     Args:
-        results: losses and gradients, see `compute_check_results`.
-        exact_results: the same in float64.
+        results: losses and gradients from `compute_losses_and_gradients`.
+        exact_results: losses and gradients in float64.
 
     Returns:
-        One number per result; NaN if a result holds NaN.
+        Relative error of each result; NaN if the result contains NaN.
     """
     errors = []
-    for index, (result, exact) in enumerate(zip(results, exact_results, strict=True)):
-        num_rows = len(exact) if index < RESULTS_PER_UTTERANCE else 1
-        largest_error = (result.double() - exact).abs().view(num_rows, -1).amax(1)
-        largest_value = exact.abs().view(num_rows, -1).amax(1)
-        errors.append(float((largest_error / largest_value.clamp(min=1e-30)).max()))
+    for result_index, (result, exact) in enumerate(zip(results, exact_results, strict=True)):
+        num_rows = len(exact) if result_index < NUM_PER_CLIP_RESULTS else 1
+        # (num_rows,)
+        max_error = (result.double() - exact).abs().view(num_rows, -1).amax(1)
+        max_value = exact.abs().view(num_rows, -1).amax(1)
+        errors.append(float((max_error / max_value.clamp(min=1e-30)).max()))
     return errors

@@ -1,6 +1,6 @@
-"""Compacts labels and reduces one loss per clip to the loss of a batch.
+"""Compacts labels, and reduces the losses of the clips to the loss of a batch.
 
-The losses themselves are in `ctc.py` and `transducer.py`.
+The losses are computed in `ctc.py` and `transducer.py`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ REDUCTIONS = ("none", "sum", "mean", "mean_batch", "mean_volume")
 
 
 def reduce_loss(losses: Tensor, label_lengths: Tensor, reduction: str) -> Tensor:
-    """Reduce one loss per clip to the loss of the batch, as NeMo's `rnnt_reduction` and `ctc_reduction` do.
+    """Reduce the losses of the clips to the loss of the batch, as NeMo's `rnnt_reduction` and `ctc_reduction` do.
 
-    A clip without labels counts as one label in `mean`, so that its loss stays finite; torch's CTC loss does the same.
+    In `mean`, the loss of a clip without labels is divided by 1 instead of 0, as in torch's CTC loss.
 
     Args:
         losses: (B,) negative log-likelihood of each clip.
@@ -26,7 +26,7 @@ def reduce_loss(losses: Tensor, label_lengths: Tensor, reduction: str) -> Tensor
         (B,) for `none`, otherwise a scalar.
 
     Raises:
-        ValueError: `reduction` is none of these names.
+        ValueError: `reduction` has an unknown name.
     """
     if reduction == "none":
         return losses
@@ -42,17 +42,19 @@ def reduce_loss(losses: Tensor, label_lengths: Tensor, reduction: str) -> Tensor
 
 
 def compact_labels(labels: Tensor, is_label: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the labels of each clip to the start of its row, in their order, and fill the rest of the row with zeros.
+    """Move the labels of each clip to the start of its row and fill the rest of the row with zeros.
+
+    The order of the labels does not change. For example, a row [-100, 7, -100, 3] becomes [7, 3, 0, 0].
 
     Args:
         labels: (B, U) token ids, with padding at any position.
-        is_label: (B, U) boolean mask, False at padding.
+        is_label: (B, U) boolean mask, True at labels and False at padding.
 
     Returns:
         (B, U) compacted labels, and the (B,) number of labels of each clip.
     """
     label_lengths = is_label.sum(-1)
-    # a stable sort keeps the order of the labels
+    # sort labels (0) before padding (1); a stable sort does not change the order of the labels
     order = (~is_label).to(torch.uint8).argsort(dim=-1, stable=True)
     is_padding = torch.arange(labels.shape[-1], device=labels.device) >= label_lengths[:, None]
     return labels.gather(-1, order).masked_fill(is_padding, 0), label_lengths

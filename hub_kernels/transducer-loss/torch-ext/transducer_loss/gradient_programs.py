@@ -1,6 +1,6 @@
 """Triton programs of the gradient: posteriors of the arcs of the lattice, and gradients of the logits.
 
-`lattice.py` allocates their memory and launches them. Lattice nodes are explained in `lattice_programs.py`.
+`lattice.py` allocates the memory and launches the programs. The docstring of `lattice_programs.py` explains the nodes.
 """
 
 import triton
@@ -34,30 +34,31 @@ def compute_posteriors(
     HAS_DURATIONS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Turn path sums into posterior probabilities of the arcs that leave each node; one program per padded frame.
+    """Compute the posterior probabilities of the arcs that leave each node; one program per padded frame.
 
-    All results are multiplied by the gradient of the utterance's loss. An utterance without a path gets zeros.
+    All results are multiplied by the gradient of the utterance's loss. They are 0 for an utterance without a path.
 
     Args:
-        frame_lengths: (B,) frames of each utterance.
-        label_lengths: (B,) labels of each utterance.
+        frame_lengths: (B,) number of frames of each utterance.
+        label_lengths: (B,) number of labels of each utterance.
         first_node: (B,) number of the first node of each utterance.
         loss_gradient: (B,) gradient of the loss of each utterance.
-        log_alpha: (nodes,) from `sum_paths`.
-        log_beta: (nodes,) from `sum_paths`.
-        blank_log_prob: (nodes,) from `score_nodes`.
-        label_log_prob: (nodes,) from `score_nodes`.
-        duration_log_prob: (D, nodes) from `score_nodes`; read with `HAS_DURATIONS`.
-        durations: (D,) frames of each duration; 0 and 1 for RNN-T.
-        node_posterior: (nodes,) is written: sum over blank and label arcs, the latter times `label_scale`.
-        blank_posterior: (nodes,) is written: sum over blank arcs.
-        label_posterior: (nodes,) is written: sum over label arcs, times `label_scale`.
-        duration_gradient: (D, nodes) is written with `HAS_DURATIONS`: gradient of the duration logits.
-        is_relevant: (nodes,) is written: 1 where the sum over arcs exceeds `negligible` / nodes of the utterance.
+        log_alpha: (nodes,) log-sum over the paths from the start to each node.
+        log_beta: (nodes,) log-sum over the paths from each node to the end.
+        blank_log_prob: (nodes,) log-probability of the blank.
+        label_log_prob: (nodes,) log-probability of the next label.
+        duration_log_prob: (D, nodes) log-probability of each duration; read only with `HAS_DURATIONS`.
+        durations: (D,) number of frames of each duration; 0 and 1 for RNN-T.
+        node_posterior: (nodes,) output: `blank_posterior` + `label_posterior`.
+        blank_posterior: (nodes,) output: sum over the blank arcs.
+        label_posterior: (nodes,) output: sum over the label arcs, times `label_scale`.
+        duration_gradient: (D, nodes) output, only with `HAS_DURATIONS`: gradient of the duration logits.
+        is_relevant: (nodes,) output: 1 if the sum over all arcs of the node exceeds `negligible` divided by the number
+            of nodes of the utterance, otherwise 0.
         num_frames_padded: T.
         num_nodes: number of nodes.
         label_scale: 1 + lambda of FastEmit.
-        negligible: posterior that all nodes together may lose in an utterance.
+        negligible: largest allowed sum of the posteriors of the irrelevant nodes of an utterance.
     """
     utterance = tl.program_id(0) // num_frames_padded
     frame = tl.program_id(0) % num_frames_padded
@@ -67,7 +68,7 @@ def compute_posteriors(
         utterance_node = tl.load(first_node + utterance)
         log_likelihood = tl.load(log_beta + utterance_node)
         scale = tl.load(loss_gradient + utterance).to(tl.float32)
-        # false for NaN, which must reach the gradients
+        # False for NaN, so NaN reaches the gradients
         has_no_path = log_likelihood < NO_PATH
         limit = negligible / (num_frames * num_positions).to(tl.float32)
         first_position = 0
@@ -75,13 +76,13 @@ def compute_posteriors(
             position = first_position + tl.arange(0, BLOCK)
             is_node = position < num_positions
             node = utterance_node + frame.to(tl.int64) * num_positions + position
-            prefix = tl.load(log_alpha + node, mask=is_node, other=IMPOSSIBLE) - log_likelihood
-            blank = tl.load(blank_log_prob + node, mask=is_node, other=IMPOSSIBLE).to(tl.float64) + prefix
-            label = tl.load(label_log_prob + node, mask=is_node, other=IMPOSSIBLE).to(tl.float64) + prefix
+            source_score = tl.load(log_alpha + node, mask=is_node, other=IMPOSSIBLE) - log_likelihood
+            blank = tl.load(blank_log_prob + node, mask=is_node, other=IMPOSSIBLE).to(tl.float64) + source_score
+            label = tl.load(label_log_prob + node, mask=is_node, other=IMPOSSIBLE).to(tl.float64) + source_score
             blank_sum = tl.zeros((BLOCK,), tl.float32)
             label_sum = tl.zeros((BLOCK,), tl.float32)
             for index in tl.static_range(NUM_DURATIONS):
-                blank_arc, label_arc = _arc_posteriors(
+                blank_arc, label_arc = _compute_arc_posteriors(
                     index, frame, num_frames, num_positions, position, node, is_node, blank, label, log_beta,
                     duration_log_prob, durations, num_nodes, HAS_DURATIONS,
                 )  # fmt: skip
@@ -90,7 +91,7 @@ def compute_posteriors(
             node_sum = blank_sum + label_sum
             if HAS_DURATIONS:
                 for index in tl.static_range(NUM_DURATIONS):
-                    blank_arc, label_arc = _arc_posteriors(
+                    blank_arc, label_arc = _compute_arc_posteriors(
                         index, frame, num_frames, num_positions, position, node, is_node, blank, label, log_beta,
                         duration_log_prob, durations, num_nodes, HAS_DURATIONS,
                     )  # fmt: skip
@@ -98,9 +99,9 @@ def compute_posteriors(
                     probability = tl.exp(tl.load(duration_log_prob + offset, mask=is_node, other=IMPOSSIBLE))
                     value = (node_sum * probability - blank_arc - label_arc) * scale
                     tl.store(duration_gradient + offset, tl.where(has_no_path, 0.0, value), mask=is_node)
-            # true for NaN
+            # 1 for NaN
             exceeds_limit = tl.where(node_sum <= limit, 0, 1)
-            # FastEmit scales the gradients of tokens, not those of durations
+            # FastEmit scales the gradients of token logits; it does not scale the gradients of duration logits
             label_sum *= label_scale
             node_sum = blank_sum + label_sum
             relevant = tl.where(has_no_path, 0, tl.where(scale == 0.0, 0, exceeds_limit))
@@ -112,36 +113,40 @@ def compute_posteriors(
 
 
 @triton.jit
-def _arc_posteriors(
+def _compute_arc_posteriors(
     index, frame, num_frames, num_positions, position, node, is_node, blank, label, log_beta, duration_log_prob,
     durations, num_nodes, HAS_DURATIONS: tl.constexpr,
 ):  # fmt: skip
-    """Return the posteriors of the blank arcs and of the label arcs with one duration at a block of nodes.
+    """Compute the posteriors of the blank arcs and label arcs of one duration that leave a block of nodes.
 
     Args:
         index: index of the duration.
         position: (BLOCK,) label positions of the nodes.
         node: (BLOCK,) numbers of the nodes.
-        is_node: (BLOCK,) which of them exist.
+        is_node: (BLOCK,) whether each of the nodes exists.
         blank: (BLOCK,) log_alpha + log-probability of the blank - log-likelihood.
-        label: (BLOCK,) the same for the next label.
+        label: (BLOCK,) log_alpha + log-probability of the next label - log-likelihood.
 
-    The other arguments are those of `compute_posteriors`, for one utterance.
+    The other arguments are described in `compute_posteriors`, but `num_frames` and `num_positions` are the numbers of
+    frames and label positions of the utterance.
+
+    Returns:
+        (BLOCK,) posteriors of the blank arcs, and (BLOCK,) posteriors of the label arcs.
     """
     duration = tl.load(durations + index)
     target = node + duration * num_positions
-    # label positions of the target's frame; none after the last frame
+    # number of label positions of the target's frame; 0 after the last frame
     end = tl.where(frame + duration < num_frames, num_positions, 0)
     is_last = position == tl.where(frame + duration == num_frames, num_positions - 1, num_positions)
-    timing = load_duration(duration_log_prob, index, num_nodes, node, is_node, HAS_DURATIONS)
-    suffix = tl.where(is_last, 0.0, tl.load(log_beta + target, mask=position < end, other=IMPOSSIBLE))
+    duration_score = load_duration(duration_log_prob, index, num_nodes, node, is_node, HAS_DURATIONS)
+    target_log_beta = tl.where(is_last, 0.0, tl.load(log_beta + target, mask=position < end, other=IMPOSSIBLE))
     # a blank must advance
-    blank_arc = tl.where(duration > 0, tl.exp((blank + timing + suffix).to(tl.float32)), 0.0)
+    blank_arc = tl.where(duration > 0, tl.exp((blank + duration_score + target_log_beta).to(tl.float32)), 0.0)
     if not HAS_DURATIONS:
         # a label of RNN-T does not advance
         end = tl.where(duration == 0, end, 0)
-    suffix = tl.load(log_beta + target + 1, mask=position < end - 1, other=IMPOSSIBLE)
-    return blank_arc, tl.exp((label + timing + suffix).to(tl.float32))
+    target_log_beta = tl.load(log_beta + target + 1, mask=position < end - 1, other=IMPOSSIBLE)
+    return blank_arc, tl.exp((label + duration_score + target_log_beta).to(tl.float32))
 
 
 @triton.jit
@@ -167,22 +172,26 @@ def differentiate_logits(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write the gradient of each row of logits; one program per row.
+    """Compute the gradient of each row of logits; one program per row.
 
-    The gradient of a token is the posterior of the node times the token's probability, minus the posterior of the blank
-    or of the next label where the token is that. Padded rows get zeros and are not read.
+    The gradient of a token logit is the posterior of the node times the probability of the token. For the blank, the
+    posterior of the blank arcs is subtracted; for the next label, the posterior of the label arcs is subtracted. Padded
+    rows are not read and get the gradient 0.
 
     Args:
-        token_logits: (rows, V), with the stride `token_stride` between rows.
-        token_gradient: (rows, V) is written; may be the memory of `token_logits`.
-        duration_gradient_rows: (rows, D) is written with `HAS_DURATIONS`.
-        row_node: (rows,) node of each row, -1 for padding.
-        next_label: (nodes,) from `index_nodes`.
-        log_normalizer: (nodes,) from `score_nodes`.
-        node_posterior: (nodes,) from `compute_posteriors`.
-        blank_posterior: (nodes,) from `compute_posteriors`.
-        label_posterior: (nodes,) from `compute_posteriors`.
-        duration_gradient: (D, nodes) from `compute_posteriors`.
+        token_logits: (rows, V) logits.
+        token_stride: distance between two rows of `token_logits`.
+        token_gradient: (rows, V) output; may be the memory of `token_logits`.
+        token_gradient_stride: distance between two rows of `token_gradient`.
+        duration_gradient_rows: (rows, D) output, only with `HAS_DURATIONS`.
+        duration_gradient_stride: distance between two rows of `duration_gradient_rows`.
+        row_node: (rows,) node of each row; -1 for padding.
+        next_label: (nodes,) label that the node can emit; -1 after the last label.
+        log_normalizer: (nodes,) log-sum-exp of the token logits.
+        node_posterior: (nodes,) sum of the posteriors of all arcs.
+        blank_posterior: (nodes,) sum of the posteriors of the blank arcs.
+        label_posterior: (nodes,) sum of the posteriors of the label arcs.
+        duration_gradient: (D, nodes) gradient of the duration logits, from `compute_posteriors`.
         num_nodes: number of nodes.
         blank_id: id of the blank.
     """

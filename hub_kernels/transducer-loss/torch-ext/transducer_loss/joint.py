@@ -1,7 +1,8 @@
-"""The joint network in chunks of lattice nodes: logits, and the gradients of its inputs and its output layer.
+"""The joint network, computed for a chunk of lattice nodes at a time: logits, and gradients of inputs and output layer.
 
-Matrix products are PyTorch's. The workspace for the hidden units and logits of one chunk is allocated once and has a
-fixed size.
+PyTorch computes the matrix products. The workspace for the hidden units and logits of one chunk is allocated once and
+has a fixed size. `num_rows` is the number of outputs V + D, rounded up for fast matrix products; `chunk_nodes` is the
+number of nodes of a chunk.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from torch.nn import functional as F
 from .joint_programs import compute_hidden, differentiate_hidden, sum_over_frames, sum_over_labels
 from .lattice import LatticeSettings, Nodes, Posteriors, Scores, use_device, write_logit_gradients, write_scores
 
-# nodes and hidden units of one program
+# number of nodes and number of hidden units that one program computes
 BLOCK_N = 16
 BLOCK_J = 128
 
 
 @dataclass(frozen=True)
 class JointSettings:
-    """How hidden units are computed, and in how much memory.
+    """Settings of the hidden units of the joint network.
 
     Args:
         activation: `relu`, `tanh` or `sigmoid`.
-        dropout: probability of dropping a hidden unit.
-        seed: seed of the dropout.
-        workspace_bytes: memory for the hidden units and logits of one chunk.
+        dropout: dropout probability of a hidden unit.
+        seed: seed of the dropout masks.
+        workspace_bytes: memory for the hidden units and logits of one chunk, in bytes.
     """
 
     activation: str
@@ -41,13 +42,13 @@ class JointSettings:
 
 @dataclass(frozen=True)
 class JointInputs:
-    """Inputs and output layer of the joint network, contiguous and of one dtype.
+    """Inputs and output layer of the joint network, contiguous and in one dtype.
 
     Args:
         encoder: (B * T, J) encoder states.
         predictor: (B * (U+1), J) predictor states.
-        weight: (R, J) output layer: V + D rows, then rows of zeros.
-        bias: (R,), or None.
+        weight: (num_rows, J) weight of the output layer; the rows after the first V + D are zeros.
+        bias: (num_rows,) bias of the output layer, or None.
         num_outputs: V + D.
     """
 
@@ -60,7 +61,7 @@ class JointInputs:
 
 @dataclass(frozen=True)
 class JointGradients:
-    """Gradients of `JointInputs`, float32; None where no gradient is needed."""
+    """float32 gradients of the tensors of `JointInputs`; None for a tensor that needs no gradient."""
 
     encoder: Tensor | None
     predictor: Tensor | None
@@ -70,14 +71,14 @@ class JointGradients:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive nodes of a list, and memory for their hidden units and logits.
+    """Consecutive nodes of a list of nodes, with memory for their hidden units and logits.
 
     Args:
         start: index of the first node in the list.
-        nodes: (n,) int32 numbers of the nodes.
-        hidden: (n, J) hidden units.
-        logits: (n, R) logits; zero after the V + D outputs.
-        hidden_gradient: (n, J) gradients of the hidden units; empty if they are not needed.
+        nodes: (chunk_nodes,) int32 numbers of the nodes.
+        hidden: (chunk_nodes, J) hidden units.
+        logits: (chunk_nodes, num_rows) logits; 0 after the first V + D outputs.
+        hidden_gradient: (chunk_nodes, J) gradients of the hidden units; empty if no gradient is needed.
     """
 
     start: int
@@ -89,12 +90,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class NodeList:
-    """The nodes from which chunks are cut in backward.
+    """List of the nodes that the backward pass splits into chunks.
 
     Args:
-        nodes: (n,) int32 numbers of the nodes, ascending.
-        list_index: (all nodes,) int32 index of each node in `nodes`, -1 if it is not in the list.
-        row_start: (B * T + 1,) int32 index of the first node of each frame in `nodes`.
+        nodes: (listed nodes,) int32 numbers of the nodes, in ascending order.
+        list_index: (all nodes,) int32 index of each node in `nodes`; -1 for a node that is not in the list.
+        row_start: (B * T + 1,) int32 index in `nodes` of the first node of each frame, then the length of `nodes`.
     """
 
     nodes: Tensor
@@ -105,20 +106,21 @@ class NodeList:
 def prepare_inputs(
     encoder_states: Tensor, predictor_states: Tensor, weight: Tensor, bias: Tensor | None
 ) -> JointInputs:  # fmt: skip
-    """Flatten the states and pad the output layer.
+    """Flatten the states, and pad the output layer with rows of zeros.
 
-    The padded rows of the logits start at multiples of 16 bytes, for which matrix products are faster.
+    With the padding, each row of logits starts at a multiple of 16 bytes, which makes matrix products faster.
 
     Args:
-        encoder_states: (B, T, J).
-        predictor_states: (B, U+1, J).
-        weight: (V + D, J).
-        bias: (V + D,), or None.
+        encoder_states: (B, T, J) projected encoder states.
+        predictor_states: (B, U+1, J) projected predictor states.
+        weight: (V + D, J) weight of the output layer.
+        bias: (V + D,) bias of the output layer, or None.
 
     Returns:
-        The inputs of the joint network.
+        The flattened and padded tensors.
     """
     num_outputs, joint_size = weight.shape
+    # number of rows to add, so the length of a row of logits is a multiple of 16 bytes
     padding = -num_outputs % (16 // weight.element_size())
     return JointInputs(
         encoder=encoder_states.reshape(-1, joint_size).contiguous(),
@@ -132,16 +134,18 @@ def prepare_inputs(
 def split_into_chunks(
     node_list: Tensor, inputs: JointInputs, joint: JointSettings, needs_hidden_gradient: bool
 ) -> Iterator[Chunk]:
-    """Split a list of nodes into chunks that fit into the workspace. All chunks share one memory.
+    """Split a list of nodes into chunks that fit into the workspace.
+
+    All chunks use the same memory, so a chunk is valid only until the next one is requested.
 
     Args:
-        node_list: (n,) int32 numbers of the nodes, ascending.
-        inputs: inputs of the joint network.
+        node_list: (listed nodes,) int32 numbers of the nodes, in ascending order.
+        inputs: inputs and output layer of the joint network.
         joint: settings of the joint network.
-        needs_hidden_gradient: whether a chunk has memory for gradients of its hidden units.
+        needs_hidden_gradient: whether to allocate memory for the gradients of the hidden units.
 
     Yields:
-        The chunks in order.
+        The chunks, in the order of the list.
     """
     num_rows, joint_size = inputs.weight.shape
     bytes_per_node = (num_rows + joint_size * (2 if needs_hidden_gradient else 1)) * inputs.weight.element_size()
@@ -157,7 +161,14 @@ def split_into_chunks(
 
 
 def write_logits(chunk: Chunk, inputs: JointInputs, nodes: Nodes, joint: JointSettings) -> None:
-    """Write the hidden units and the logits of a chunk."""
+    """Compute the hidden units and the logits of a chunk in `chunk.hidden` and `chunk.logits`.
+
+    Args:
+        chunk: chunk whose memory is written.
+        inputs: inputs and output layer of the joint network.
+        nodes: the lattice nodes of the batch.
+        joint: settings of the joint network.
+    """
     count, joint_size = chunk.hidden.shape
     with use_device(chunk.hidden):
         compute_hidden[(triton.cdiv(count, BLOCK_N), triton.cdiv(joint_size, BLOCK_J))](
@@ -172,7 +183,7 @@ def write_logits(chunk: Chunk, inputs: JointInputs, nodes: Nodes, joint: JointSe
 
 
 def split_logits(logits: Tensor, num_outputs: int, settings: LatticeSettings) -> tuple[Tensor, Tensor]:
-    """Return the token columns and the duration columns of (n, R) logits, without the padding."""
+    """Split (chunk_nodes, num_rows) logits into (chunk_nodes, V) token logits and (chunk_nodes, D) duration logits."""
     vocab_size = num_outputs - (len(settings.arc_durations) if settings.has_durations else 0)
     return logits[:, :vocab_size], logits[:, vocab_size:num_outputs]
 
@@ -180,14 +191,14 @@ def split_logits(logits: Tensor, num_outputs: int, settings: LatticeSettings) ->
 def score_all_nodes(
     inputs: JointInputs, nodes: Nodes, settings: LatticeSettings, joint: JointSettings, scores: Scores
 ) -> None:
-    """Write the scores of all nodes, chunk by chunk.
+    """Compute the scores of all nodes, chunk by chunk.
 
     Args:
-        inputs: inputs of the joint network.
-        nodes: the nodes of the batch.
-        settings: which arcs leave a node.
+        inputs: inputs and output layer of the joint network.
+        nodes: the lattice nodes of the batch.
+        settings: options of the lattice.
         joint: settings of the joint network.
-        scores: is written.
+        scores: memory for the scores of all nodes, which is written.
     """
     all_nodes = torch.arange(nodes.num_nodes, dtype=torch.int32, device=nodes.first_node.device)
     for chunk in split_into_chunks(all_nodes, inputs, joint, needs_hidden_gradient=False):
@@ -200,24 +211,26 @@ def differentiate_joint(
     inputs: JointInputs, nodes: Nodes, settings: LatticeSettings, joint: JointSettings, scores: Scores,
     posteriors: Posteriors, needs_gradient: tuple[bool, ...],
 ) -> JointGradients:  # fmt: skip
-    """Compute the gradients of the joint network's inputs and output layer from the relevant nodes.
+    """Compute the gradients of the joint network's inputs and output layer.
+
+    Only the nodes with `posteriors.is_relevant` contribute; the other nodes are negligible.
 
     Args:
-        inputs: inputs of the joint network.
-        nodes: the nodes of the batch.
-        settings: which arcs leave a node.
+        inputs: inputs and output layer of the joint network.
+        nodes: the lattice nodes of the batch.
+        settings: options of the lattice.
         joint: settings of the joint network.
         scores: scores of all nodes.
         posteriors: posteriors of all nodes.
         needs_gradient: whether encoder states, predictor states, weight and bias need a gradient.
 
     Returns:
-        The gradients, without padding.
+        The gradients, without the padding of the output layer.
     """
     gradients = _allocate_gradients(inputs, needs_gradient)
-    listed = _list_relevant_nodes(inputs, nodes, posteriors)
+    node_list = _list_relevant_nodes(inputs, nodes, posteriors)
     needs_hidden_gradient = gradients.encoder is not None or gradients.predictor is not None
-    for chunk in split_into_chunks(listed.nodes, inputs, joint, needs_hidden_gradient):
+    for chunk in split_into_chunks(node_list.nodes, inputs, joint, needs_hidden_gradient):
         write_logits(chunk, inputs, nodes, joint)
         tokens, durations = split_logits(chunk.logits, inputs.num_outputs, settings)
         # the gradients replace the logits
@@ -228,7 +241,7 @@ def differentiate_joint(
             gradients.bias.add_(chunk.logits.sum(0, dtype=torch.float32))
         if needs_hidden_gradient:
             torch.mm(chunk.logits, inputs.weight, out=chunk.hidden_gradient)
-            _add_state_gradients(chunk, inputs, nodes, joint, listed, gradients)
+            _add_state_gradients(chunk, inputs, nodes, joint, node_list, gradients)
     return JointGradients(
         gradients.encoder,
         gradients.predictor,
@@ -238,7 +251,12 @@ def differentiate_joint(
 
 
 def _allocate_gradients(inputs: JointInputs, needs_gradient: tuple[bool, ...]) -> JointGradients:
-    """Allocate zeros for the gradients that are needed."""
+    """Allocate a float32 tensor of zeros for each tensor that needs a gradient; None for the others.
+
+    Args:
+        inputs: inputs and output layer of the joint network.
+        needs_gradient: whether encoder states, predictor states, weight and bias need a gradient.
+    """
     tensors = (inputs.encoder, inputs.predictor, inputs.weight, inputs.bias)
     return JointGradients(
         *(
@@ -249,47 +267,57 @@ def _allocate_gradients(inputs: JointInputs, needs_gradient: tuple[bool, ...]) -
 
 
 def _list_relevant_nodes(inputs: JointInputs, nodes: Nodes, posteriors: Posteriors) -> NodeList:
-    """List the nodes whose logits have a gradient that is not negligible."""
+    """List the nodes whose gradient is not negligible.
+
+    Args:
+        inputs: inputs of the joint network, from which the number of frames B * T is read.
+        nodes: the lattice nodes of the batch.
+        posteriors: posteriors of all nodes.
+
+    Returns:
+        The list, with the index of the first listed node of each frame.
+    """
     is_relevant = posteriors.is_relevant
-    relevant = is_relevant.nonzero()[:, 0].to(torch.int32)
+    relevant_nodes = is_relevant.nonzero()[:, 0].to(torch.int32)
     list_index = torch.where(is_relevant > 0, is_relevant.cumsum(0, dtype=torch.int32) - 1, -1)
-    rows = torch.arange(len(inputs.encoder) + 1, dtype=torch.int32, device=relevant.device)
-    row_start = torch.searchsorted(nodes.encoder_row[relevant], rows, out_int32=True)
-    return NodeList(relevant, list_index, row_start)
+    rows = torch.arange(len(inputs.encoder) + 1, dtype=torch.int32, device=relevant_nodes.device)
+    row_start = torch.searchsorted(nodes.encoder_row[relevant_nodes], rows, out_int32=True)
+    return NodeList(relevant_nodes, list_index, row_start)
 
 
 def _add_state_gradients(
-    chunk: Chunk, inputs: JointInputs, nodes: Nodes, joint: JointSettings, listed: NodeList, gradients: JointGradients
-) -> None:
-    """Add a chunk's gradients of hidden units to the gradients of encoder and predictor states.
+    chunk: Chunk, inputs: JointInputs, nodes: Nodes, joint: JointSettings, node_list: NodeList,
+    gradients: JointGradients,
+) -> None:  # fmt: skip
+    """Backpropagate the hidden units of a chunk to the encoder states and predictor states.
 
-    Each state has its own program, so sums have a fixed order and need no atomic additions.
+    One program adds up the gradient of each state, so the order of the sum is fixed and no atomic addition is needed.
 
     Args:
-        chunk: nodes with `hidden_gradient`, which is overwritten.
-        inputs: inputs of the joint network.
-        nodes: the nodes of the batch.
+        chunk: chunk with the gradient of its hidden units, which is overwritten.
+        inputs: inputs and output layer of the joint network.
+        nodes: the lattice nodes of the batch.
         joint: settings of the joint network.
-        listed: the list from which the chunk was cut.
-        gradients: encoder and predictor gradients are added to.
+        node_list: the list of nodes that contains the chunk.
+        gradients: gradients of encoder states and predictor states, to which the result is added.
     """
     count, joint_size = chunk.hidden_gradient.shape
-    unit_blocks = triton.cdiv(joint_size, BLOCK_J)
+    num_unit_blocks = triton.cdiv(joint_size, BLOCK_J)
     end = chunk.start + count
     with use_device(chunk.hidden_gradient):
-        differentiate_hidden[(triton.cdiv(count, BLOCK_N), unit_blocks)](
+        differentiate_hidden[(triton.cdiv(count, BLOCK_N), num_unit_blocks)](
             inputs.encoder, inputs.predictor, nodes.encoder_row, nodes.predictor_row, chunk.nodes,
             chunk.hidden_gradient, count, joint_size, joint.seed, joint.dropout, ACTIVATION=joint.activation,
             DROPOUT=joint.dropout > 0, BLOCK_N=BLOCK_N, BLOCK_J=BLOCK_J,
         )  # fmt: skip
         if gradients.encoder is not None:
-            sum_over_labels[(len(inputs.encoder), unit_blocks)](
-                chunk.hidden_gradient, listed.row_start, gradients.encoder, chunk.start, end, joint_size,
+            sum_over_labels[(len(inputs.encoder), num_unit_blocks)](
+                chunk.hidden_gradient, node_list.row_start, gradients.encoder, chunk.start, end, joint_size,
                 BLOCK_N=BLOCK_N, BLOCK_J=BLOCK_J,
             )  # fmt: skip
         if gradients.predictor is not None:
-            sum_over_frames[(len(inputs.predictor), unit_blocks)](
-                chunk.hidden_gradient, listed.list_index, listed.nodes, nodes.encoder_row, nodes.frame_lengths,
+            sum_over_frames[(len(inputs.predictor), num_unit_blocks)](
+                chunk.hidden_gradient, node_list.list_index, node_list.nodes, nodes.encoder_row, nodes.frame_lengths,
                 nodes.label_lengths, nodes.first_node, gradients.predictor, chunk.start, end, nodes.num_frames,
                 nodes.num_positions, joint_size, BLOCK_N=BLOCK_N, BLOCK_J=BLOCK_J,
             )  # fmt: skip

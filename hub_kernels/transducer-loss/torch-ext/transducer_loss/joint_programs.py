@@ -1,6 +1,6 @@
-"""Triton programs of the joint network: hidden units of lattice nodes, and the gradients of the states they come from.
+"""Triton programs of the joint network: hidden units of lattice nodes, and gradients of encoder and predictor states.
 
-`joint.py` allocates their memory and launches them. Lattice nodes are explained in `lattice_programs.py`.
+`joint.py` allocates the memory and launches the programs. The docstring of `lattice_programs.py` explains the nodes.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def _add_states(encoder, predictor, encoder_row, predictor_row, node, is_node, unit, joint_size):
-    """Return encoder state + predictor state of a block of nodes, and which of its elements exist.
+    """Add the encoder state and the predictor state of each node of a block.
 
     Args:
         encoder: (B * T, J) encoder states.
@@ -17,25 +17,29 @@ def _add_states(encoder, predictor, encoder_row, predictor_row, node, is_node, u
         encoder_row: (nodes,) row of each node in `encoder`.
         predictor_row: (nodes,) row of each node in `predictor`.
         node: (BLOCK_N,) numbers of the nodes.
-        is_node: (BLOCK_N,) which of them exist.
-        unit: (BLOCK_J,) hidden units.
+        is_node: (BLOCK_N,) whether each of the nodes exists.
+        unit: (BLOCK_J,) indices of the hidden units.
         joint_size: J.
 
     Returns:
-        (BLOCK_N, BLOCK_J) float32 sums, and a mask of this shape.
+        (BLOCK_N, BLOCK_J) float32 sums, and a mask of the same shape that is True for elements that exist.
     """
     encoder_index = tl.load(encoder_row + node, mask=is_node, other=0).to(tl.int64)
     predictor_index = tl.load(predictor_row + node, mask=is_node, other=0).to(tl.int64)
     mask = is_node[:, None] & (unit < joint_size)[None, :]
-    left = tl.load(encoder + encoder_index[:, None] * joint_size + unit[None, :], mask=mask, other=0.0)
-    right = tl.load(predictor + predictor_index[:, None] * joint_size + unit[None, :], mask=mask, other=0.0)
-    # the sum is rounded to the dtype of the inputs, as PyTorch rounds it
-    return (left.to(tl.float32) + right.to(tl.float32)).to(left.dtype).to(tl.float32), mask
+    encoder_state = tl.load(encoder + encoder_index[:, None] * joint_size + unit[None, :], mask=mask, other=0.0)
+    predictor_state = tl.load(predictor + predictor_index[:, None] * joint_size + unit[None, :], mask=mask, other=0.0)
+    # round the sum to the dtype of the inputs, as PyTorch does
+    state_sum = (encoder_state.to(tl.float32) + predictor_state.to(tl.float32)).to(encoder_state.dtype)
+    return state_sum.to(tl.float32), mask
 
 
 @triton.jit
-def _dropout_scale(node, unit, joint_size, seed, dropout):
-    """Return 1 / (1 - dropout) for hidden units that stay and 0 for those that are dropped; the same in every pass."""
+def _compute_dropout_scale(node, unit, joint_size, seed, dropout):
+    """Compute the dropout factor of hidden units: 0 if the unit is dropped, otherwise 1 / (1 - dropout).
+
+    The random number depends only on seed, node and unit, so the backward pass gets the same factors.
+    """
     offset = node.to(tl.int64)[:, None] * joint_size + unit[None, :]
     return tl.where(tl.rand(seed, offset) >= dropout, 1.0 / (1.0 - dropout), 0.0)
 
@@ -57,7 +61,7 @@ def compute_hidden(
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Write activation(encoder + predictor), with dropout, of a chunk of nodes.
+    """Compute the hidden units activation(encoder + predictor), with dropout, of a chunk of nodes.
 
     One program per block of nodes and block of hidden units.
 
@@ -67,11 +71,11 @@ def compute_hidden(
         encoder_row: (all nodes,) row of each node in `encoder`.
         predictor_row: (all nodes,) row of each node in `predictor`.
         nodes: (count,) numbers of the nodes of the chunk.
-        hidden: (count, J) is written.
+        hidden: (count, J) output.
         count: number of nodes of the chunk.
         joint_size: J.
-        seed: seed of the dropout.
-        dropout: probability of dropping a hidden unit.
+        seed: seed of the dropout masks.
+        dropout: dropout probability of a hidden unit.
     """
     index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     unit = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -87,7 +91,7 @@ def compute_hidden(
     else:
         value = tl.sigmoid(state)
     if DROPOUT:
-        value *= _dropout_scale(node, unit, joint_size, seed, dropout)
+        value *= _compute_dropout_scale(node, unit, joint_size, seed, dropout)
     output = hidden + index.to(tl.int64)[:, None] * joint_size + unit[None, :]
     tl.store(output, value.to(hidden.dtype.element_ty), mask=mask)
 
@@ -109,12 +113,12 @@ def differentiate_hidden(
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Multiply gradients of hidden units, in place, by the derivative of activation and dropout.
+    """Multiply the gradients of hidden units by the derivative of activation and dropout, in place.
 
     Args:
-        gradient: (count, J) gradients of the hidden units; becomes the gradients of encoder + predictor.
+        gradient: (count, J) gradients of the hidden units, overwritten by the gradients of encoder + predictor.
 
-    The other arguments are those of `compute_hidden`.
+    The other arguments are described in `compute_hidden`.
     """
     index = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     unit = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -130,7 +134,7 @@ def differentiate_hidden(
         value = tl.sigmoid(state)
         derivative = value * (1.0 - value)
     if DROPOUT:
-        derivative *= _dropout_scale(node, unit, joint_size, seed, dropout)
+        derivative *= _compute_dropout_scale(node, unit, joint_size, seed, dropout)
     elements = gradient + index.to(tl.int64)[:, None] * joint_size + unit[None, :]
     value = tl.load(elements, mask=mask, other=0.0).to(tl.float32) * derivative
     tl.store(elements, value.to(gradient.dtype.element_ty), mask=mask)
@@ -147,12 +151,14 @@ def sum_over_labels(
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Add a chunk's gradients to the gradients of encoder states; one program per frame and block of hidden units.
+    """Sum the gradients of a chunk over labels and add them to the gradients of the encoder states.
+
+    One program per frame and block of hidden units.
 
     Args:
         gradient: (nodes of the chunk, J) gradients of encoder + predictor.
-        row_start: (B * T + 1,) index of the first node of each frame in the list from which chunks are cut.
-        encoder_gradient: (B * T, J) float32, is added to.
+        row_start: (B * T + 1,) index of the first node of each frame in the list that is split into chunks.
+        encoder_gradient: (B * T, J) float32 gradients, to which the sums are added.
         chunk_start: index of the chunk's first node in the list.
         chunk_end: index after the chunk's last node.
         joint_size: J.
@@ -191,19 +197,20 @@ def sum_over_frames(
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Add a chunk's gradients to the gradients of predictor states.
+    """Sum the gradients of a chunk over frames and add them to the gradients of the predictor states.
 
     One program per predictor state and block of hidden units.
 
     Args:
         gradient: (nodes of the chunk, J) gradients of encoder + predictor.
-        list_index: (all nodes,) index of each node in the list from which chunks are cut, -1 if it is not in the list.
-        nodes: (listed nodes,) the list.
+        list_index: (all nodes,) index of each node in the list that is split into chunks; -1 for a node that is not in
+            the list.
+        nodes: (listed nodes,) numbers of the nodes in the list.
         encoder_row: (all nodes,) row of each node in the flattened encoder states.
-        frame_lengths: (B,) frames of each utterance.
-        label_lengths: (B,) labels of each utterance.
+        frame_lengths: (B,) number of frames of each utterance.
+        label_lengths: (B,) number of labels of each utterance.
         first_node: (B,) number of the first node of each utterance.
-        predictor_gradient: (B * (U+1), J) float32, is added to.
+        predictor_gradient: (B * (U+1), J) float32 gradients, to which the sums are added.
         chunk_start: index of the chunk's first node in the list.
         chunk_end: index after the chunk's last node.
         num_frames: T.
@@ -216,11 +223,11 @@ def sum_over_frames(
     position = predictor_index % num_positions_padded
     num_positions = tl.load(label_lengths + utterance) + 1
     utterance_node = tl.load(first_node + utterance)
-    # frames of this utterance with nodes in the chunk
-    lowest = tl.load(encoder_row + tl.load(nodes + chunk_start)) - utterance * num_frames
-    highest = tl.load(encoder_row + tl.load(nodes + chunk_end - 1)) - utterance * num_frames
-    first_frame = tl.maximum(lowest, 0)
-    end = tl.minimum(highest + 1, tl.load(frame_lengths + utterance))
+    # first and last frame of the chunk, counted from the first frame of this utterance
+    first_chunk_frame = tl.load(encoder_row + tl.load(nodes + chunk_start)) - utterance * num_frames
+    last_chunk_frame = tl.load(encoder_row + tl.load(nodes + chunk_end - 1)) - utterance * num_frames
+    first_frame = tl.maximum(first_chunk_frame, 0)
+    end = tl.minimum(last_chunk_frame + 1, tl.load(frame_lengths + utterance))
     end = tl.where(position < num_positions, end, 0)
     if first_frame < end:
         total = tl.zeros((BLOCK_J,), tl.float32)

@@ -1,7 +1,7 @@
-"""The lattice of a batch: its nodes, their scores, path sums, posteriors, and the gradient of logits.
+"""The lattice of a batch: nodes, scores, path sums, posteriors, and the gradients of logits.
 
-This file allocates memory and launches the programs of `lattice_programs.py`, which explains nodes, and of
-`gradient_programs.py`.
+The functions allocate memory and launch the Triton programs of `lattice_programs.py` and `gradient_programs.py`. The
+docstring of `lattice_programs.py` explains the nodes.
 """
 
 from __future__ import annotations
@@ -16,25 +16,24 @@ from torch import Tensor
 from .gradient_programs import compute_posteriors, differentiate_logits
 from .lattice_programs import index_nodes, score_nodes, sum_paths
 
-# columns of logits that a program loads at once
+# number of columns of logits that a program loads at once
 BLOCK_V = 1024
 # largest number of label positions that a program of the path sums loads at once
 BLOCK_U = 1024
-# the same for the other programs over label positions
+# number of label positions that the other programs load at once
 BLOCK_POSITIONS = 256
-# a path sum below this has no path; NO_PATH in lattice_programs.py
+# a path sum below this value means that no path exists; must equal `NO_PATH` in lattice_programs.py
 NO_PATH = -1e29
 
 
 @dataclass(frozen=True)
 class LatticeSettings:
-    """Which arcs leave a node, and how they are weighted.
+    """Options that decide which arcs leave a node and how the arcs are weighted.
 
     Args:
         blank_id: id of the blank.
-        durations: frames of each duration output; None for RNN-T, where a label does not advance and a blank advances
-            one frame.
-        sigma: subtracted from every token log-probability.
+        durations: number of frames of each duration output of TDT; None for RNN-T.
+        sigma: logit under-normalisation of TDT, subtracted from every token log-probability.
         fastemit_lambda: FastEmit weight; token gradients of labels are multiplied by 1 + lambda.
     """
 
@@ -50,12 +49,12 @@ class LatticeSettings:
 
     @property
     def arc_durations(self) -> tuple[int, ...]:
-        """Frames that an arc can advance."""
+        """Possible durations of an arc, in frames: the durations of TDT, or 0 (label) and 1 (blank) for RNN-T."""
         return (0, 1) if self.durations is None else self.durations
 
     @property
     def zero_index(self) -> int:
-        """Index of duration 0 in `arc_durations`, -1 if there is none."""
+        """Index of duration 0 in `arc_durations`; -1 if there is no duration 0."""
         return self.arc_durations.index(0) if 0 in self.arc_durations else -1
 
 
@@ -64,13 +63,13 @@ class Nodes:
     """The lattice nodes of a batch, without padding.
 
     Args:
-        frame_lengths: (B,) int32.
-        label_lengths: (B,) int32.
+        frame_lengths: (B,) int32 number of valid frames.
+        label_lengths: (B,) int32 number of valid labels.
         first_node: (B,) int64 number of the first node of each utterance.
         encoder_row: (nodes,) int32 row of each node in the encoder states (B * T, J).
         predictor_row: (nodes,) int32 row of each node in the predictor states (B * (U+1), J).
-        next_label: (nodes,) int32 label that the node can emit, -1 after the last label.
-        row_node: (B * T * (U+1),) int32 node of each row of padded logits, -1 for padding; empty if there are none.
+        next_label: (nodes,) int32 label that the node can emit; -1 after the last label.
+        row_node: (B * T * (U+1),) int32 node of each row of padded logits, -1 for padding; empty for the fused loss.
         num_nodes: number of nodes.
         num_frames: T.
         num_positions: U + 1.
@@ -94,7 +93,7 @@ class Nodes:
 
     @property
     def block(self) -> int:
-        """Label positions that a program of the path sums loads at once."""
+        """Number of label positions that a program of the path sums loads at once: a power of 2."""
         return min(BLOCK_U, max(16, triton.next_power_of_2(self.num_positions)))
 
 
@@ -120,10 +119,10 @@ class PathSums:
     """Sums over the paths of each utterance.
 
     Args:
-        losses: (B,) float32 negative log-likelihoods, infinite where no path exists.
-        log_alpha: (nodes,) float64 sum over the paths from the start to each node; empty if only the loss is needed.
-        log_beta: (nodes,) float64 sum over the paths from each node to the end.
-        durations: (D,) int32 frames of each duration, on the device.
+        losses: (B,) float32 negative log-likelihoods, infinite if no path exists.
+        log_alpha: (nodes,) float64 log-sum over the paths from the start to each node; empty if no gradient is needed.
+        log_beta: (nodes,) float64 log-sum over the paths from each node to the end.
+        durations: (D,) int32 number of frames of each duration, on the device.
     """
 
     losses: Tensor
@@ -134,14 +133,14 @@ class PathSums:
 
 @dataclass(frozen=True)
 class Posteriors:
-    """Posterior probabilities of arcs, float32, multiplied by the gradient of the loss.
+    """float32 posterior probabilities of the arcs, multiplied by the gradient of the utterance's loss.
 
     Args:
         node: (nodes,) sum over all arcs that leave the node.
         blank: (nodes,) sum over the blank arcs.
-        label: (nodes,) sum over the label arcs.
+        label: (nodes,) sum over the label arcs, multiplied by 1 + FastEmit lambda.
         duration_gradient: (D, nodes) gradient of the duration logits; empty for RNN-T.
-        is_relevant: (nodes,) int8, 1 where the gradient of the node's logits is not negligible.
+        is_relevant: (nodes,) int8, 1 if the gradient of the node's logits is not negligible, otherwise 0.
     """
 
     node: Tensor
@@ -152,7 +151,7 @@ class Posteriors:
 
 
 def use_device(tensor: Tensor) -> AbstractContextManager[None]:
-    """Return a context in which programs are launched on the device of a tensor."""
+    """Return a context manager that launches Triton programs on the device of a tensor."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -160,28 +159,28 @@ def number_nodes(
     labels: Tensor, frame_lengths: Tensor, label_lengths: Tensor, lengths: tuple[list[int], list[int]],
     num_frames: int, has_rows: bool,
 ) -> Nodes:  # fmt: skip
-    """Number the lattice nodes of a batch.
+    """Number the lattice nodes of a batch, and find the inputs of each node.
 
     Args:
-        labels: (B, U).
-        frame_lengths: (B,).
-        label_lengths: (B,).
-        lengths: values of `frame_lengths` and `label_lengths`.
+        labels: (B, U) label ids.
+        frame_lengths: (B,) number of valid frames.
+        label_lengths: (B,) number of valid labels.
+        lengths: `frame_lengths` and `label_lengths` as lists, to avoid another copy from the device.
         num_frames: T.
-        has_rows: whether to fill `Nodes.row_node`.
+        has_rows: whether to fill `Nodes.row_node`, which the loss from logits needs.
 
     Returns:
-        The nodes.
+        The lattice nodes of the batch.
 
     Raises:
         ValueError: the batch has 2**31 nodes or more.
     """
     batch, num_positions = labels.shape[0], labels.shape[1] + 1
-    sizes = [frames * (label_count + 1) for frames, label_count in zip(*lengths, strict=True)]
-    num_nodes = sum(sizes)
+    nodes_per_utterance = [frames * (label_count + 1) for frames, label_count in zip(*lengths, strict=True)]
+    num_nodes = sum(nodes_per_utterance)
     if max(num_nodes, batch * max(num_frames, num_positions)) >= 2**31:
         raise ValueError(f"a batch must have fewer than 2**31 lattice nodes, got {num_nodes}: use a smaller batch")
-    first_node = torch.tensor([sum(sizes[:utterance]) for utterance in range(batch)], dtype=torch.int64)
+    first_node = torch.tensor([sum(nodes_per_utterance[:utterance]) for utterance in range(batch)], dtype=torch.int64)
     options = {"dtype": torch.int32, "device": labels.device}
     nodes = Nodes(
         frame_lengths=frame_lengths.to(torch.int32).contiguous(),
@@ -205,7 +204,7 @@ def number_nodes(
 
 
 def allocate_scores(nodes: Nodes, settings: LatticeSettings) -> Scores:
-    """Allocate the scores of all nodes."""
+    """Allocate uninitialised memory for the scores of all nodes."""
     options = {"dtype": torch.float32, "device": nodes.first_node.device}
     num_durations = len(settings.arc_durations) if settings.has_durations else 0
     return Scores(
@@ -220,15 +219,15 @@ def write_scores(
     token_logits: Tensor, duration_logits: Tensor, row_node: Tensor, nodes: Nodes, settings: LatticeSettings,
     scores: Scores,
 ) -> None:  # fmt: skip
-    """Write the scores of the nodes to which rows of logits belong.
+    """Compute the scores of nodes from their logits.
 
     Args:
-        token_logits: (rows, V), last stride 1.
-        duration_logits: (rows, D), last stride 1; not read for RNN-T.
-        row_node: (rows,) int32 node of each row, -1 for padding.
-        nodes: the nodes of the batch.
-        settings: which arcs leave a node.
-        scores: is written.
+        token_logits: (rows, V) with contiguous rows.
+        duration_logits: (rows, D) with contiguous rows; not read for RNN-T.
+        row_node: (rows,) int32 node of each row; -1 for padding.
+        nodes: the lattice nodes of the batch.
+        settings: options of the lattice.
+        scores: memory for the scores of all nodes, in which the scores of these nodes are written.
     """
     vocab_size, num_durations = token_logits.shape[1], len(settings.arc_durations)
     with use_device(token_logits):
@@ -242,16 +241,16 @@ def write_scores(
 
 
 def run_path_sums(nodes: Nodes, settings: LatticeSettings, scores: Scores, needs_gradient: bool) -> PathSums:
-    """Sum over all paths of each utterance.
+    """Compute the loss of each utterance and the sums over its paths.
 
     Args:
-        nodes: the nodes of the batch.
-        settings: which arcs leave a node.
+        nodes: the lattice nodes of the batch.
+        settings: options of the lattice.
         scores: scores of all nodes.
         needs_gradient: whether to compute log_alpha in addition to log_beta.
 
     Returns:
-        Losses and path sums.
+        Losses, log_alpha and log_beta.
     """
     options = {"dtype": torch.float64, "device": nodes.first_node.device}
     log_beta = torch.empty(nodes.num_nodes, **options)
@@ -264,7 +263,7 @@ def run_path_sums(nodes: Nodes, settings: LatticeSettings, scores: Scores, needs
             ZERO_INDEX=settings.zero_index, HAS_DURATIONS=settings.has_durations, BLOCK=nodes.block,
             num_warps=max(1, nodes.block // 128), num_stages=1,
         )  # fmt: skip
-    # an utterance without frames has no node; its index is only clamped to be valid
+    # an utterance without frames has no node: clamp its index, and set its loss to infinity below
     log_likelihood = log_beta[nodes.first_node.clamp(max=nodes.num_nodes - 1)]
     has_no_path = (log_likelihood < NO_PATH) | (nodes.frame_lengths == 0)
     losses = torch.where(has_no_path, torch.inf, -log_likelihood)
@@ -277,13 +276,13 @@ def run_posteriors(
     """Compute the posterior probabilities of the arcs that leave each node.
 
     Args:
-        nodes: the nodes of the batch.
-        settings: which arcs leave a node.
+        nodes: the lattice nodes of the batch.
+        settings: options of the lattice.
         scores: scores of all nodes.
         sums: path sums with log_alpha.
         loss_gradient: (B,) gradient of the loss of each utterance.
-        negligible: sum of the posteriors of an utterance's irrelevant nodes is at most this; negative if all nodes are
-            relevant.
+        negligible: largest allowed sum of the posteriors of the irrelevant nodes of an utterance; negative to make all
+            nodes relevant.
 
     Returns:
         The posteriors.
@@ -311,15 +310,15 @@ def write_logit_gradients(
     token_logits: Tensor, token_gradient: Tensor, duration_gradient: Tensor, row_node: Tensor, nodes: Nodes,
     settings: LatticeSettings, scores: Scores, posteriors: Posteriors,
 ) -> None:  # fmt: skip
-    """Write the gradient of rows of logits.
+    """Compute the gradients of logits.
 
     Args:
-        token_logits: (rows, V), last stride 1.
-        token_gradient: (rows, V), last stride 1, is written; may be `token_logits`.
-        duration_gradient: (rows, D), last stride 1, is written; unused for RNN-T.
-        row_node: (rows,) int32 node of each row, -1 for padding, whose gradient is zero.
-        nodes: the nodes of the batch.
-        settings: which arcs leave a node.
+        token_logits: (rows, V) with contiguous rows.
+        token_gradient: (rows, V) output with contiguous rows; may be `token_logits`.
+        duration_gradient: (rows, D) output with contiguous rows; not used for RNN-T.
+        row_node: (rows,) int32 node of each row; -1 for padding, which gets the gradient 0.
+        nodes: the lattice nodes of the batch.
+        settings: options of the lattice.
         scores: scores of all nodes.
         posteriors: posteriors of all nodes.
     """

@@ -1,19 +1,19 @@
 """Triton programs of the transducer lattice: node numbers, scores and path sums.
 
-`lattice.py` allocates their memory and launches them; `gradient_programs.py` has the gradient.
+`lattice.py` allocates the memory and launches the programs. The programs of the gradient are in `gradient_programs.py`.
 
-A node (t, u) of an utterance stands for frame t after u labels. The nodes of a batch are numbered without padding:
-node = first_node[utterance] + t * num_positions + u, where num_positions is the number of labels + 1. Path sums are
-float64, because a long utterance has log-probabilities of thousands. Only differences are exponentiated; they are small
-enough for float32.
+Node (t, u) of an utterance means that u labels have been emitted and frame t is read next. The nodes of a batch are
+numbered without padding: node = first_node[utterance] + t * num_positions + u, where num_positions is the number of
+labels + 1. Path sums are float64, because the log-probabilities of a long utterance add up to several thousand.
+Exponentials are computed in float32, because their arguments are small: they are differences of log-probabilities.
 """
 
 import triton
 import triton.language as tl
 
-# log-probability of an impossible event; finite, so that a difference of two is not NaN
+# log-probability of an impossible event; finite, because the difference of two infinities is NaN
 IMPOSSIBLE = tl.constexpr(-1e30)
-# a path sum below this has no path
+# a path sum below this value means that no path exists
 NO_PATH = tl.constexpr(-1e29)
 
 
@@ -32,17 +32,17 @@ def index_nodes(
     HAS_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write where each node reads its inputs; one program per padded frame.
+    """Find the inputs of each node: its encoder state, predictor state and next label; one program per padded frame.
 
     Args:
-        frame_lengths: (B,) frames of each utterance.
-        label_lengths: (B,) labels of each utterance.
+        frame_lengths: (B,) number of frames of each utterance.
+        label_lengths: (B,) number of labels of each utterance.
         first_node: (B,) number of the first node of each utterance.
-        labels: (B, U).
-        encoder_row: (nodes,) is written: row of the flattened encoder states (B * T, J).
-        predictor_row: (nodes,) is written: row of the flattened predictor states (B * (U+1), J).
-        next_label: (nodes,) is written: the label that the node can emit, -1 after the last one.
-        row_node: (B * T * (U+1),) is written with `HAS_ROWS`: node of each row of padded logits, -1 for padding.
+        labels: (B, U) label ids.
+        encoder_row: (nodes,) output: row of the flattened encoder states (B * T, J).
+        predictor_row: (nodes,) output: row of the flattened predictor states (B * (U+1), J).
+        next_label: (nodes,) output: label that the node can emit; -1 after the last label.
+        row_node: (B * T * (U+1),) output, only with `HAS_ROWS`: node of each row of padded logits; -1 for padding.
         num_frames: T.
         num_positions_padded: U + 1.
     """
@@ -51,7 +51,7 @@ def index_nodes(
     frame = frame_row % num_frames
     num_positions = tl.load(label_lengths + utterance) + 1
     frame_node = tl.load(first_node + utterance) + frame * num_positions
-    # a padded frame has no position
+    # a padded frame has no nodes
     end = tl.where(frame < tl.load(frame_lengths + utterance), num_positions, 0)
     first_position = 0
     while first_position < num_positions_padded:
@@ -71,7 +71,7 @@ def index_nodes(
 
 @triton.jit
 def _log_sum_exp(logits, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Return log(sum(exp(logits))) of `SIZE` consecutive values, read once in blocks."""
+    """Compute log(sum(exp(logits))) of `SIZE` consecutive values in one pass over blocks of `BLOCK` values."""
     maximum = tl.full((), IMPOSSIBLE, tl.float32)
     total = tl.zeros((), tl.float32)
     for first_column in range(0, SIZE, BLOCK):
@@ -104,17 +104,19 @@ def score_nodes(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Reduce each row of logits to the log-probabilities that the lattice needs; one program per row.
+    """Compute the log-probabilities of blank, next label and durations from each row of logits; one program per row.
 
     Args:
-        token_logits: (rows, V), with the stride `token_stride` between rows.
-        duration_logits: (rows, D), with the stride `duration_stride`; read with `HAS_DURATIONS`.
-        row_node: (rows,) node of each row, -1 for padding.
-        next_label: (nodes,) from `index_nodes`.
-        log_normalizer: (nodes,) is written: log-sum-exp of the token logits.
-        blank_log_prob: (nodes,) is written: log-probability of the blank, minus sigma.
-        label_log_prob: (nodes,) is written: log-probability of the next label, minus sigma.
-        duration_log_prob: (D, nodes) is written with `HAS_DURATIONS`.
+        token_logits: (rows, V) logits.
+        token_stride: distance between two rows of `token_logits`.
+        duration_logits: (rows, D) logits; read only with `HAS_DURATIONS`.
+        duration_stride: distance between two rows of `duration_logits`.
+        row_node: (rows,) node of each row; -1 for padding.
+        next_label: (nodes,) label that the node can emit; -1 after the last label.
+        log_normalizer: (nodes,) output: log-sum-exp of the token logits.
+        blank_log_prob: (nodes,) output: log-probability of the blank, minus sigma.
+        label_log_prob: (nodes,) output: log-probability of the next label, minus sigma.
+        duration_log_prob: (D, nodes) output, only with `HAS_DURATIONS`: log-probability of each duration.
         num_nodes: number of nodes.
         blank_id: id of the blank.
         sigma: logit under-normalisation of TDT.
@@ -127,7 +129,7 @@ def score_nodes(
         label_id = tl.load(next_label + node)
         blank = tl.load(tokens + blank_id).to(tl.float32) - normalizer - sigma
         label = tl.load(tokens + tl.maximum(label_id, 0)).to(tl.float32) - normalizer - sigma
-        # these comparisons keep NaN and make -inf finite
+        # replace -inf by a finite value; the comparisons are False for NaN, so NaN does not change
         blank = tl.where(blank < IMPOSSIBLE, IMPOSSIBLE, blank)
         label = tl.where(label_id < 0, IMPOSSIBLE, tl.where(label < IMPOSSIBLE, IMPOSSIBLE, label))
         tl.store(log_normalizer + node, normalizer)
@@ -146,7 +148,7 @@ def score_nodes(
 
 @triton.jit
 def _add_term(maximum, total, term):
-    """Add exp(term) to the running sum total * exp(maximum); return the new maximum and total."""
+    """Add exp(term) to the sum total * exp(maximum); returns the new maximum and the new total."""
     new_maximum = tl.maximum(maximum, term)
     total = total * tl.exp((maximum - new_maximum).to(tl.float32)) + tl.exp((term - new_maximum).to(tl.float32))
     return new_maximum, total
@@ -154,7 +156,7 @@ def _add_term(maximum, total, term):
 
 @triton.jit
 def _log_add(left, right):
-    """Return log(exp(left) + exp(right)) in float64."""
+    """Compute log(exp(left) + exp(right)) as float64."""
     maximum = tl.maximum(left, right)
     total = tl.exp((left - maximum).to(tl.float32)) + tl.exp((right - maximum).to(tl.float32))
     return maximum + tl.log(total).to(tl.float64)
@@ -162,7 +164,7 @@ def _log_add(left, right):
 
 @triton.jit
 def _compose(weight, value, next_weight, next_value):
-    """Compose the map x -> log(exp(value) + exp(weight + x)) with the next map of this form."""
+    """Compose two maps x -> log(exp(value) + exp(weight + x)); returns weight and value of the composed map."""
     return weight + next_weight, _log_add(next_value, next_weight + value)
 
 
@@ -175,10 +177,10 @@ def _scan_labels(value, weight, lane, first_lane, carry, BLOCK: tl.constexpr):
         weight: (BLOCK,) log-weight of the label arc with duration 0 that enters each position.
         lane: (BLOCK,) 0, 1, 2, ...
         first_lane: number of positions in earlier tiles of this frame.
-        carry: x of the last position of the earlier tile.
+        carry: x of the last position of the previous tile.
 
     Returns:
-        (BLOCK,) x, and its last value.
+        (BLOCK,) x, and the last value of x.
     """
     value = tl.where(lane == tl.where(first_lane > 0, 0, -1), _log_add(value, weight + carry), value)
     _, value = tl.associative_scan((weight, value), 0, _compose)
@@ -187,7 +189,18 @@ def _scan_labels(value, weight, lane, first_lane, carry, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_duration(duration_log_prob, index, num_nodes, node, mask, HAS_DURATIONS: tl.constexpr):
-    """Load the log-probability of the duration with an index at a block of nodes; 0 without duration outputs."""
+    """Load the log-probability of one duration at a block of nodes.
+
+    Args:
+        duration_log_prob: (D, nodes) log-probabilities; read only with `HAS_DURATIONS`.
+        index: index of the duration.
+        num_nodes: number of nodes.
+        node: (BLOCK,) numbers of the nodes.
+        mask: (BLOCK,) whether each of the nodes exists.
+
+    Returns:
+        (BLOCK,) float64 log-probabilities; 0 without `HAS_DURATIONS`.
+    """
     if HAS_DURATIONS:
         log_prob = tl.load(duration_log_prob + index * num_nodes + node, mask=mask, other=0.0).to(tl.float64)
     else:
@@ -196,13 +209,13 @@ def load_duration(duration_log_prob, index, num_nodes, node, mask, HAS_DURATIONS
 
 
 @triton.jit
-def _forward_frame(
+def _compute_frame_log_alpha(
     frame, first_node, num_positions, log_alpha, blank_log_prob, label_log_prob, duration_log_prob, durations,
     num_nodes, NUM_DURATIONS: tl.constexpr, ZERO_INDEX: tl.constexpr, HAS_DURATIONS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write log_alpha of one frame: the sum over all paths from the start to each of its nodes.
+    """Compute log_alpha of one frame: the log-sum over all paths from the start to each node of the frame.
 
-    The arguments are those of `sum_paths`, for one utterance.
+    The arguments are described in `sum_paths`; `first_node` and `num_positions` are those of one utterance.
     """
     lane = tl.arange(0, BLOCK)
     carry = tl.full((), IMPOSSIBLE, tl.float64)
@@ -213,7 +226,7 @@ def _forward_frame(
         node = first_node + frame.to(tl.int64) * num_positions + position
         is_start = position == tl.where(frame == 0, 0, -1)
         maximum = tl.where(is_start, 0.0, IMPOSSIBLE).to(tl.float64)
-        # one impossible path, so that no sum is below IMPOSSIBLE
+        # start with one impossible path, so no sum is below IMPOSSIBLE
         total = tl.full((BLOCK,), 1.0, tl.float32)
         for index in tl.static_range(NUM_DURATIONS):
             if index != ZERO_INDEX:
@@ -242,14 +255,15 @@ def _forward_frame(
 
 
 @triton.jit
-def _backward_frame(
+def _compute_frame_log_beta(
     frame, num_frames, first_node, num_positions, log_beta, blank_log_prob, label_log_prob, duration_log_prob,
     durations, num_nodes, NUM_DURATIONS: tl.constexpr, ZERO_INDEX: tl.constexpr, HAS_DURATIONS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write log_beta of one frame: the sum over all paths from each of its nodes to the end.
+    """Compute log_beta of one frame: the log-sum over all paths from each node of the frame to the end.
 
-    Lanes run from the last label position to the first. The arguments are those of `sum_paths`, for one utterance.
+    Lanes run from the last label position to the first. The arguments are described in `sum_paths`; `num_frames`,
+    `first_node` and `num_positions` are those of one utterance.
     """
     lane = tl.arange(0, BLOCK)
     carry = tl.full((), IMPOSSIBLE, tl.float64)
@@ -259,7 +273,7 @@ def _backward_frame(
         is_node = position >= 0
         node = first_node + frame.to(tl.int64) * num_positions + position
         blank = tl.load(blank_log_prob + node, mask=is_node, other=0.0).to(tl.float64)
-        # IMPOSSIBLE after the last label
+        # `label_log_prob` is IMPOSSIBLE after the last label
         label = tl.load(label_log_prob + node, mask=is_node, other=IMPOSSIBLE).to(tl.float64)
         maximum = tl.full((BLOCK,), IMPOSSIBLE, tl.float64)
         total = tl.full((BLOCK,), 1.0, tl.float32)
@@ -268,15 +282,15 @@ def _backward_frame(
                 duration = tl.load(durations + index)
                 target = node + duration * num_positions
                 has_target = is_node & (position < tl.where(frame + duration < num_frames, num_positions, 0))
-                # the last blank leads from the last position exactly to the end of the frames
+                # the last arc of a path is a blank from the last label position to the end of the last frame
                 is_last = position == tl.where(frame + duration == num_frames, num_positions - 1, num_positions)
-                timing = load_duration(duration_log_prob, index, num_nodes, node, is_node, HAS_DURATIONS)
+                duration_score = load_duration(duration_log_prob, index, num_nodes, node, is_node, HAS_DURATIONS)
                 path = tl.load(log_beta + target, mask=has_target, other=IMPOSSIBLE)
-                path = tl.where(is_last, 0.0, path) + blank + timing
+                path = tl.where(is_last, 0.0, path) + blank + duration_score
                 maximum, total = _add_term(maximum, total, path)
                 if HAS_DURATIONS:
                     has_target = has_target & (position < num_positions - 1)
-                    path = tl.load(log_beta + target + 1, mask=has_target, other=IMPOSSIBLE) + label + timing
+                    path = tl.load(log_beta + target + 1, mask=has_target, other=IMPOSSIBLE) + label + duration_score
                     maximum, total = _add_term(maximum, total, path)
         value = maximum + tl.log(total).to(tl.float64)
         if ZERO_INDEX >= 0:
@@ -307,21 +321,21 @@ def sum_paths(
 ):
     """Compute log_beta (program axis 1 = 0) or log_alpha (program axis 1 = 1) of one utterance, frame by frame.
 
-    A frame reads earlier frames back from memory, up to the longest duration. The barrier between frames makes the
-    stores of one frame visible to all threads of the program. No program reads what another program writes.
+    A frame reads frames that were computed before, up to the longest duration. The barrier between frames makes the
+    stores of one frame visible to all threads of the program. No program reads memory that another program writes.
 
     Args:
-        frame_lengths: (B,) frames of each utterance.
-        label_lengths: (B,) labels of each utterance.
+        frame_lengths: (B,) number of frames of each utterance.
+        label_lengths: (B,) number of labels of each utterance.
         first_node: (B,) number of the first node of each utterance.
-        log_alpha: (nodes,) float64, is written.
-        log_beta: (nodes,) float64, is written.
-        blank_log_prob: (nodes,) from `score_nodes`.
-        label_log_prob: (nodes,) from `score_nodes`.
-        duration_log_prob: (D, nodes) from `score_nodes`; read with `HAS_DURATIONS`.
-        durations: (D,) frames of each duration; 0 and 1 for RNN-T.
+        log_alpha: (nodes,) float64 output of the programs with axis 1 = 1.
+        log_beta: (nodes,) float64 output of the programs with axis 1 = 0.
+        blank_log_prob: (nodes,) log-probability of the blank.
+        label_log_prob: (nodes,) log-probability of the next label.
+        duration_log_prob: (D, nodes) log-probability of each duration; read only with `HAS_DURATIONS`.
+        durations: (D,) number of frames of each duration; 0 and 1 for RNN-T.
         num_nodes: number of nodes.
-        ZERO_INDEX: index of duration 0, -1 if there is none.
+        ZERO_INDEX: index of duration 0; -1 if there is no duration 0.
     """
     utterance = tl.program_id(0)
     num_frames = tl.load(frame_lengths + utterance)
@@ -330,7 +344,7 @@ def sum_paths(
     if tl.program_id(1) == 1:
         frame = num_frames * 0
         while frame < num_frames:
-            _forward_frame(
+            _compute_frame_log_alpha(
                 frame, node, num_positions, log_alpha, blank_log_prob, label_log_prob, duration_log_prob, durations,
                 num_nodes, NUM_DURATIONS, ZERO_INDEX, HAS_DURATIONS, BLOCK,
             )  # fmt: skip
@@ -339,7 +353,7 @@ def sum_paths(
     else:
         frame = num_frames - 1
         while frame >= 0:
-            _backward_frame(
+            _compute_frame_log_beta(
                 frame, num_frames, node, num_positions, log_beta, blank_log_prob, label_log_prob, duration_log_prob,
                 durations, num_nodes, NUM_DURATIONS, ZERO_INDEX, HAS_DURATIONS, BLOCK,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Layers that the library `kernels` can put in the place of a model's own layers."""
+"""Layers with which the library `kernels` can replace the layers of a model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .loss import transducer_loss
 
 
 class TransducerLoss(nn.Module):
-    """Layer without state that calls `transducer_loss`."""
+    """Layer without parameters that calls `transducer_loss`."""
 
     has_backward = True
-    # lengths are copied to the host, which torch.compile cannot trace
+    # torch.compile cannot trace the copy of the lengths to the host
     can_torch_compile = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

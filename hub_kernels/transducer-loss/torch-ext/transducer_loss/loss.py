@@ -1,4 +1,4 @@
-"""The transducer loss: fused with the joint network, and from logits.
+"""The transducer loss, fused with the joint network or from logits.
 
 The README has the formulas. RNN-T (arXiv 1211.3711) is TDT (arXiv 2304.06795) in which a label does not advance and a
 blank advances one frame, so both have the same lattice.
@@ -25,10 +25,10 @@ from .lattice import (
     write_scores,
 )
 
-# memory for the hidden units and logits of one chunk of the fused loss, in bytes
+# default memory for the hidden units and logits of one chunk of the fused loss, in bytes
 WORKSPACE_BYTES = 256 * 2**20
-# The fused loss skips nodes in backward whose posteriors add up to at most this in an utterance: the rounding error of
-# float32.
+# The backward pass of the fused loss skips nodes with small posteriors. This is the largest allowed sum of the skipped
+# posteriors of an utterance: the rounding error of float32.
 NEGLIGIBLE = 2.0**-24
 
 
@@ -51,35 +51,36 @@ def transducer_loss(
     workspace_bytes: int = WORKSPACE_BYTES,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Compute the loss together with the joint network activation(encoder + predictor) @ weight.T + bias.
+    """Compute the RNN-T or TDT loss together with the joint network activation(encoder + predictor) @ weight.T + bias.
 
     Args:
         encoder_states: (B, T, J) projected encoder frames.
-        predictor_states: (B, U+1, J) projected predictor states; the first one is the state after the blank.
-        head_weight: (V, J), or (V + D, J) with durations.
-        head_bias: (V,) or (V + D,), or None.
-        labels: (B, U) integer labels; labels behind `label_lengths` are not read.
+        predictor_states: (B, U+1, J) projected predictor states; state u is the state after u labels.
+        head_weight: (V, J), or (V + D, J) with durations: weight of the output layer.
+        head_bias: (V,) or (V + D,) bias of the output layer, or None.
+        labels: (B, U) label ids; values beyond `label_lengths` are ignored.
         frame_lengths: (B,) number of valid frames.
         label_lengths: (B,) number of valid labels.
         blank_id: id of the blank.
-        durations: frames of each duration output; None for RNN-T.
+        durations: number of frames of each duration output; None for RNN-T.
         sigma: logit under-normalisation of TDT, subtracted from every token log-probability; ignored for RNN-T.
-        omega: probability that the batch gets the RNN-T loss of its tokens instead, drawn from torch's generator.
+        omega: probability of computing the RNN-T loss of the batch instead of the TDT loss.
         fastemit_lambda: FastEmit weight (arXiv 2010.11148). Token gradients of labels are multiplied by 1 + lambda; the
             value of the loss stays the negative log-likelihood.
         activation: `relu`, `tanh` or `sigmoid`.
         reduction: `none`, `sum`, `mean` (per label, then over utterances), `mean_batch` (over utterances) or
             `mean_volume` (sum divided by the number of labels).
-        zero_infinity: whether a transcript without a path has the loss 0. Its gradient is zero in any case.
-        workspace_bytes: memory for hidden units and logits.
-        dropout: probability of dropping a hidden unit, drawn from torch's generator.
+        zero_infinity: whether to replace the infinite loss of a transcript without a path by 0. The gradient of such a
+            transcript is 0 in any case.
+        workspace_bytes: memory for the hidden units and logits of one chunk, in bytes.
+        dropout: dropout probability of a hidden unit. The seed is drawn from torch's generator.
 
     Returns:
         Float32 scalar, or (B,) with `reduction="none"`.
 
     Raises:
-        TypeError: the kernel has no code for a dtype.
-        ValueError: a shape, length, label or option is wrong.
+        TypeError: the kernel does not support a dtype.
+        ValueError: a shape, length, label or option is invalid.
     """
     tensors = {
         "encoder_states": encoder_states, "predictor_states": predictor_states, "head_weight": head_weight,
@@ -120,33 +121,32 @@ def transducer_loss_from_logits(
     zero_infinity: bool = False,
     overwrite_logits: bool = False,
 ) -> Tensor:
-    """Compute the loss from logits.
-
-    Arguments that are not described here are those of `transducer_loss`.
+    """Compute the RNN-T or TDT loss from logits.
 
     Args:
-        token_logits: (B, T, U+1, V).
-        duration_logits: (B, T, U+1, D); None for RNN-T. It may be a slice of the tensor that holds the token logits.
-        labels: (B, U) integer labels.
+        token_logits: (B, T, U+1, V) unnormalised token scores.
+        duration_logits: (B, T, U+1, D) unnormalised duration scores; None for RNN-T. Token logits and duration logits
+            may be slices of one tensor.
+        labels: (B, U) label ids; values beyond `label_lengths` are ignored.
         frame_lengths: (B,) number of valid frames.
         label_lengths: (B,) number of valid labels.
         blank_id: id of the blank.
-        durations: frames of each duration output; None for RNN-T.
+        durations: number of frames of each duration output; None for RNN-T.
         sigma: see `transducer_loss`.
         omega: see `transducer_loss`.
         fastemit_lambda: see `transducer_loss`.
         reduction: see `transducer_loss`.
         zero_infinity: see `transducer_loss`.
-        overwrite_logits: whether backward writes the gradient over the logits, which saves memory of their size. Then
-            nothing else may use the logits, and backward can run only once.
+        overwrite_logits: whether the backward pass writes the gradient over the logits, which saves the memory of a
+            second tensor of this size. Other code must then not use the logits, and backward can run only once.
 
     Returns:
         Float32 scalar, or (B,) with `reduction="none"`.
 
     Raises:
         RuntimeError: backward runs a second time after the logits were overwritten.
-        TypeError: the kernel has no code for a dtype.
-        ValueError: a shape, length, label or option is wrong.
+        TypeError: the kernel does not support a dtype.
+        ValueError: a shape, length, label or option is invalid.
     """
     tensors = {"token_logits": token_logits, "duration_logits": duration_logits}
     device = check_device(tensors)
@@ -165,15 +165,15 @@ def transducer_loss_from_logits(
 
 
 def _draw_rnnt(omega: float) -> bool:
-    """Draw whether this batch gets the RNN-T loss; nothing is drawn if `omega` is 0."""
+    """Return True with probability omega (compute the RNN-T loss); with omega 0, torch's generator is not used."""
     return omega > 0 and bool(torch.rand(()) < omega)
 
 
 def _to_common_dtype(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Convert tensors to the dtype of autocast if it is on, otherwise to the promoted dtype of all of them."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    dtype = present[0].dtype
-    for tensor in present[1:]:
+    """Convert tensors to autocast's dtype under autocast, otherwise to their common promoted dtype; None stays None."""
+    passed_tensors = [tensor for tensor in tensors if tensor is not None]
+    dtype = passed_tensors[0].dtype
+    for tensor in passed_tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
@@ -181,7 +181,17 @@ def _to_common_dtype(device: torch.device, *tensors: Tensor | None) -> tuple[Ten
 
 
 def _reduce(losses: Tensor, label_lengths: Tensor, reduction: str, zero_infinity: bool) -> Tensor:
-    """Reduce the (B,) losses of a batch; an utterance without labels counts as one with one label."""
+    """Reduce the (B,) losses of the utterances to the loss of the batch.
+
+    Args:
+        losses: (B,) negative log-likelihood of each utterance.
+        label_lengths: (B,) number of labels; 0 counts as 1, so no loss is divided by 0.
+        reduction: see `transducer_loss`.
+        zero_infinity: whether to replace infinite losses by 0 first.
+
+    Returns:
+        (B,) for `none`, otherwise a scalar.
+    """
     if zero_infinity:
         losses = torch.where(losses.isinf(), 0.0, losses)
     if reduction == "none":
@@ -196,14 +206,14 @@ def _reduce(losses: Tensor, label_lengths: Tensor, reduction: str, zero_infinity
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Losses (B,) from the inputs of the joint network; backward computes the logits of each chunk again."""
+    """Loss of each utterance from the inputs of the joint network; backward recomputes the logits of each chunk."""
 
     @staticmethod
     def forward(
         ctx: Any, encoder_states: Tensor, predictor_states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
         frame_lengths: Tensor, label_lengths: Tensor, settings: LatticeSettings, joint: JointSettings, vocab_size: int,
     ) -> Tensor:  # fmt: skip
-        """Score all nodes chunk by chunk and sum the paths."""
+        """Compute the (B,) losses: score all lattice nodes chunk by chunk, then sum over the paths."""
         num_frames = encoder_states.shape[1]
         lengths = check_values(labels, frame_lengths, label_lengths, num_frames, vocab_size, settings.blank_id)
         nodes = number_nodes(labels, frame_lengths, label_lengths, lengths, num_frames, has_rows=False)
@@ -222,7 +232,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients of the states, the weight and the bias from the relevant nodes."""
+        """Compute the gradients of the states, the weight and the bias from the nodes that are not negligible."""
         posteriors = run_posteriors(ctx.nodes, ctx.settings, ctx.scores, ctx.sums, loss_gradient, NEGLIGIBLE)
         tensors = ctx.saved_tensors
         with torch.autocast(loss_gradient.device.type, enabled=False):
@@ -239,14 +249,14 @@ class _FusedLoss(torch.autograd.Function):
 
 
 class _LogitsLoss(torch.autograd.Function):
-    """Losses (B,) from logits, with an analytic gradient."""
+    """Loss of each utterance from logits, with an analytic gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, token_logits: Tensor, duration_logits: Tensor | None, labels: Tensor, frame_lengths: Tensor,
         label_lengths: Tensor, settings: LatticeSettings, overwrite_logits: bool,
     ) -> Tensor:  # fmt: skip
-        """Score all nodes from their rows of logits and sum the paths."""
+        """Compute the (B,) losses: score all lattice nodes from their logits, then sum over the paths."""
         num_frames, _, vocab_size = token_logits.shape[1:]
         lengths = check_values(labels, frame_lengths, label_lengths, num_frames, vocab_size, settings.blank_id)
         nodes = number_nodes(labels, frame_lengths, label_lengths, lengths, num_frames, has_rows=True)
@@ -266,7 +276,7 @@ class _LogitsLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Write the gradient of every row of logits."""
+        """Compute the gradients of token logits and duration logits."""
         if ctx.overwritten:
             raise RuntimeError(
                 "backward must run only once with `overwrite_logits`, because the logits were overwritten: turn it off "
@@ -274,11 +284,11 @@ class _LogitsLoss(torch.autograd.Function):
             )
         token_logits, duration_logits = ctx.saved_tensors
         ctx.overwritten = ctx.overwrite_logits
-        # a negative limit makes all nodes relevant
+        # with a negative limit, no node is negligible
         posteriors = run_posteriors(ctx.nodes, ctx.settings, ctx.scores, ctx.sums, loss_gradient, -1.0)
         token_rows = _view_as_rows(token_logits)
         token_gradient = token_rows if ctx.overwrite_logits else torch.empty_like(token_rows)
-        # unused for RNN-T
+        # RNN-T has no duration logits and does not use this tensor
         duration_gradient = token_gradient
         if duration_logits is not None:
             duration_rows = _view_as_rows(duration_logits)
@@ -295,7 +305,7 @@ class _LogitsLoss(torch.autograd.Function):
 
 
 def _view_as_rows(logits: Tensor) -> Tensor:
-    """View (B, T, U+1, V) logits as (B * T * (U+1), V) rows; copy them if the rows have no common stride."""
+    """View (B, T, U+1, V) logits as (B * T * (U+1), V) rows; copy the logits if the rows are not equally spaced."""
     batch, num_frames, num_positions, size = logits.shape
     row_stride = logits.stride(2)
     strides = (num_frames * num_positions * row_stride, num_positions * row_stride, row_stride, 1)
