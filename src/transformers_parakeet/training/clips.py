@@ -28,9 +28,9 @@ ROUNDING_TOLERANCE_S = 0.01
 def read_clip(row: Mapping[str, Any], sampling_rate: int) -> npt.NDArray[np.float32]:
     """Decode the audio of one dataset row, or the excerpt that the row selects.
 
-    As in NeMo, `offset` and `duration` select an excerpt of the clip. The offset defaults to 0. A missing duration, or a
-    duration of 0, selects the rest of the clip. Unlike in NeMo, an excerpt that ends within `ROUNDING_TOLERANCE_S` of
-    the end of the clip is extended to the end.
+    As in NeMo, `offset` and `duration` select an excerpt of the clip. The default offset is 0. A duration of 0, or no
+    duration, selects the rest of the clip. Unlike in NeMo, an excerpt that ends within `ROUNDING_TOLERANCE_S` of the end
+    of the clip is extended to the end.
 
     Args:
         row: dataset row with `audio` (any source that `load_audio` accepts), and optionally `offset` and `duration` in
@@ -54,7 +54,7 @@ def read_clip(row: Mapping[str, Any], sampling_rate: int) -> npt.NDArray[np.floa
     samples = read_excerpt(row["audio"], source_rate, offset_s or 0.0, duration_s or math.inf, sampling_rate)
     if offset_s and not len(samples):
         raise AudioError(
-            f"the clip must be longer than `offset`, got an offset of {offset_s:g} s: correct the offset in the manifest"
+            f"the clip must be longer than its offset, got an offset of {offset_s:g} s: correct it in the manifest"
         )
     return samples
 

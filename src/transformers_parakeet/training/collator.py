@@ -79,9 +79,9 @@ class CollatorCounts:
 class SpeechCollator:
     """Collates dataset rows into a padded batch of features and labels.
 
-    A row has either `audio` (any source that `load_audio` accepts, optionally with `offset` and `duration` in seconds to
-    select an excerpt), or precomputed `input_features` (T, F). The transcript is either `text` or precomputed `labels`;
-    it is optional.
+    A row has either `audio` (any source that `load_audio` accepts) or precomputed `input_features` (T, F). With `audio`,
+    the optional fields `offset` and `duration` in seconds select an excerpt. The transcript is optional, and is either
+    `text` or precomputed `labels`.
 
     Args:
         processor: a `ParakeetProcessor`.
@@ -185,8 +185,8 @@ class SpeechCollator:
         """
         sampling_rate = self.processor.feature_extractor.sampling_rate
         transcripts = None if transcript is None else [transcript]
-        # for transducers the processor also returns `decoder_input_ids`; they are dropped, because our models derive them
-        # from the labels
+        # the processor also returns `decoder_input_ids` for transducers, which are dropped here, because the models of
+        # this package derive them from the labels
         inputs = self.processor([samples], text=transcripts, sampling_rate=sampling_rate)
         features = inputs["input_features"][0][inputs["attention_mask"][0].bool()]
         return features, None if transcript is None else inputs["labels"][0]
@@ -243,8 +243,8 @@ class SpeechCollator:
         if increment(self.counts.transcripts_with_unknown_characters) == 1:
             logger.warning(
                 f"A transcript has characters outside the vocabulary, which become {tokenizer.unk_token}: {text!r}. "
-                "Change the transcripts (check for upper case and digits) or extend the vocabulary. Further transcripts "
-                "are only counted, as `transcripts_with_unknown_characters` in the training log."
+                "Change the transcripts (check for upper case and digits) or extend the vocabulary. Further such "
+                "transcripts are only counted, as `transcripts_with_unknown_characters` in the training log."
             )
 
     def _warn_about_ctc_length(self, example: Example, row: Mapping[str, Any], position: int) -> None:
