@@ -29,8 +29,8 @@ def read_clip(row: Mapping[str, Any], sampling_rate: int) -> npt.NDArray[np.floa
     """Decode the audio of one dataset row, or the excerpt that the row selects.
 
     As in NeMo, `offset` and `duration` select an excerpt of the clip. The default offset is 0. A duration of 0, or no
-    duration, selects the rest of the clip. Unlike in NeMo, an excerpt that ends within `ROUNDING_TOLERANCE_S` of the end
-    of the clip is extended to the end.
+    duration, selects the rest of the clip. Unlike in NeMo, an excerpt that ends within `ROUNDING_TOLERANCE_S` of the
+    end of the clip is extended to the end.
 
     Args:
         row: dataset row with `audio` (any source that `load_audio` accepts), and optionally `offset` and `duration` in

@@ -79,8 +79,8 @@ class CollatorCounts:
 class SpeechCollator:
     """Collates dataset rows into a padded batch of features and labels.
 
-    A row has either `audio` (any source that `load_audio` accepts) or precomputed `input_features` (T, F). With `audio`,
-    the optional fields `offset` and `duration` in seconds select an excerpt. The transcript is optional, and is either
+    A row has either `audio` (any source that `load_audio` accepts) or precomputed `input_features` (T, F). The optional
+    fields `offset` and `duration` in seconds select an excerpt of `audio`. The transcript is optional, and is either
     `text` or precomputed `labels`.
 
     Args:

@@ -85,8 +85,8 @@ class NonFiniteGuard(TrainerCallback):
         """
         model = kwargs["model"]
         if args.fp16:
-            # in fp16 the `GradScaler` skips updates with non-finite gradients itself, and does so routinely to calibrate
-            # the loss scale; the statistics are restored only if they are not finite either
+            # in fp16 the `GradScaler` itself skips updates with non-finite gradients, also routinely to calibrate the
+            # loss scale; the statistics are restored only if they are not finite either
             if not all(buffer.isfinite().all() for buffer in iterate_batch_norm_buffers(model)):
                 self.restore_batch_norm_buffers(model)
             return
