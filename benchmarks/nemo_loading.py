@@ -3,9 +3,9 @@
     python benchmarks/nemo_loading.py MODEL.nemo --nemo-python PYTHON [--repeats 3]
     python benchmarks/nemo_loading.py MODEL.nemo --convert
 
-PYTHON is the interpreter of an environment with nemo_toolkit[asr]. Without --nemo-python, only this package is measured.
-Every measurement runs in a new process, and the two sides take turns. Each process reads all weights after loading,
-because loading may be deferred until the weights are used.
+PYTHON is the interpreter of an environment with nemo_toolkit[asr]. Without --nemo-python, only this package is
+measured. Every measurement runs in a new process, and the two sides take turns. Each process reads all weights after
+loading, because loading may be deferred until the weights are used.
 """
 
 import argparse
