@@ -248,5 +248,5 @@ def test_the_number_of_decoded_samples_is_limited(container: str, rate: int, mon
     data = encoded(rate, container, np.zeros(5 * rate, np.float32))
     assert len(data) < 10_000 * (1 + (container == "MP3"))
     monkeypatch.setattr(audio_decoding, "MAX_SAMPLES", 4 * rate)
-    with pytest.raises(AudioError, match=r"bytes> must contain at most 64000 samples"):
+    with pytest.raises(AudioError, match=r"bytes> must have at most 64000 samples"):
         load_audio(data)

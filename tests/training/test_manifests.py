@@ -96,7 +96,7 @@ def test_a_folder_has_its_metadata_inside_or_in_a_subfolder_per_split(tmp_path):
     assert data["text"] == ["one", "two"]
     assert [len(read_clip(row, 16000)) for row in data] == [16000, 32000]
     (clips / "metadata.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"must have a metadata\.csv"):
+    with pytest.raises(ValueError, match=r"must contain a metadata\.csv"):
         load_speech(tmp_path)
     (tmp_path / "metadata.csv").write_text('file_name,text\ntrain/0.wav,"one, or so"\n')
     data = load_speech(tmp_path)
