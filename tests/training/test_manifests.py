@@ -103,5 +103,5 @@ def test_a_folder_has_its_metadata_inside_or_in_a_subfolder_per_split(tmp_path):
     assert data["text"] == ["one, or so"]
     assert len(read_clip(data[0], 16000)) == 16000
     (tmp_path / "metadata.csv").write_text("file_name,text\n")
-    with pytest.raises(ValueError, match="at least one clip, got none"):
+    with pytest.raises(ValueError, match="at least one line, got none"):
         load_speech(tmp_path)
