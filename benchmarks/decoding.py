@@ -1,9 +1,9 @@
-"""Times greedy TDT decoding with the full decoder against stock `generate`, on the same encoder output, in one run.
+"""Compares the time of greedy TDT decoding with stock `generate`, on the same encoder output, in one run.
 
     python benchmarks/decoding.py [--rounds 5]
 
-The weights are random, shifted so that 25 to 45 % of the steps are labels, as in speech. Checks first that both sides
-give the same tokens on the same frames.
+The weights are random. The output biases are shifted until 25 to 45 % of the decoding steps emit labels, as in speech.
+The benchmark first checks that both sides emit the same tokens on the same frames.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from typing import Any
 import rival
 import torch
 
-FRAMES, VOCABULARY, WIDTH, DURATIONS = 375, 8193, 640, (0, 1, 2, 3, 4)
-BATCHES = (1, 16)
+NUM_FRAMES, VOCAB_SIZE, WIDTH, DURATIONS = 375, 8193, 640, (0, 1, 2, 3, 4)
+BATCH_SIZES = (1, 16)
 
-# share of frames on which the blank beats every label for the first predictor state
+# share of frames on which the blank has the highest score, for the first predictor state
 BLANK_SHARE = 0.72
-LABEL_SHARE = (0.25, 0.45)
+# range of the share of decoding steps that emit a label
+LABEL_SHARE_RANGE = (0.25, 0.45)
 
 
-def random_weights(model: torch.nn.Module) -> None:
-    """Fill decoder and joint with numbers that do not depend on the side."""
+def randomise_weights(model: torch.nn.Module) -> None:
+    """Fill the prediction and joint networks with random numbers that are identical on both sides."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in sorted(model.named_parameters()):
         if name.startswith(("decoder.", "joint.")):
@@ -34,71 +35,88 @@ def random_weights(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def make_plausible(model: Any, frames: torch.Tensor) -> None:
-    """Shift the output biases: blank on most frames, no duration of zero, durations below all tokens."""
-    head, blank = model.joint.head, VOCABULARY - 1
-    start = model.decoder(torch.full((1, 1), blank))[0, 0]
-    scores = head(torch.relu(frames[0] + start))
-    labels = scores[:, :blank].amax(-1)
-    head.bias[blank] += torch.quantile(labels - scores[:, blank], BLANK_SHARE)
-    # stock has no limit on labels that do not move: none here
-    head.bias[VOCABULARY] -= 100.0
-    # stock takes the token's best score over the durations, too
-    head.bias[VOCABULARY:] -= 100.0
+def shift_output_biases(model: Any, encoder_states: torch.Tensor) -> None:
+    """Shift the output biases: blanks on most frames, no duration of zero, and durations scored below all tokens.
+
+    Args:
+        model: TDT model; changed in place.
+        encoder_states: (B, T, H) projected encoder states.
+    """
+    output_layer, blank_id = model.joint.head, VOCAB_SIZE - 1
+    first_predictor_state = model.decoder(torch.full((1, 1), blank_id))[0, 0]
+    scores = output_layer(torch.relu(encoder_states[0] + first_predictor_state))
+    label_scores = scores[:, :blank_id].amax(-1)
+    output_layer.bias[blank_id] += torch.quantile(label_scores - scores[:, blank_id], BLANK_SHARE)
+    # stock transformers has no limit on labels with duration 0, so that duration must not win
+    output_layer.bias[VOCAB_SIZE] -= 100.0
+    # stock transformers searches for the best token among the durations as well, so durations must score below tokens
+    output_layer.bias[VOCAB_SIZE:] -= 100.0
 
 
 def prepare(module: Any, side: str, case: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[Any, str], None]]:
-    """Build the model with its encoder replaced by fixed frames."""
+    """Build the model of one case, with fixed encoder states in place of the encoder.
+
+    Args:
+        module: `transformers` or `transformers_parakeet`.
+        side: `stock` or `ours`.
+        case: contains the batch size as `batch`.
+
+    Returns:
+        A function that decodes the batch, and a function that saves the tokens and durations to a path.
+    """
     encoder = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8,
                "subsampling_conv_channels": 8, "num_mel_bins": 80}  # fmt: skip
     config = module.ParakeetTDTConfig(
-        vocab_size=VOCABULARY, blank_token_id=VOCABULARY - 1, decoder_hidden_size=WIDTH, durations=list(DURATIONS),
+        vocab_size=VOCAB_SIZE, blank_token_id=VOCAB_SIZE - 1, decoder_hidden_size=WIDTH, durations=list(DURATIONS),
         encoder_config=encoder,
     )  # fmt: skip
     model = module.ParakeetForTDT(config).eval()
-    frames = torch.randn(max(BATCHES), FRAMES, WIDTH, generator=torch.Generator().manual_seed(1))
+    encoder_states = torch.randn(max(BATCH_SIZES), NUM_FRAMES, WIDTH, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        random_weights(model)
-    make_plausible(model, frames)
-    frames = frames[: case["batch"]]
+        randomise_weights(model)
+    shift_output_biases(model, encoder_states)
+    encoder_states = encoder_states[: case["batch"]]
     output_class = sys.modules[type(model).__module__].ParakeetEncoderModelOutput
-    mask = torch.ones(case["batch"], FRAMES, dtype=torch.int)
+    mask = torch.ones(case["batch"], NUM_FRAMES, dtype=torch.int)
     model.get_audio_features = lambda *args, **kwargs: output_class(
-        last_hidden_state=frames, pooler_output=frames, attention_mask=mask
+        last_hidden_state=encoder_states, pooler_output=encoder_states, attention_mask=mask
     )
     model.generation_config.decoder_start_token_id = config.blank_token_id
-    features = torch.zeros(case["batch"], FRAMES * 8, 80)
+    features = torch.zeros(case["batch"], NUM_FRAMES * 8, 80)
 
     def run() -> Any:
+        """Decode the batch."""
         return model.generate(input_features=features)
 
-    def save(out: Any, path: str) -> None:
-        torch.save({"sequences": out.sequences, "durations": out.durations}, path)
+    def save(output: Any, path: str) -> None:
+        """Save the tokens and durations."""
+        torch.save({"sequences": output.sequences, "durations": output.durations}, path)
 
     run()
     return run, save
 
 
-def labels(out: dict[str, torch.Tensor], row: int) -> list[tuple[int, int]]:
-    """Return the labels of a row with their frames."""
-    frames = out["durations"][row].cumsum(0) - out["durations"][row]
-    steps = zip(out["sequences"][row].tolist(), frames.tolist(), strict=True)
-    # stock goes on after the end of a row
-    return [(token, frame) for token, frame in steps if token < VOCABULARY - 1 and token != 2 and frame < FRAMES]
+def get_labels(output: dict[str, torch.Tensor], row: int) -> list[tuple[int, int]]:
+    """Return a pair (token id, frame) for each label that was emitted in one row of a decoded batch."""
+    # the frame of a step is the sum of the durations before it
+    frames = output["durations"][row].cumsum(0) - output["durations"][row]
+    steps = zip(output["sequences"][row].tolist(), frames.tolist(), strict=True)
+    # the id 2 is the pad token; stock transformers continues to decode after the last frame of a row
+    return [(token, frame) for token, frame in steps if token < VOCAB_SIZE - 1 and token != 2 and frame < NUM_FRAMES]
 
 
 def check(rivals: rival.Rivals, case: dict[str, Any]) -> None:
-    """Compare the labels of both sides and see that the model behaves like speech."""
-    out = rivals.results(case, torch.load)
+    """Check that both sides emit the same labels, and that the share of labels is as in speech."""
+    outputs = rivals.results(case, torch.load)
     for row in range(case["batch"]):
-        if labels(out["stock"], row) != labels(out["ours"], row):
+        if get_labels(outputs["stock"], row) != get_labels(outputs["ours"], row):
             raise SystemExit(f"row {row} of {case} differs between stock and ours")
-    sequences = out["ours"]["sequences"][:, 1:]
-    steps = (sequences != 2).sum().item()
-    share = ((sequences < VOCABULARY - 1) & (sequences != 2)).sum().item() / steps
-    print(f"{case}: {steps} steps, {share:.0%} labels", file=sys.stderr)
-    if not LABEL_SHARE[0] <= share <= LABEL_SHARE[1]:
-        raise SystemExit(f"{share:.0%} of the steps are labels, wanted are {LABEL_SHARE}")
+    sequences = outputs["ours"]["sequences"][:, 1:]
+    num_steps = (sequences != 2).sum().item()
+    label_share = ((sequences < VOCAB_SIZE - 1) & (sequences != 2)).sum().item() / num_steps
+    print(f"{case}: {num_steps} steps, {label_share:.0%} labels", file=sys.stderr)
+    if not LABEL_SHARE_RANGE[0] <= label_share <= LABEL_SHARE_RANGE[1]:
+        raise SystemExit(f"the share of labels must be in {LABEL_SHARE_RANGE}, got {label_share:.0%}")
 
 
 def main() -> None:
@@ -112,9 +130,9 @@ def main() -> None:
         return
     rivals = rival.Rivals(__file__)
     rows = []
-    for batch in BATCHES:
-        check(rivals, {"batch": batch})
-        rows.append((f"greedy TDT, batch {batch}, {FRAMES} frames", rivals.compare(args.rounds)))
+    for batch_size in BATCH_SIZES:
+        check(rivals, {"batch": batch_size})
+        rows.append((f"greedy TDT, batch {batch_size}, {NUM_FRAMES} frames", rivals.compare(args.rounds)))
     rival.report(rows)
 
 

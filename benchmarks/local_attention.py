@@ -1,9 +1,9 @@
-"""Measures time and peak memory of the encoder with full and with local attention for audio of several lengths.
+"""Measures time and peak memory of the encoder with full attention and with local attention.
 
     python benchmarks/local_attention.py [--minutes 1 2 4 8] [--window 128] [--rounds 3]
 
-The encoder has the shape of Parakeet TDT-CTC 110M and random weights. Every measurement runs in a separate process.
-First checks that attention in blocks equals attention in one block with a mask.
+The encoder has the sizes of Parakeet TDT-CTC 110M and random weights. Every measurement runs in a separate process.
+The benchmark first checks that attention in blocks equals attention in one masked block.
 """
 
 import argparse
@@ -21,48 +21,58 @@ from transformers_parakeet import ParakeetEncoder, ParakeetEncoderConfig
 from transformers_parakeet.networks import attention as attention_module
 
 FRAMES_PER_MINUTE = 6000
-SHAPE = {"hidden_size": 512, "num_hidden_layers": 17, "num_attention_heads": 8, "intermediate_size": 2048}
+ENCODER_SIZES = {"hidden_size": 512, "num_hidden_layers": 17, "num_attention_heads": 8, "intermediate_size": 2048}
 
 
-def encoder(layers: int, context: list[int]) -> ParakeetEncoder:
-    """Return a random encoder in evaluation mode.
+def build_encoder(num_layers: int, context: list[int]) -> ParakeetEncoder:
+    """Build an encoder with random weights, in eval mode.
 
     Args:
-        layers: number of blocks.
+        num_layers: number of Conformer blocks.
         context: attention context in frames, [left, right]; -1 for no limit.
     """
     torch.manual_seed(0)
-    fields = {**SHAPE, "num_hidden_layers": layers, "attention_context_size": context}
+    fields = {**ENCODER_SIZES, "num_hidden_layers": num_layers, "attention_context_size": context}
     return ParakeetEncoder(ParakeetEncoderConfig(**fields)).eval()
 
 
 @torch.inference_mode()
-def largest_difference(window: int) -> float:
-    """Return the largest difference between attention in blocks and in one masked block, for one minute of audio."""
-    model = encoder(2, [window, window])
+def compute_block_error(window: int) -> float:
+    """Compute the largest difference between attention in blocks and in one masked block, for one minute of audio."""
+    model = build_encoder(2, [window, window])
     features = torch.randn(1, FRAMES_PER_MINUTE, 80)
-    in_blocks = model(features).last_hidden_state
+    blockwise_output = model(features).last_hidden_state
     choose_block_layout = attention_module.choose_block_layout
     attention_module.choose_block_layout = lambda style, context, frames: attention_module.BlockLayout(frames, frames)
-    in_one_block = model(features).last_hidden_state
+    masked_output = model(features).last_hidden_state
     attention_module.choose_block_layout = choose_block_layout
-    return (in_blocks - in_one_block).abs().max().item()
+    return (blockwise_output - masked_output).abs().max().item()
 
 
 @torch.inference_mode()
 def measure(minutes: float, window: int, rounds: int) -> dict[str, float]:
-    """Return the seconds of the fastest run and the peak memory above that of the loaded model, in MiB."""
-    model = encoder(SHAPE["num_hidden_layers"], [window, window])
+    """Measure the encoder on audio of one length.
+
+    Args:
+        minutes: duration of the audio.
+        window: attention context on each side in frames; -1 for full attention.
+        rounds: number of runs.
+
+    Returns:
+        `seconds` of the fastest run, and `mib`, the peak memory in MiB minus the memory of the loaded model.
+    """
+    model = build_encoder(ENCODER_SIZES["num_hidden_layers"], [window, window])
+    # warm-up run
     model(torch.randn(1, 400, 80))
     features = torch.randn(1, int(minutes * FRAMES_PER_MINUTE), 80)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
         model(features)
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": min(seconds), "mib": (peak - before) / 1024}
+    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": min(seconds), "mib": (peak_memory - memory_before) / 1024}
 
 
 def main() -> None:
@@ -79,9 +89,9 @@ def main() -> None:
         return
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"transformers {transformers.__version__}")  # fmt: skip
-    difference = largest_difference(options.window)
-    assert difference < 1e-5, difference
-    print(f"largest difference between blocks and one masked block: {difference:.1e}")
+    error = compute_block_error(options.window)
+    assert error < 1e-5, error
+    print(f"largest difference between attention in blocks and in one masked block: {error:.1e}")
     print("minutes  local s  local MiB  full s  full MiB")
     for minutes in options.minutes:
         results = []

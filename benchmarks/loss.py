@@ -1,9 +1,9 @@
-"""Times the transducer loss, forward and backward, against the joint network and PyTorch loss of stock transformers.
+"""Compares the time of the transducer loss and its gradients with the PyTorch loss of stock transformers, in one run.
 
     python benchmarks/loss.py [--rounds 5] [--threads 2] [--device cpu]
 
-Both sides must first give the same loss and gradients. On a GPU, the cases include the sizes for which stock
-transformers reports the speed of its CUDA kernel.
+The benchmark first checks that both sides give the same loss and gradients. On a GPU, the cases include the sizes for
+which stock transformers reports the speed of its CUDA kernel.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import rival
 import torch
 
 JOINT_WIDTH, DURATIONS = 640, (0, 1, 2, 3, 4)
-# B, T, U, V. "fused": loss and joint network; "logits": the loss of given logits
+# (B, T, U, V): clips, frames, labels, vocabulary. "fused": joint network and loss; "logits": loss of precomputed logits
 FUSED_SHAPES = ((2, 250, 80, 1025), (2, 125, 40, 8193))
 LOGITS_SHAPES = ((2, 50, 20, 1025),)
 GPU_LOGITS_SHAPES = ((1, 50, 15, 1025), (1, 50, 15, 8193), (2, 100, 25, 8193), (4, 200, 50, 8193), (8, 400, 100, 8193))
-# sizes for this package alone: stock transformers would need 5 and 20 GB for the logits
+# sizes that are measured only for this package; stock transformers would need 5 and 20 GB for the logits
 LARGE_SHAPE = (4, 375, 100, 8193)
 GPU_LARGE_SHAPE = (16, 375, 100, 8193)
-# largest difference of loss and gradients between the sides, relative to the largest entry of each
+# maximum difference between the sides, relative to the largest entry of the loss or of each gradient
 TOLERANCE = 1e-4
 
 
 def make_inputs(case: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Draw the inputs of a case from a fixed seed, so that both sides get the same ones."""
+    """Draw the inputs of a case from a fixed seed, which gives both sides identical inputs."""
     batch, num_frames, num_labels, vocab_size = case["shape"]
     generator = torch.Generator().manual_seed(0)
     num_outputs = vocab_size + len(DURATIONS)
@@ -55,16 +55,16 @@ def make_inputs(case: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def compute_loss(module: Any, side: str, case: dict[str, Any], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Compute the loss of a case as one side does it.
+    """Compute the loss of a case with the implementation of one side.
 
     Args:
         module: `transformers` or `transformers_parakeet`.
         side: `stock` or `ours`.
-        case: form and shape.
-        inputs: result of `make_inputs`.
+        case: `form` is "fused" or "logits"; `shape` is (B, T, U, V).
+        inputs: input tensors from `make_inputs`.
 
     Returns:
-        Scalar loss.
+        The scalar loss.
     """
     vocab_size = case["shape"][3]
     arguments = inputs["labels"], inputs["frame_lengths"], inputs["label_lengths"], vocab_size - 1, DURATIONS
@@ -84,7 +84,16 @@ def compute_loss(module: Any, side: str, case: dict[str, Any], inputs: dict[str,
 
 
 def prepare(module: Any, side: str, case: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[Any, str], None]]:
-    """Make the inputs of a case; the arguments and the result are those of the callback of `rival.serve`."""
+    """Create the inputs of a case.
+
+    Args:
+        module: `transformers` or `transformers_parakeet`.
+        side: `stock` or `ours`.
+        case: form, shape, device and number of threads.
+
+    Returns:
+        A function that computes the loss and its gradients, and a function that saves them to a path.
+    """
     torch.set_num_threads(case["threads"])
     inputs = make_inputs(case)
     leaves = [tensor.requires_grad_() for tensor in inputs.values() if tensor.is_floating_point()]
@@ -112,7 +121,7 @@ def check(rivals: rival.Rivals, case: dict[str, Any]) -> None:
     pairs = zip(results["stock"], results["ours"], strict=True)
     error = max(float((stock - ours).abs().max() / stock.abs().max()) for stock, ours in pairs)
     print(f"{case}: largest difference {error:.1e}", file=sys.stderr)
-    # a NaN fails
+    # `not <` instead of `>=`, because a NaN must fail
     if not error < TOLERANCE:
         raise SystemExit(f"loss or gradients of {case} differ between stock and ours by {error:.1e}")
 
@@ -128,7 +137,7 @@ def measure_alone(module: Any, case: dict[str, Any]) -> None:
 
 
 def list_cases(device: str) -> list[tuple[str, tuple[int, int, int, int]]]:
-    """List form and shape of the cases for a device."""
+    """List the form and the shape of each case for a device."""
     cases = [("fused", shape) for shape in FUSED_SHAPES] + [("logits", shape) for shape in LOGITS_SHAPES]
     if device != "cpu":
         cases += [("logits", shape) for shape in GPU_LOGITS_SHAPES]

@@ -3,9 +3,9 @@
     python benchmarks/nemo_loading.py MODEL.nemo --nemo-python PYTHON [--repeats 3]
     python benchmarks/nemo_loading.py MODEL.nemo --convert
 
-PYTHON is the interpreter of an environment with nemo_toolkit[asr]; without it only this package is measured. Every
-measurement runs in a new process, the two sides take turns, and each reads all weights once more after loading, so that
-work that is deferred until the weights are used is counted.
+PYTHON is the interpreter of an environment with nemo_toolkit[asr]. Without --nemo-python, only this package is
+measured. Every measurement runs in a new process, and the two sides take turns. Each process reads all weights after
+loading, because loading may be deferred until the weights are used.
 """
 
 import argparse
@@ -53,7 +53,7 @@ print(json.dumps({"wall_s": time.perf_counter() - start, "cpu_s": time.process_t
 
 
 def measure(python: str, program: str, *arguments: Path) -> dict[str, float]:
-    """Run a program in a new process and return the numbers that it prints, in seconds and GB."""
+    """Run a program in a new process, and return the numbers that it prints as JSON, in seconds and GB."""
     command = [python, "-W", "ignore", "-c", program, *map(str, arguments)]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
@@ -64,18 +64,18 @@ def measure(python: str, program: str, *arguments: Path) -> dict[str, float]:
 
 def read_file(path: Path) -> float:
     """Read a file into the page cache and return its size in GB."""
-    # in chunks, because a new process inherits the peak memory of the process that starts it
+    # read in chunks to keep the peak memory low, because a new process inherits the peak memory of its parent
     with path.open("rb") as file:
         return sum(len(chunk) for chunk in iter(lambda: file.read(1 << 20), b"")) / 1e9
 
 
 def measure_loading(path: Path, nemo_python: str | None, repeats: int) -> None:
-    """Print a table of medians of loading.
+    """Measure loading, and print a table of the medians.
 
     Args:
         path: the `.nemo` file.
         nemo_python: interpreter of an environment with NeMo; None to measure this package only.
-        repeats: number of processes of each side.
+        repeats: number of processes per side.
     """
     programs = {"load_nemo": (sys.executable, OURS)}
     if nemo_python:
@@ -101,7 +101,7 @@ def measure_loading(path: Path, nemo_python: str | None, repeats: int) -> None:
 
 
 def measure_conversion(path: Path) -> None:
-    """Print time and peak memory of the conversion of a `.nemo` file to a folder and back."""
+    """Measure the conversion of a `.nemo` file to a folder and back, and print time and peak memory."""
     print("| conversion | import | time | CPU time | peak |")
     print("| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a .nemo file")
     parser.add_argument("--nemo-python", help="interpreter of an environment with NeMo")
-    parser.add_argument("--repeats", type=int, default=3, help="processes of each side")
+    parser.add_argument("--repeats", type=int, default=3, help="number of processes per side")
     parser.add_argument("--convert", action="store_true", help="measure the conversion to a folder and back instead")
     options = parser.parse_args()
     size_gb = read_file(options.model)

@@ -1,7 +1,7 @@
-"""Runs the cases of a benchmark in two processes, stock transformers and this package, in turn.
+"""Runs the cases of a benchmark alternately in two processes: stock transformers and this package.
 
-Importing this package replaces classes of stock transformers, so each side needs a process of its own. What a case
-computes is in the script of the benchmark.
+Importing this package replaces classes of stock transformers, so each side needs a separate process. The script of each
+benchmark defines the cases.
 """
 
 from __future__ import annotations
@@ -31,44 +31,45 @@ class Timing:
 
     Args:
         seconds: median duration of a run.
-        peak_mib: peak memory of a run above the memory in use before it, in MiB.
+        peak_mib: peak memory of a run in MiB, minus the memory in use before the run.
     """
 
     seconds: float
     peak_mib: float
 
 
-def gpu() -> Any:
-    """Import and return `torch.cuda`; the parent process does not need torch."""
+def import_cuda() -> Any:
+    """Import `torch.cuda` when it is needed, because the parent process does not need torch."""
     return importlib.import_module("torch").cuda
 
 
 def peak_memory(device: str = "cpu") -> int:
-    """Return the peak since the last reset in KiB: of resident memory for a CPU, of allocated memory for a GPU."""
+    """Return the peak memory in KiB since the last reset: resident memory on a CPU, allocated memory on a GPU."""
     if device != "cpu":
-        return gpu().max_memory_allocated() // 1024
+        return import_cuda().max_memory_allocated() // 1024
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])
 
 
 def reset_peak(device: str = "cpu") -> int:
-    """Reset the peak, and return the memory in use in KiB."""
+    """Reset the peak memory, and return the memory in use in KiB."""
     gc.collect()
     if device != "cpu":
-        gpu().reset_peak_memory_stats()
+        import_cuda().reset_peak_memory_stats()
         return peak_memory(device)
-    # return free memory to the system: a run could use it without raising the resident memory
+    # return free memory to the system; otherwise a run could use it without raising the resident memory
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return peak_memory()
 
 
 def serve(prepare: Callable[[Any, str, dict[str, Any]], tuple[Callable[[], Any], Callable[[Any, str], None]]]) -> None:
-    """Answer the requests of the parent process, one JSON object per line: prepare a case, run it, save its result.
+    """Answer the requests of the parent process, which are one JSON object per line on standard input.
 
     Args:
-        prepare: takes the module with the classes, the side and the case; returns a function that runs the case, and a
-            function that saves a result to a path.
+        prepare: function that builds a case. The arguments are the module with the classes, the side (`stock` or
+            `ours`) and the case. The result is a function that runs the case, and a function that saves a result to a
+            path.
     """
     side = sys.argv[2]
     module = importlib.import_module("transformers_parakeet" if side == "ours" else "transformers")
@@ -95,10 +96,10 @@ def serve(prepare: Callable[[Any, str, dict[str, Any]], tuple[Callable[[], Any],
 
 
 class Rivals:
-    """The two processes of a benchmark.
+    """The two processes of a benchmark, `stock` and `ours`.
 
     Args:
-        script: path of the benchmark, which calls `serve` when it is started with `--side`.
+        script: path of the benchmark script, which calls `serve` if it is started with `--side`.
     """
 
     def __init__(self, script: str) -> None:
@@ -123,7 +124,7 @@ class Rivals:
             **request: `do` (`prepare`, `save`, `time` or `peak`) and its arguments.
 
         Returns:
-            `seconds` for `time`, `peak_mib` for `peak`, otherwise nothing.
+            `seconds` for `time`, `peak_mib` for `peak`, an empty dict otherwise.
 
         Raises:
             RuntimeError: the process has ended.
@@ -138,11 +139,11 @@ class Rivals:
         return dict(json.loads(line))
 
     def results(self, case: dict[str, Any], read: Callable[[str], Any]) -> dict[str, Any]:
-        """Prepare a case on both sides and run it once.
+        """Prepare a case on both sides, and run the case once.
 
         Args:
             case: JSON-serialisable description of the case.
-            read: reads a saved result from its path.
+            read: function that reads a saved result from a path.
 
         Returns:
             The result of each side.
@@ -156,21 +157,28 @@ class Rivals:
         return results
 
     def compare(self, rounds: int) -> dict[str, Timing]:
-        """Time the prepared case on both sides in turn, and return the timing of each side."""
+        """Measure the prepared case alternately on both sides.
+
+        Args:
+            rounds: number of timed runs per side.
+
+        Returns:
+            The timing of each side.
+        """
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}
         for _ in range(rounds):
             for side in SIDES:
                 seconds[side].append(self.ask(side, do="time")["seconds"])
-        # in runs of their own: returning free memory to the system makes the next run slower
+        # memory is measured in separate runs, because returning free memory to the system makes the next run slower
         peaks = {side: max(self.ask(side, do="peak")["peak_mib"] for _ in range(2)) for side in SIDES}
         return {side: Timing(statistics.median(seconds[side]), peaks[side]) for side in SIDES}
 
 
 def report(rows: list[tuple[str, dict[str, Timing]]]) -> None:
-    """Print the machine, the versions and a table of timings and ratios.
+    """Print the machine, the versions, and a table of timings and ratios.
 
     Args:
-        rows: name of each case, and its timing on each side.
+        rows: for each case, the name and the timing of each side.
     """
     import torch
     import transformers

@@ -1,9 +1,9 @@
-"""Measures the peak memory of a training step: with the model's loss, and with the full logits of the joint network.
+"""Measures the peak memory of a training step, with the fused loss of the model and with the loss of full logits.
 
     python benchmarks/training_memory.py [--layers 24] [--bf16]
 
-Each measurement runs in a process of its own: the peak of allocated memory on a GPU, the growth of resident memory on a
-CPU. If the process fails, the table says "does not fit".
+Each measurement runs in a separate process. It is the peak of allocated memory on a GPU, or the growth of resident
+memory on a CPU. If the process fails, the table says "does not fit".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import transformers_parakeet as tp
 from transformers_parakeet.losses import tdt_loss
 
-# number of clips, seconds per clip, labels per clip, tokens with the blank
+# (number of clips, seconds per clip, labels per clip, vocabulary size with the blank)
 CASES = (
     (4, 10, 40, 1025),
     (4, 10, 40, 8193),
@@ -38,15 +38,15 @@ def build_model(vocab_size: int, num_layers: int, device: str) -> tp.ParakeetFor
     return tp.ParakeetForTDT(config).to(device).train()
 
 
-def peak_gib(device: str) -> float:
-    """Return the peak memory of this process in GiB: allocated on a GPU, resident on a CPU."""
+def get_peak_gib(device: str) -> float:
+    """Return the peak memory of this process in GiB: allocated memory on a GPU, resident memory on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def loss_of_full_logits(model: tp.ParakeetForTDT, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Compute the logits of all (frame, label) pairs, then their TDT loss.
+def compute_loss_of_full_logits(model: tp.ParakeetForTDT, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Compute the logits of all (frame, label) pairs, and then the TDT loss of these logits.
 
     Args:
         model: TDT model.
@@ -54,7 +54,7 @@ def loss_of_full_logits(model: tp.ParakeetForTDT, features: torch.Tensor, labels
         labels: (B, U) token ids without padding.
 
     Returns:
-        Scalar loss.
+        The scalar loss.
     """
     blank_id, vocab_size = model.config.blank_token_id, model.config.vocab_size
     prefixes = torch.nn.functional.pad(labels, (1, 0), value=blank_id)
@@ -66,34 +66,37 @@ def loss_of_full_logits(model: tp.ParakeetForTDT, features: torch.Tensor, labels
 
 
 def measure(case: tuple[int, int, int, int], form: str, num_layers: int, bf16: bool) -> float:
-    """Run one forward and backward pass, and return the memory it needs above model and gradients, in GiB.
+    """Measure the peak memory of one forward and backward pass.
 
     Args:
         case: an entry of `CASES`.
-        form: `model` for the loss of the model, `logits` for the loss of the full logits.
-        num_layers: conformer blocks of the model.
+        form: `model` for the loss of the model, `logits` for the loss of full logits.
+        num_layers: number of Conformer blocks of the model.
         bf16: whether to use bfloat16 autocast.
+
+    Returns:
+        The peak memory in GiB, minus the memory of the model and the gradients.
     """
     batch, seconds, num_labels, vocab_size = case
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(vocab_size, num_layers, device)
     for parameter in model.parameters():
-        # written to, because the system gives memory to a process on the first write
+        # `fill_` writes to the memory, because the system allocates memory only at the first write
         parameter.grad = torch.empty_like(parameter).fill_(0.0)
     features = torch.randn(batch, seconds * MEL_FRAMES_PER_SECOND, 128, device=device)
     labels = torch.randint(3, vocab_size - 1, (batch, num_labels), device=device)
-    memory_before = peak_gib(device)
+    memory_before = get_peak_gib(device)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
         if form == "model":
             loss = model(input_features=features, labels=labels).loss
         else:
-            loss = loss_of_full_logits(model, features, labels)
+            loss = compute_loss_of_full_logits(model, features, labels)
     loss.backward()
-    return peak_gib(device) - memory_before
+    return get_peak_gib(device) - memory_before
 
 
 def measure_in_process(case: tuple[int, int, int, int], form: str, options: argparse.Namespace) -> str:
-    """Run `measure` in a new process; return the GiB that it prints, or "does not fit" if it fails."""
+    """Run `measure` in a new process; return the printed GiB, or "does not fit" if the process fails."""
     command = [sys.executable, __file__, "--layers", str(options.layers), "--form", form, "--case", *map(str, case)]
     process = subprocess.run(command + ["--bf16"] * options.bf16, capture_output=True, text=True)
     return process.stdout.strip() if process.returncode == 0 else "does not fit"
@@ -102,7 +105,7 @@ def measure_in_process(case: tuple[int, int, int, int], form: str, options: argp
 def main() -> None:
     """Print the table, or one measurement if `--case` is given."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=24, help="number of conformer blocks")
+    parser.add_argument("--layers", type=int, default=24, help="number of Conformer blocks")
     parser.add_argument("--bf16", action="store_true", help="use bfloat16 autocast")
     parser.add_argument("--form", choices=("model", "logits"), help=argparse.SUPPRESS)
     parser.add_argument("--case", type=int, nargs=4, help=argparse.SUPPRESS)

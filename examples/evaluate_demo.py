@@ -29,7 +29,7 @@ from transformers_parakeet import ParakeetForTDT, ParakeetProcessor
 
 EVALUATION_SEED = 2026
 NUM_EVALUATION_STRINGS = 400
-# largest error in seconds of a correct start or end of a word
+# maximum error in seconds of the start and of the end of a correctly timed word
 TIME_TOLERANCE_S = 0.15
 CARD = """\
 ---
@@ -92,16 +92,16 @@ number of clips of each kind was chosen by hand: there is one of the children's 
 def transcribe(
     model: ParakeetForTDT, processor: ParakeetProcessor, audios: Sequence[Array], decoder: str
 ) -> list[dict[str, Any]]:
-    """Transcribe clips greedily with one of the heads.
+    """Transcribe clips greedily with the transducer or the CTC head.
 
     Args:
-        model: the model; it is put into evaluation mode.
-        processor: the processor of the model.
+        model: the model; it is put into eval mode.
+        processor: processor of the model.
         audios: (S,) float32 samples of each clip at 16 kHz.
         decoder: `transducer` or `ctc`.
 
     Returns:
-        A dict per clip, with `text` and the word `chunks`.
+        For each clip a dict with `text` and the word `chunks`.
     """
     pipe = pipeline(
         "automatic-speech-recognition",
@@ -114,11 +114,14 @@ def transcribe(
 
 
 def count_timed_words(string: DigitString, result: dict[str, Any]) -> tuple[int, int]:
-    """Count the correct words of a hypothesis, and those whose start and end are within the tolerance.
+    """Count the correct words of a hypothesis, and the correctly timed words among them.
 
     Args:
-        string: the reference with the times of its words.
+        string: the reference, with the start and end of every word.
         result: the hypothesis, with word `chunks`.
+
+    Returns:
+        The number of correct words, and the number of correct words with start and end within the tolerance.
     """
     words = [chunk["text"].strip() for chunk in result["chunks"]]
     if not words:
@@ -137,7 +140,7 @@ def count_timed_words(string: DigitString, result: dict[str, Any]) -> tuple[int,
 
 
 def create_evaluation_sets(data: Path, number: int) -> dict[str, list[DigitString]]:
-    """Create the evaluation sets, by name, from dev and test splits."""
+    """Create the evaluation sets from the dev and test splits, as a dict from the name to the strings of each set."""
     sets = {}
     for split, name in (("dev", "fsdd dev strings"), ("test", "fsdd test strings (theo, unseen)")):
         sets[name] = create_evaluation_strings(read_digit_recordings(data, split), number, EVALUATION_SEED)
@@ -159,7 +162,8 @@ class Score:
         words: number of words of the references.
         tdt_wer: word error rate of the TDT head.
         ctc_wer: word error rate of the CTC head.
-        timed: share of the correct words of the TDT head with correct times; None if the true times are unknown.
+        timed: share of correctly timed words among the correct words of the TDT head; None if the true times are
+            unknown.
     """
 
     name: str
@@ -176,8 +180,8 @@ class Scores:
 
     Args:
         rows: scores of each set.
-        other: number of lines without digits.
-        silent: number of these lines for which the text is empty.
+        other: number of evaluated lines without digits.
+        silent: number of lines without digits that give empty text.
     """
 
     rows: tuple[Score, ...]
@@ -190,9 +194,9 @@ def score_set(model: ParakeetForTDT, processor: ParakeetProcessor, name: str, st
 
     Args:
         model: the model.
-        processor: the processor of the model.
+        processor: processor of the model.
         name: name of the set.
-        strings: the strings.
+        strings: the strings of the set.
     """
     references = [string.text for string in strings]
     audios = [string.audio for string in strings]
@@ -214,7 +218,7 @@ def score_set(model: ParakeetForTDT, processor: ParakeetProcessor, name: str, st
 
 
 def evaluate(model: ParakeetForTDT, processor: ParakeetProcessor, data: Path, number: int) -> Scores:
-    """Evaluate all sets with at most `number` strings each, and print and return the scores."""
+    """Evaluate the model on all sets, with at most `number` strings per set; print and return the scores."""
     rows = []
     for name, strings in create_evaluation_sets(data, number).items():
         row = score_set(model, processor, name, strings)
@@ -230,7 +234,7 @@ def evaluate(model: ParakeetForTDT, processor: ParakeetProcessor, data: Path, nu
 
 
 def format_table_row(row: Score) -> str:
-    """Return a line of the table of the card."""
+    """Format the scores of one set as a row of the table in the model card."""
     timed = "" if row.timed is None else f"{row.timed:.1%}"
     return f"| {row.name} | {row.lines} | {row.words} | {row.tdt_wer:.2%} | {row.ctc_wer:.2%} | {timed} |"
 
@@ -240,8 +244,8 @@ def write_card(scores: Scores, training: dict[str, Any], folder: Path) -> None:
 
     Args:
         scores: scores of the model.
-        training: `parameters` (their number), `weight` of the alignment loss, `steps`, `batch_size`, `run_seed` and
-            `minutes`.
+        training: values for the card: `parameters` (number of parameters), `weight` (of the alignment loss), `steps`,
+            `batch_size`, `run_seed` and `minutes`.
         folder: folder of the model.
     """
     card = CARD.format(

@@ -1,6 +1,6 @@
-"""Fine-tune a Parakeet model: the same program as `parakeet finetune`, for `torchrun` and `accelerate launch`.
+"""Fine-tune a Parakeet model: runs `parakeet finetune` as a script, for `torchrun` and `accelerate launch`.
 
-`python examples/finetune.py --help` lists the options; the program is in `transformers_parakeet/training/finetune.py`.
+`python examples/finetune.py --help` lists the options; the code is in `transformers_parakeet/training/finetune.py`.
 """
 
 from transformers_parakeet.training import finetune_main

@@ -5,9 +5,9 @@
     python examples/from_scratch.py digits --data free-spoken-digit-dataset     # spoken digits, with held-out scores
     python examples/from_scratch.py sentences --data FOLDER --encoder MODEL     # sentences from packed speech
 
-The speech for the recipe `sentences` is packed in tar files as `packed_speech.py` describes, in the subfolders
-`librispeech20` and `speechocean762`. It is too little to learn sentences from random weights: `--encoder` starts from
-the encoder of another model.
+The speech for the recipe `sentences` is packed in tar files in the subfolders `librispeech20` and `speechocean762`;
+`packed_speech.py` describes the format. These corpora are too small to learn sentences from random weights, so use
+`--encoder` to start from the encoder of another model.
 """
 
 import argparse
@@ -43,7 +43,8 @@ HEADS = ("ctc", "rnnt", "tdt", "hybrid")
 SPACE = "\u2581"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGITS_URL = "https://github.com/Jakobovski/free-spoken-digit-dataset"
-# Free Spoken Digit Dataset: this speaker is the test split; of the others, the first five recordings of a digit are dev
+# Free Spoken Digit Dataset: one speaker is the test split; the first five recordings of each digit by every other
+# speaker are the dev split
 TEST_SPEAKER, NUM_DEV_RECORDINGS = "theo", 5
 SMOKE_TEST_NOTE = f"""\
 SMOKE TEST: no --data, so training and scoring use the same eight clips that come with the demo model. The scores below
@@ -54,7 +55,7 @@ show only that training works. To train on spoken digits with held-out scores, g
 
 
 class SpeechDataset(Protocol):
-    """A map-style dataset that states the duration in seconds and the transcript of every clip."""
+    """A map-style dataset with the duration in seconds (`durations`) and the transcript (`texts`) of every clip."""
 
     durations: Any
     texts: Any
@@ -84,14 +85,14 @@ class Recipe:
     """Sizes and settings of a run.
 
     Args:
-        corpora: folders of packed speech.
-        vocab_size: most tokens of the vocabulary, with the blank.
+        corpora: names of the folders of packed speech.
+        vocab_size: maximum vocabulary size, with the blank.
         width: hidden size of the encoder.
-        num_layers: blocks of the encoder.
-        num_channels: channels of the subsampling.
-        batch_duration_s: seconds of audio per batch.
-        learning_rate: highest learning rate.
-        num_steps: updates.
+        num_layers: number of Conformer blocks of the encoder.
+        num_channels: number of channels of the subsampling.
+        batch_duration_s: maximum duration of a batch in seconds.
+        learning_rate: peak learning rate.
+        num_steps: number of updates.
     """
 
     corpora: tuple[str, ...]
@@ -105,7 +106,7 @@ class Recipe:
 
 
 RECIPES = {
-    # with more than about 12 s per batch, a model of this size emits only blanks for a long time
+    # with batches of more than about 12 s, a model of this size emits only blanks for a long time
     "digits": Recipe(
         corpora=("fsdd",),
         vocab_size=64,
@@ -131,7 +132,7 @@ RECIPES = {
 
 
 class DemoClips:
-    """The eight recordings beside the demo model: enough for a smoke test, too few to learn to recognise speech."""
+    """A dataset of the eight clips of the demo model, which are enough for a smoke test, but not to learn from."""
 
     def __init__(self) -> None:
         folder = demo_model_path() / "clips"
@@ -144,15 +145,15 @@ class DemoClips:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return `audio`, (S,) samples at 16 kHz, and `text`."""
+        """Return `audio` ((S,) samples at 16 kHz) and `text`."""
         return self.rows[index]
 
 
 class DigitRecordings:
-    """One split of a clone of the Free Spoken Digit Dataset.
+    """A dataset of one split of the Free Spoken Digit Dataset.
 
     Args:
-        folder: its folder `recordings`, with files such as `7_jackson_32.wav`: digit, speaker, number.
+        folder: folder `recordings` of the dataset, with files such as `7_jackson_32.wav` (digit, speaker, number).
         split: `"train"`, `"dev"` (recordings of the training speakers) or `"test"` (another speaker).
 
     Raises:
@@ -168,7 +169,7 @@ class DigitRecordings:
 
     @staticmethod
     def get_split(path: Path) -> str:
-        """Return the split of a recording, from its file name."""
+        """Determine the split of a recording from the file name."""
         _, speaker, number = path.stem.split("_")
         if speaker == TEST_SPEAKER:
             return "test"
@@ -178,7 +179,7 @@ class DigitRecordings:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return `audio`, the path of the recording, and `text`."""
+        """Return `audio` (path of the recording) and `text`."""
         return {"audio": str(self.paths[index]), "text": self.texts[index]}
 
 
@@ -190,7 +191,7 @@ def load_data(folder: Path | None, recipe_name: str) -> SpeechData:
         recipe_name: `digits` or `sentences`.
 
     Raises:
-        SystemExit: the folder does not hold the data; the message says what it must hold.
+        SystemExit: the folder does not contain the data. The message describes the expected content.
     """
     if folder is None and recipe_name == "digits":
         print(SMOKE_TEST_NOTE, flush=True)
@@ -214,12 +215,12 @@ def load_data(folder: Path | None, recipe_name: str) -> SpeechData:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, head: str) -> ParakeetTokenizer:
-    """Train a byte-pair vocabulary in the layout of the released checkpoints, with the blank as its last token.
+    """Train a byte-pair tokenizer with the vocabulary layout of the released checkpoints; the blank is the last token.
 
     Args:
-        texts: transcripts.
-        vocab_size: most tokens, with the blank and other special tokens.
-        head: one of `HEADS`. The blank of `ctc` is the pad token; the others have both.
+        texts: transcripts to train on.
+        vocab_size: maximum vocabulary size, with the blank and other special tokens.
+        head: one of `HEADS`. For `ctc` the pad token is the blank; for all others there is a separate blank token.
     """
     special_tokens, blank = (["<unk>"], "<pad>") if head == "ctc" else (["<unk>", "<pad>"], "<blank>")
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -233,13 +234,13 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, head: str) -> Parakee
 
 
 def create_model(tokenizer: ParakeetTokenizer, recipe: Recipe, head: str, encoder: str | None = None) -> Any:
-    """Create a model with random weights, or with the encoder of another model.
+    """Create a model with random weights, optionally with the encoder of another model.
 
     Args:
         tokenizer: tokenizer whose last token is the blank.
         recipe: sizes of the model.
         head: one of `HEADS`.
-        encoder: Hub id, folder or `.nemo` file of the other model; None for a random encoder.
+        encoder: Hub id, folder or `.nemo` file of the model with the trained encoder; None for a random encoder.
     """
     trained_encoder = load_nemo(encoder)[0].encoder if encoder else None
     if trained_encoder is not None:
@@ -255,8 +256,8 @@ def create_model(tokenizer: ParakeetTokenizer, recipe: Recipe, head: str, encode
             "layerdrop": 0.0,
         }
     model = create_head(head, tokenizer, recipe.width, encoder_config)
-    # transformers' initialisation, normal with 0.02, suits 1024 channels: a narrow model would attenuate its input to
-    # almost nothing
+    # transformers initialises weights with standard deviation 0.02, which suits 1024 channels; a narrow model would
+    # attenuate its input to almost zero, so layers are initialised with the defaults of torch
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv1d | torch.nn.Conv2d):
             module.reset_parameters()
@@ -266,7 +267,7 @@ def create_model(tokenizer: ParakeetTokenizer, recipe: Recipe, head: str, encode
 
 
 def create_head(head: str, tokenizer: ParakeetTokenizer, width: int, encoder_config: dict[str, Any]) -> Any:
-    """Create a model with the given kind of head.
+    """Create a model with the given type of head and random weights.
 
     Args:
         head: one of `HEADS`.
@@ -297,11 +298,11 @@ def create_head(head: str, tokenizer: ParakeetTokenizer, width: int, encoder_con
 
 
 def create_arguments(options: argparse.Namespace, recipe: Recipe) -> TrainingArguments:
-    """Return the settings of the run: AdamW, a cosine schedule, and ten evaluations and checkpoints.
+    """Create the training arguments: AdamW, a cosine schedule, and ten evaluations and checkpoints.
 
     Args:
-        options: the command line.
-        recipe: defaults of options that were not given.
+        options: parsed command-line options.
+        recipe: default values for options that were not given.
     """
     num_steps = options.steps or recipe.num_steps
     interval = max(1, num_steps // 10)
@@ -337,12 +338,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--head", choices=HEADS, default="ctc")
     parser.add_argument("--data", type=Path, help="folder of the speech; default: the eight demo clips (digits only)")
     parser.add_argument("--output", type=Path, default=Path("from-scratch"), help="folder to write the model to")
-    parser.add_argument("--steps", type=int, help="number of updates; default: that of the recipe")
-    parser.add_argument("--vocabulary", type=int, help="most tokens of the vocabulary; default: that of the recipe")
-    parser.add_argument("--learning-rate", type=float, help="highest learning rate; default: that of the recipe")
-    parser.add_argument("--batch-duration", type=float, help="seconds of audio per batch; default: that of the recipe")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode audio")
-    parser.add_argument("--encoder", help="Hub id, folder or .nemo file of a model whose encoder is the start")
+    parser.add_argument("--steps", type=int, help="number of updates; default: set by the recipe")
+    parser.add_argument("--vocabulary", type=int, help="maximum vocabulary size; default: set by the recipe")
+    parser.add_argument("--learning-rate", type=float, help="peak learning rate; default: set by the recipe")
+    parser.add_argument("--batch-duration", type=float, help="seconds of audio per batch; default: set by the recipe")
+    parser.add_argument("--workers", type=int, default=0, help="number of processes that decode audio")
+    parser.add_argument("--encoder", help="Hub id, folder or .nemo file of a model to take the encoder from")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 mixed precision")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the output folder")
@@ -353,7 +354,7 @@ def main() -> None:
     """Train a model, save it, and print its scores on all evaluation and test data."""
     options = parse_options()
     recipe = RECIPES[options.recipe]
-    # in a model of this size a second thread costs more than it saves
+    # for a model of this size, the overhead of a second thread is larger than the gain
     torch.set_num_threads(1)
     set_seed(options.seed)
     data = load_data(options.data, options.recipe)

@@ -1,7 +1,7 @@
-"""Datasets for `ParakeetTrainer` that read speech from tar files, clip by clip, without unpacking them.
+"""Datasets for `ParakeetTrainer` that read single clips from tar files, without unpacking the tar files.
 
-A folder of packed speech has a `manifest.jsonl` with one JSON object per clip: `tar`, `offset` and `nbytes` (where the
-encoded clip is), `id`, `audio` (file name), `text`, `duration` in seconds, `speaker` and `split`.
+A folder of packed speech has a `manifest.jsonl` with one JSON object per clip: `tar`, `offset` and `nbytes` (file name,
+start and size of the encoded clip), `id`, `audio` (file name), `text`, `duration` in seconds, `speaker` and `split`.
 """
 
 import json
@@ -13,7 +13,7 @@ class PackedSpeech:
     """A map-style dataset of one split of a folder of packed speech.
 
     Args:
-        folder: folder with `manifest.jsonl` and the tar files that it names.
+        folder: folder with `manifest.jsonl` and the tar files named in the manifest.
         split: name of the split, such as `"train"`.
 
     Raises:
@@ -50,10 +50,10 @@ class PackedSpeech:
 
 
 class ConcatenatedSpeech:
-    """Several datasets as one, in order.
+    """Concatenates several datasets.
 
     Args:
-        datasets: datasets with `durations` and `texts`.
+        datasets: the datasets to concatenate, in order.
     """
 
     def __init__(self, datasets: list[PackedSpeech]) -> None:
@@ -74,6 +74,6 @@ class ConcatenatedSpeech:
         return len(self.locations)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a row of the dataset that holds it."""
+        """Return the row with an index into the concatenated datasets."""
         dataset, local_index = self.locations[index]
         return dataset[local_index]

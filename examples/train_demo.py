@@ -3,8 +3,8 @@
     python examples/train_demo.py --data FOLDER                                    # train, evaluate, write the card
     python examples/train_demo.py --data FOLDER --evaluate src/transformers_parakeet/demo_model
 
-FOLDER has the packed speech `fsdd` and `speechocean762`, see `packed_speech.py`. `digit_strings.py` creates the
-audio, and `evaluate_demo.py` evaluates the model.
+FOLDER contains the packed speech `fsdd` and `speechocean762` (see `packed_speech.py`). `digit_strings.py` creates the
+training examples, and `evaluate_demo.py` evaluates the model.
 """
 
 import argparse
@@ -32,22 +32,23 @@ from transformers_parakeet import (
 
 SPACE = "\u2581"
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
-# encoder frames: a digit is one token of up to 0.64 s
+# durations in encoder frames; a digit is one token of up to 0.64 s
 DURATIONS = tuple(range(9))
 # seconds per encoder frame
 FRAME_S = 0.08
 # weight of the alignment loss
 ALIGNMENT_WEIGHT = 0.3
-# number and largest width of the masks in training: in mel frames of 10 ms, and in mel bins
+# number and maximum width of the masks in training, in mel frames of 10 ms and in mel bins
 TIME_MASKS, TIME_WIDTH = 2, 20
 BIN_MASKS, BIN_WIDTH = 2, 14
 
 
 def build_tokenizer() -> ParakeetTokenizer:
-    """Build a byte-pair vocabulary with one piece per digit, which splits all other lower-case words into letters.
+    """Build a byte-pair tokenizer with one piece per digit; other lower-case words are split into letters.
 
     Returns:
-        A tokenizer in the layout of the released CTC checkpoints: `<unk>` is first, the blank `<pad>` last.
+        A tokenizer with the vocabulary layout of the released CTC checkpoints: `<unk>` is the first token, and the
+        blank `<pad>` is the last token.
     """
     merges: dict[tuple[str, str], None] = {}
     for word in DIGITS:
@@ -66,7 +67,7 @@ def build_tokenizer() -> ParakeetTokenizer:
 
 
 def build_model(tokenizer: ParakeetTokenizer) -> ParakeetForTDT:
-    """Build the untrained model: 1.8 million parameters, encoder frames of 80 ms."""
+    """Build the untrained model, with 1.8 million parameters and encoder frames of 80 ms."""
     encoder = ParakeetEncoderConfig(
         hidden_size=128,
         num_hidden_layers=5,
@@ -95,8 +96,8 @@ def build_model(tokenizer: ParakeetTokenizer) -> ParakeetForTDT:
         encoder_config=encoder.to_dict(),
     )
     model = ParakeetForTDT(config)
-    # transformers' initialisation, normal with 0.02, suits 1024 channels: here it would attenuate the signal to 3e-7 in
-    # the subsampling
+    # transformers initialises weights with standard deviation 0.02, which suits 1024 channels; here the subsampling
+    # would attenuate the signal to 3e-7, so layers are initialised with the defaults of torch
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.LSTM):
             module.reset_parameters()
@@ -104,7 +105,7 @@ def build_model(tokenizer: ParakeetTokenizer) -> ParakeetForTDT:
 
 
 def mask_features(features: torch.Tensor, rng: np.random.Generator) -> None:
-    """Set random bands of the (T, F) features of one example to 0, in time and in frequency, in place."""
+    """Set random time and frequency bands of the (T, F) features of one example to 0, in place."""
     for _ in range(TIME_MASKS):
         start, width = rng.integers(features.shape[0]), rng.integers(TIME_WIDTH + 1)
         features[start : start + width] = 0.0
@@ -116,15 +117,15 @@ def mask_features(features: torch.Tensor, rng: np.random.Generator) -> None:
 def compute_aligned_path(
     spans: Sequence[tuple[float, float]], num_frames: int
 ) -> list[tuple[int, int, bool, int]] | None:
-    """Compute the path through the TDT lattice that emits every word at its start, with its duration.
+    """Compute the TDT lattice path on which every word is emitted at its true start, with its true duration.
 
     Args:
-        spans: start and end of every word in seconds; a word is one token.
-        num_frames: encoder frames of the clip.
+        spans: start and end of every word in seconds; each word is one token.
+        num_frames: number of encoder frames of the clip.
 
     Returns:
-        Steps of (frame, number of words emitted before, whether a word is emitted, duration in frames); None if the
-        words do not fit into the frames.
+        The steps of the path as tuples (frame, number of words emitted before the step, whether the step emits a word,
+        duration in frames); None if the words do not fit into the frames.
     """
     steps: list[tuple[int, int, bool, int]] = []
     frame = 0
@@ -148,30 +149,30 @@ def compute_aligned_path(
 
 
 class Collator:
-    """Turns examples into batches with masked features, and the times of the words.
+    """Collates examples into batches with masked features and word times.
 
     Args:
-        processor: the processor of the model.
+        processor: processor of the model.
     """
 
     def __init__(self, processor: ParakeetProcessor) -> None:
         self.processor = processor
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return a batch.
+        """Collate examples into a padded batch.
 
         Args:
             examples: items of `TrainingExamples`.
 
         Returns:
             `input_features` (B, T, F), `attention_mask` (B, T), `labels` (B, U) padded with the blank, and `spans`, the
-            times of the words of each example.
+            word times of each example.
         """
         batch = self.processor([example["audio"] for example in examples], sampling_rate=SAMPLE_RATE)
         for features, mask, example in zip(batch["input_features"], batch["attention_mask"], examples, strict=True):
             if example["seed"] is not None:
                 mask_features(features[: int(mask.sum())], np.random.default_rng(example["seed"]))
-        # with a multiple, a batch of empty texts still has a column of labels
+        # `pad_to_multiple_of` gives a batch of empty texts at least one column of labels
         labels = self.processor.tokenizer(
             [example["text"] for example in examples], padding=True, pad_to_multiple_of=4, return_tensors="pt"
         )["input_ids"]
@@ -189,10 +190,10 @@ def alignment_loss(
     """Compute the mean cross-entropy of tokens and durations along the known alignments.
 
     Args:
-        model: the model; its prediction and joint network are evaluated only along the alignments.
-        encoded: output of `get_audio_features`.
+        model: the model; the joint network is evaluated only along the alignments.
+        encoded: encoder output from `get_audio_features`.
         labels: (B, U) one token per word, padded with the blank.
-        spans: start and end of every word of each example in seconds; None if they are unknown.
+        spans: for each example, the start and end of every word in seconds; None if unknown.
 
     Returns:
         The scalar loss; 0 if no alignment is known.
@@ -209,7 +210,7 @@ def alignment_loss(
     rows, frames, label_positions, tokens, durations = torch.tensor(nodes).unbind(1)
     predictor_states = model.decoder(F.pad(labels, (1, 0), value=blank_id))[rows, label_positions]
     logits = model.joint(predictor_states, encoded.pooler_output[rows, frames])
-    # the durations are 0, 1, 2, ...: a duration is its own index
+    # the durations are 0, 1, 2, ..., so the index of a duration equals the duration
     vocab_size = model.config.vocab_size
     return F.cross_entropy(logits[:, :vocab_size], tokens) + F.cross_entropy(logits[:, vocab_size:], durations)
 
@@ -218,18 +219,18 @@ class AligningTrainer(Trainer):
     """A trainer that adds the alignment loss to the loss of the model."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the weighted sum of both losses."""
+        """Compute the weighted sum of the model's loss and the alignment loss."""
         encoded = model.get_audio_features(inputs["input_features"], attention_mask=inputs["attention_mask"])
         loss = model(encoder_outputs=encoded, labels=inputs["labels"]).loss
         return loss + ALIGNMENT_WEIGHT * alignment_loss(model, encoded, inputs["labels"], inputs["spans"])
 
 
 class Progress(TrainerCallback):
-    """Prints scores at every checkpoint; no checkpoint is selected by them.
+    """Prints scores at every checkpoint, only for information: the scores do not select a checkpoint.
 
     Args:
-        processor: the processor of the model.
-        data: folder of the packed speech.
+        processor: processor of the model.
+        data: folder with the packed speech.
     """
 
     def __init__(self, processor: ParakeetProcessor, data: Path) -> None:
@@ -237,14 +238,14 @@ class Progress(TrainerCallback):
         self.data = data
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Evaluate on 100 strings per set."""
+        """Evaluate the model on 100 strings per set."""
         model = kwargs["model"]
         evaluate(model, self.processor, self.data, number=100)
         model.train()
 
 
-def training_arguments(options: argparse.Namespace) -> TrainingArguments:
-    """Return the settings: many updates with small batches, by default 4 strings or about 13 s of audio."""
+def create_arguments(options: argparse.Namespace) -> TrainingArguments:
+    """Create the training arguments: many updates with small batches, by default 4 strings or about 13 s of audio."""
     return TrainingArguments(
         output_dir=f"{options.output}-checkpoints",
         max_steps=options.steps,
@@ -270,7 +271,7 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
 
 
 def train(options: argparse.Namespace) -> tuple[ParakeetForTDT, ParakeetProcessor]:
-    """Train from random weights and save model and processor in the output folder."""
+    """Train from random weights, and save the model and the processor in the output folder."""
     set_seed(options.seed)
     tokenizer = build_tokenizer()
     processor = ParakeetProcessor(
@@ -283,7 +284,7 @@ def train(options: argparse.Namespace) -> tuple[ParakeetForTDT, ParakeetProcesso
     )
     trainer = AligningTrainer(
         model=model,
-        args=training_arguments(options),
+        args=create_arguments(options),
         train_dataset=examples,
         data_collator=Collator(processor),
         callbacks=[Progress(processor, options.data)],
@@ -311,7 +312,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train the model and write its card, or only evaluate a model."""
+    """Train the model and write the model card, or only evaluate a model."""
     options = parse_options()
     torch.set_num_threads(options.threads)
     if options.evaluate:

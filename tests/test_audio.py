@@ -236,7 +236,7 @@ def test_urls_are_downloaded(address: str, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(AudioError, match="got 1000 of 64044 bytes"):
         load_audio(f"{address}/short.wav")
     monkeypatch.setattr(audio, "MAX_STREAM_BYTES", 999)
-    with pytest.raises(AudioError, match="more than 999 bytes"):
+    with pytest.raises(AudioError, match="larger than 999 bytes"):
         load_audio(f"{address}/a b.wav?x=1")
 
 

@@ -131,7 +131,7 @@ def test_truncated_files_are_read_as_far_as_possible(container: str, options: di
 def test_only_the_damaged_part_of_a_file_is_lost() -> None:
     data = bytearray(encoded(44_100, "FLAC", np.tile(chirp(44_100), 5)))
     data[len(data) // 2 : len(data) // 2 + 500] = bytes(500)
-    with pytest.warns(UserWarning, match=r"damaged, 9\.\d+ s of it were read \(libsndfile: .*lost sync"):
+    with pytest.warns(UserWarning, match=r"damaged: only 9\.\d+ s were read \(libsndfile: .*lost sync"):
         got = load_audio(bytes(data))
     assert 9.7 < len(got) / 16_000 <= 10
 
@@ -161,7 +161,7 @@ def test_files_that_libsndfile_would_truncate_silently_are_read_completely(tmp_p
 def test_an_implausible_rate_in_a_header_is_refused() -> None:
     wav = bytearray(encoded())
     wav[24:28] = (1).to_bytes(4, "little")
-    with pytest.raises(AudioError, match="its header states 1 Hz"):
+    with pytest.raises(AudioError, match="got 1 Hz in the header"):
         load_audio(bytes(wav))
 
 
@@ -248,5 +248,5 @@ def test_the_number_of_decoded_samples_is_limited(container: str, rate: int, mon
     data = encoded(rate, container, np.zeros(5 * rate, np.float32))
     assert len(data) < 10_000 * (1 + (container == "MP3"))
     monkeypatch.setattr(audio_decoding, "MAX_SAMPLES", 4 * rate)
-    with pytest.raises(AudioError, match=r"bytes> must contain at most 64000 samples"):
+    with pytest.raises(AudioError, match=r"bytes> must have at most 64000 samples"):
         load_audio(data)

@@ -10,7 +10,7 @@ from conftest import noise
 from safetensors.torch import load_file
 
 import transformers_parakeet as tp
-from transformers_parakeet.feature_extraction_parakeet import mel_triangles
+from transformers_parakeet.feature_extraction_parakeet import compute_mel_triangles
 
 # measured on the golden clips: features in float32, by NeMo and by us alike, differ from float64 by up to 1.4e-4 (near
 # silence the logarithm magnifies rounding); ours differ from NeMo's by up to 3e-6
@@ -45,7 +45,7 @@ def test_features_in_float32_are_close_to_those_in_float64(golden, bins, monkeyp
     clips = read_golden_clips(golden)
     extractor = tp.ParakeetFeatureExtractor(feature_size=bins)
     features = extractor(clips, sampling_rate=16000, return_tensors="pt")["input_features"]
-    triangles, inverse_areas = mel_triangles(bins, 512, 16000)
+    triangles, inverse_areas = compute_mel_triangles(bins, 512, 16000)
     extractor.mel_filters = torch.from_numpy(triangles * inverse_areas[:, None])
     hann_window = torch.hann_window
     monkeypatch.setattr(torch, "hann_window", lambda *args, **kwargs: hann_window(*args, dtype=torch.float64, **kwargs))

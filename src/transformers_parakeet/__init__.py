@@ -33,21 +33,24 @@ register()
 
 
 def demo_model_path() -> Path:
-    """Return the path of the bundled demo model, which recognises spoken English digits."""
+    """Return the folder of the bundled demo model, which recognises spoken English digits."""
     return Path(__file__).parent / "demo_model"
 
 
 def __getattr__(name: str) -> Any:
-    """Import two public functions of `training` on first use, because `training` imports the large `Trainer`.
+    """Import `extend_vocabulary` and `replace_tokenizer` on first use.
+
+    They are not imported with the package, because importing `training` is slow: it imports the `Trainer` of
+    transformers.
 
     Args:
-        name: name of the attribute that was requested.
+        name: name of the requested attribute.
 
     Returns:
-        The function.
+        The requested function.
 
     Raises:
-        AttributeError: The package has no such name.
+        AttributeError: The package has no attribute with this name.
     """
     if name in ("extend_vocabulary", "replace_tokenizer"):
         from . import training

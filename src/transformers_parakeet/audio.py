@@ -29,22 +29,22 @@ from .audio_decoding import (
 
 # samples per second of the audio that the published Parakeet checkpoints were trained on
 TARGET_RATE = 16_000
-# bytes that a URL, a file object or a pipe may deliver (3 hours of 16-bit stereo at 48 kHz are 1.9 GiB)
+# maximum size of a download, file object or pipe (3 hours of 16-bit stereo at 48 kHz are 1.9 GiB)
 MAX_STREAM_BYTES = 2 * 1024**3
-# seconds without an answer after which a download fails
+# seconds without a response after which a download fails
 URL_TIMEOUT_S = 30.0
-# bytes per read of a stream
-READ_BYTES = 1 << 20
+# bytes that are read from a stream at a time
+READ_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class _SourceAudio:
-    """Audio as a source provides it, before resampling.
+    """Mono audio at the sampling rate of the source, before resampling.
 
     Args:
-        samples: (S,) mono.
-        rate: samples per second.
-        name: name of the source for messages.
+        samples: (S,) float32 samples, mixed down to mono.
+        rate: sampling rate in Hz.
+        name: name of the source, used in error messages.
     """
 
     samples: FloatArray
@@ -55,32 +55,34 @@ class _SourceAudio:
 def load_audio(source: Any, sampling_rate: int | None = None, *, target_rate: int = TARGET_RATE) -> FloatArray:
     """Load audio from a file, URL, bytes, array or dict as mono float32 samples at `target_rate`.
 
-    libsndfile reads WAV, FLAC, AIFF and AU; FFmpeg reads MP3, Ogg, M4A, MP4 and WebM; if one fails, the other one is
-    tried. Channels are averaged. Integer samples are scaled to [-1, 1), floating-point samples are not scaled.
+    libsndfile decodes WAV, FLAC, AIFF and AU; FFmpeg decodes MP3, Ogg, M4A, MP4 and WebM. If one decoder fails, the
+    other decoder is tried. Channels are averaged. Integer samples are scaled to [-1, 1); floating-point samples are not
+    scaled.
 
     Args:
         source: One of
             - a path or http(s) URL of an audio file, or of a video with an audio track;
-            - an encoded file as bytes, bytearray, memoryview or binary file object (read from its current position);
+            - the content of an audio file as bytes, bytearray, memoryview or binary file object (read from the current
+              position);
             - a NumPy array or torch tensor (S,), (S, C) or (C, S) of int8, uint8, int16, int32 or floats. In two
               dimensions an axis of length 1 is removed; otherwise the shorter axis contains the channels if it has at
-              most 8 entries and the longer axis has more than 8. Any other shape is refused;
+              most 8 entries and the longer axis has more than 8. Any other shape is an error;
             - a list or tuple of numbers, or of channels that are lists, arrays or tensors;
             - a dict with "array" or "raw" and usually "sampling_rate", or with "bytes" or "path" (`datasets`);
             - a torchcodec `AudioDecoder`.
-        sampling_rate: Rate in Hz of an array without a rate; None means `target_rate`. Files, decoders and dicts with
-            "sampling_rate" state their rate, and this argument is ignored for them.
-        target_rate: Rate in Hz of the result.
+        sampling_rate: Sampling rate in Hz of an array; None means `target_rate`. Ignored for files, decoders and dicts
+            with "sampling_rate", which contain the sampling rate.
+        target_rate: Sampling rate in Hz of the result.
 
     Returns:
-        Samples (S,), float32. They may share memory with `source` if no conversion was needed.
+        (S,) float32 samples. The array may share memory with `source` if no conversion was needed.
 
     Raises:
         FileNotFoundError: The path does not exist.
-        AudioError: The file or URL cannot be read as audio (a ValueError).
-        ValueError: A rate, shape or dict is not as described above, or a sample is NaN or infinite.
-        TypeError: The type of the source, or of its samples, is not supported.
-        ImportError: soundfile, av or soxr is needed and not installed.
+        AudioError: The file or URL cannot be read as audio. (`AudioError` is a subclass of ValueError.)
+        ValueError: A sampling rate, a shape or a dict is invalid, or a sample is NaN or infinite.
+        TypeError: The type of the source or of the samples is not supported.
+        ImportError: soundfile, av or soxr is needed, but not installed.
     """
     target_rate = _check_rate(target_rate, "target_rate")
     default_rate = target_rate if sampling_rate is None else _check_rate(sampling_rate, "sampling_rate")
@@ -90,17 +92,20 @@ def load_audio(source: Any, sampling_rate: int | None = None, *, target_rate: in
 
 
 def _read_source(source: Any, default_rate: int) -> _SourceAudio:
-    """Read the mono samples of any source that `load_audio` accepts, at the sampling rate of the source.
+    """Read any source that `load_audio` accepts, without resampling.
 
     Args:
         source: a path or URL, the content of a file, a binary file object, an array, tensor or list of samples, a dict
-            with one of these, or a torchcodec decoder.
-        default_rate: rate in Hz of an array, which has no sampling rate.
+            that contains one of these, or a torchcodec decoder.
+        default_rate: sampling rate in Hz that is assumed for an array.
+
+    Returns:
+        Mono samples, sampling rate and name of the source.
 
     Raises:
         AudioError: A file or URL cannot be read as audio.
-        ValueError: A rate, shape or dict is invalid.
-        TypeError: The type of the source, or of its samples, is not supported.
+        ValueError: A sampling rate, a shape or a dict is invalid.
+        TypeError: The type of the source or of the samples is not supported.
     """
     if isinstance(source, (str, os.PathLike)):
         return _read_path_or_url(os.fspath(source))
@@ -117,14 +122,18 @@ def _read_source(source: Any, default_rate: int) -> _SourceAudio:
 
 
 def _read_mapping(source: Mapping[str, Any], default_rate: int) -> _SourceAudio:
-    """Read a dict in the form of `datasets` or of the transformers pipeline.
+    """Read an audio dict, as used by `datasets` and by the transformers pipeline.
 
     Args:
-        source: contains "array" or "raw", and optionally "sampling_rate"; or "bytes"; or "path".
-        default_rate: rate in Hz of an array without "sampling_rate".
+        source: dict with "array" or "raw" (samples) and optionally "sampling_rate" in Hz; or with "bytes" (the content
+            of an audio file); or with "path".
+        default_rate: sampling rate in Hz that is assumed for samples without "sampling_rate".
+
+    Returns:
+        Mono samples, sampling rate and name of the source.
 
     Raises:
-        ValueError: None of these keys has a value, or the rate is invalid.
+        ValueError: None of these keys has a value, or the sampling rate is invalid.
     """
     for key in ("array", "raw"):
         if source.get(key) is not None:
@@ -132,8 +141,8 @@ def _read_mapping(source: Mapping[str, Any], default_rate: int) -> _SourceAudio:
             rate = default_rate if rate is None else _check_rate(rate, 'the dict\'s "sampling_rate"')
             return _SourceAudio(_to_mono(_to_array(source[key])), rate, f'the dict\'s "{key}"')
     if source.get("bytes") is not None:
-        data = bytes(source["bytes"])
-        return _decode(data, str(source.get("path") or f"<{len(data)} bytes>"))
+        encoded = bytes(source["bytes"])
+        return _decode(encoded, str(source.get("path") or f"<{len(encoded)} bytes>"))
     if source.get("path") is not None:
         return _read_path_or_url(os.fspath(source["path"]))
     raise ValueError(
@@ -143,15 +152,16 @@ def _read_mapping(source: Mapping[str, Any], default_rate: int) -> _SourceAudio:
 
 
 def _read_torchcodec(decoder: Any) -> _SourceAudio:
-    """Read all samples of a torchcodec `AudioDecoder`, whose arrays always have the shape (C, S)."""
+    """Read all samples of a torchcodec `AudioDecoder`."""
     decoded = decoder.get_all_samples()
     rate = _check_rate(decoded.sample_rate, "the decoder's sample_rate")
+    # torchcodec always returns the shape (C, S)
     samples = average_channels(to_float32(_to_numpy(decoded.data)), axis=0)
     return _SourceAudio(samples, rate, "the decoder")
 
 
 def _read_path_or_url(path: str | bytes) -> _SourceAudio:
-    """Read a file, pipe or http(s) URL.
+    """Read an audio file, a pipe or an http(s) URL.
 
     Raises:
         FileNotFoundError: The path does not exist.
@@ -164,17 +174,20 @@ def _read_path_or_url(path: str | bytes) -> _SourceAudio:
         raise AudioError(f"an audio source must be a file, got the directory {path!r}: pass one of the files in it")
     if os.path.isfile(path):
         return _decode(path, path)
-    # a pipe such as /dev/stdin cannot be read twice, so it is read into memory; a missing file raises here
+    # a pipe such as /dev/stdin can be read only once, so it is read into memory; `open` raises if the path is missing
     with open(path, "rb") as stream:
         return _decode(_read_stream(stream, path), path)
 
 
 def _decode(source: str | bytes, name: str) -> _SourceAudio:
-    """Decode an audio file.
+    """Decode an audio file without resampling.
 
     Args:
-        source: path of the file, or its content.
-        name: name of the file for messages.
+        source: path of the file as a str, or content of the file as bytes.
+        name: name of the file, used in error messages.
+
+    Returns:
+        Mono samples, sampling rate and name of the file.
 
     Raises:
         AudioError: The file cannot be decoded.
@@ -184,55 +197,59 @@ def _decode(source: str | bytes, name: str) -> _SourceAudio:
 
 
 def _download(url: str) -> bytes:
-    """Download an http(s) URL into memory, at most `MAX_STREAM_BYTES`.
+    """Download an http(s) URL into memory.
 
     Raises:
-        AudioError: The download fails, times out, is incomplete or too large.
+        AudioError: The download fails, times out, is incomplete, or is larger than `MAX_STREAM_BYTES`.
     """
+    # percent-encode spaces and non-ASCII characters; all characters with a meaning in URLs are kept
     quoted_url = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
     try:
         request = urllib.request.Request(quoted_url, headers={"User-Agent": "transformers-parakeet"})
         with urllib.request.urlopen(request, timeout=URL_TIMEOUT_S) as response:
             content_length = response.headers.get("Content-Length")
-            data = _read_stream(response, url)
+            content = _read_stream(response, url)
     except AudioError:
         raise
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise AudioError(f"could not download {url!r}: {error}") from error
-    # http.client raises no error if the connection is closed early
-    if content_length is not None and content_length.isdigit() and int(content_length) != len(data):
-        raise AudioError(f"could not download {url!r}: got {len(data)} of {content_length} bytes, try again")
-    return data
+    # check the size, because http.client raises no error if the connection is closed early
+    if content_length is not None and content_length.isdigit() and int(content_length) != len(content):
+        raise AudioError(f"could not download {url!r}: got {len(content)} of {content_length} bytes, try again")
+    return content
 
 
 def _read_stream(stream: Any, name: str) -> bytes:
-    """Read a binary stream to its end, at most `MAX_STREAM_BYTES`.
+    """Read a binary stream to its end.
 
     Args:
         stream: object with a method `read(size)` that returns bytes.
-        name: name of the stream for messages.
+        name: name of the stream, used in error messages.
 
     Raises:
-        TypeError: The stream returns text.
-        AudioError: The stream is too long.
+        TypeError: The stream returns text instead of bytes.
+        AudioError: The stream is longer than `MAX_STREAM_BYTES`.
     """
-    data = bytearray()
-    while chunk := stream.read(READ_BYTES):
+    content = bytearray()
+    while chunk := stream.read(READ_CHUNK_BYTES):
         if not isinstance(chunk, (bytes, bytearray, memoryview)):
             raise TypeError(
                 f'a file object must be binary, but {name} returned {type(chunk).__name__}: open it with mode "rb"'
             )
-        data += chunk
-        if len(data) > MAX_STREAM_BYTES:
-            raise AudioError(f"{name} delivers more than {MAX_STREAM_BYTES} bytes: save it as a file and pass the path")
-    return bytes(data)
+        content += chunk
+        if len(content) > MAX_STREAM_BYTES:
+            raise AudioError(f"{name} is larger than {MAX_STREAM_BYTES} bytes: save it as a file and pass the path")
+    return bytes(content)
 
 
 def _to_array(source: Any) -> npt.NDArray[Any]:
-    """Convert an array, a tensor, or a list of numbers or channels to a NumPy array with the same values.
+    """Convert samples to a NumPy array, without scaling the values.
+
+    Args:
+        source: an array, a tensor, a list of numbers, or a list of channels.
 
     Raises:
-        TypeError: `source` has another type.
+        TypeError: `source` has an unsupported type.
         ValueError: The channels in a list have different lengths.
     """
     if hasattr(source, "__array__"):
@@ -247,26 +264,35 @@ def _to_array(source: Any) -> npt.NDArray[Any]:
         array = np.asarray(items)
     except ValueError as error:
         raise ValueError(f"the channels in a list must have the same length ({error})") from error
-    # Python integers in a list, such as [0, 0, 1], are amplitudes; only NumPy integers are an integer sample format
+    # Python integers in a list, such as [0, 0, 1], are amplitudes, so they become floats, which are not scaled later;
+    # NumPy integers are samples of an integer format, which are scaled later
     has_python_numbers = not items or not isinstance(items[0], (np.ndarray, np.generic))
     return array.astype(np.float64) if has_python_numbers and array.dtype.kind in "iu" else array
 
 
 def _to_numpy(array: Any) -> npt.NDArray[Any]:
-    """Convert an array or a tensor on any device to a NumPy array; bfloat16, which NumPy lacks, becomes float32."""
-    # a tensor can exist only if torch has been imported
+    """Convert an array, or a tensor on any device, to a NumPy array."""
+    # `sys.modules` avoids importing torch: a tensor can exist only if torch has already been imported
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         array = array.detach().cpu()
+        # NumPy does not support bfloat16
         return np.asarray((array.float() if array.dtype == torch.bfloat16 else array).numpy())
     return np.asarray(array)
 
 
 def _to_mono(array: npt.NDArray[Any]) -> FloatArray:
-    """Convert (S,), (S, C) or (C, S) samples of any supported type to mono float32 samples (S,).
+    """Convert samples to float32 and average the channels.
+
+    Args:
+        array: (S,), (S, C) or (C, S) samples of a supported type. In two dimensions, the shorter axis contains the
+            channels.
+
+    Returns:
+        (S,) float32 samples.
 
     Raises:
-        ValueError: It is not clear which axis contains the channels.
+        ValueError: The array has more than two dimensions, or it is unclear which axis contains the channels.
         TypeError: The type of the samples is not supported.
     """
     if array.size == 0:
@@ -278,49 +304,53 @@ def _to_mono(array: npt.NDArray[Any]) -> FloatArray:
         raise ValueError(
             f"audio must have the shape (S,), (S, C) or (C, S), got {array.shape}: pass one clip at a time"
         )
-    shorter, longer = sorted(array.shape)
-    if shorter == 1:
+    shorter_size, longer_size = sorted(array.shape)
+    if shorter_size == 1:
         return np.ascontiguousarray(samples.reshape(-1))
-    if shorter > MAX_CHANNELS or longer <= MAX_CHANNELS:
+    if shorter_size > MAX_CHANNELS or longer_size <= MAX_CHANNELS:
         raise ValueError(
             f"two-dimensional audio must have one axis of at most {MAX_CHANNELS} channels and a longer axis of more "
             f"than {MAX_CHANNELS} samples, got {array.shape}: average the channels first, or pass one clip at a time"
         )
-    return average_channels(samples, axis=int(array.shape[1] == shorter))
+    channel_axis = 1 if array.shape[1] == shorter_size else 0
+    return average_channels(samples, axis=channel_axis)
 
 
 def _check_finite(samples: FloatArray, name: str) -> None:
     """Check that no sample is NaN or infinite.
 
     Args:
-        samples: (S,).
-        name: name of the source for the message.
+        samples: (S,) samples.
+        name: name of the source, used in the error message.
 
     Raises:
-        ValueError: A sample is not finite; the message states how many, and the position of the first one.
+        ValueError: A sample is not finite. The message contains the number of such samples and the position of the
+            first one.
     """
     is_finite = np.isfinite(samples)
     if not is_finite.all():
-        first = int(np.argmin(is_finite))
+        # `argmin` of a bool array is the position of the first False
+        first_position = int(np.argmin(is_finite))
         raise ValueError(
             f"samples must be finite, but {int((~is_finite).sum())} of {len(samples)} in {name} are NaN or infinite, "
-            f"the first at position {first} ({samples[first]}): repair the audio, or use np.nan_to_num"
+            f"the first at position {first_position} ({samples[first_position]}): repair the audio, or use "
+            "np.nan_to_num"
         )
 
 
 def _resample(samples: FloatArray, rate: int, target_rate: int) -> FloatArray:
-    """Resample (S,) samples from `rate` to `target_rate` Hz with soxr, quality HQ; S becomes S * target_rate / rate."""
+    """Resample (S,) samples from `rate` Hz to `target_rate` Hz with soxr at quality HQ."""
     if rate == target_rate or len(samples) == 0:
         return samples
     return np.asarray(import_package("soxr").resample(samples, rate, target_rate, quality="HQ"), dtype=np.float32)
 
 
 def _check_rate(rate: Any, name: str) -> int:
-    """Return a sampling rate in Hz as an int after checking it.
+    """Check that a sampling rate is a plausible integer, and return it as an int.
 
     Args:
-        rate: the value to check.
-        name: name of the argument for the message.
+        rate: sampling rate in Hz.
+        name: name of the argument, used in the error message.
 
     Raises:
         ValueError: `rate` is not an integer between `MIN_RATE` and `MAX_RATE`.

@@ -16,46 +16,48 @@ import numpy.typing as npt
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 
-# samples per second; no recording lies outside, and a wrong header must not cause a huge resampling job
+# plausible sampling rates in Hz; a wrong rate in a damaged header could otherwise cause a huge resampling job
 MIN_RATE, MAX_RATE = 1_000, 1_000_000
-# channels; 7.1 surround has 8
+# maximum number of channels; 7.1 surround has 8
 MAX_CHANNELS = 8
-# samples that a file may contain (12 hours at 48 kHz, 8 GiB): a small compressed file can expand without limit
+# maximum number of samples per file (12 hours at 48 kHz, 8 GiB), because a small compressed file can expand to any size
 MAX_SAMPLES = 2**31
-# values that libsndfile decodes per call (4 MiB); memory is never allocated by the length in a header
+# number of values that libsndfile decodes per call (4 MiB); memory is never allocated for the length in a header, which
+# can be wrong
 BLOCK_VALUES = 1 << 20
-# seconds (one week); a longer duration in a header is a placeholder for an unknown length
+# seconds (one week); a longer duration in a header is treated as a placeholder for an unknown length
 MAX_HEADER_DURATION_S = 7 * 86_400.0
-# a file is reported as truncated if less than this fraction of the duration in its header was decoded; some headers
-# contain an estimate
+# a file is reported as truncated if less than this fraction of the duration in the header was decoded; the fraction is
+# below 1 because some headers contain an estimate
 MIN_DECODED_FRACTION = 0.9
-# seconds that any file may lack: Opus headers include 6.5 ms of decoder delay and a block of up to 20 ms
+# seconds that may be missing from any file: the duration in an Opus header includes 6.5 ms of decoder delay and a block
+# of up to 20 ms
 MAX_MISSING_S = 0.03
-# size in bytes of the fixed part of an Ogg page header, and the flag of the first page of a stream (RFC 3533)
+# bytes of the fixed part of an Ogg page header, and flag that marks the first page of a stream (RFC 3533)
 OGG_HEADER_BYTES, OGG_FIRST_PAGE = 27, 2
 # distance from zero to full scale of the integer sample formats; uint8 is centred on 128
 FULL_SCALE = {"int8": 128.0, "uint8": 128.0, "int16": 32768.0, "int32": 2147483648.0}
 
 
 class AudioError(ValueError):
-    """Audio that cannot be read; the message contains the name of the file and the reason of each decoder."""
+    """Raised if audio cannot be read; the message contains the name of the file and the error of each decoder."""
 
 
 class _TooManySamplesError(Exception):
-    """A file contains more than `MAX_SAMPLES` samples.
+    """Raised if a file contains more than `MAX_SAMPLES` samples.
 
-    This is not a ValueError, because the decoding functions treat a ValueError as a damaged file.
+    This is not a ValueError, because the decoding functions interpret a ValueError as a damaged file.
     """
 
 
 @dataclass(frozen=True)
 class _DecodedFile:
-    """The samples that one decoder read from a file.
+    """Result of decoding a file with one decoder.
 
     Args:
-        samples: (S,) mono.
-        rate: samples per second; 0 if the decoder could not open the file.
-        problem: why the file was not read completely; None if it was.
+        samples: (S,) float32 samples, mixed down to mono.
+        rate: sampling rate in Hz; 0 if the decoder could not open the file.
+        problem: description of the error that stopped decoding; None if the whole file was decoded.
     """
 
     samples: FloatArray
@@ -64,22 +66,22 @@ class _DecodedFile:
 
     @property
     def duration_s(self) -> float:
-        """Duration in seconds."""
+        """Duration of the decoded samples in seconds."""
         return len(self.samples) / self.rate if self.rate else 0.0
 
 
 class _SampleBuffer:
-    """Collects decoded blocks of mono samples, at most `MAX_SAMPLES` samples in total."""
+    """Collects decoded blocks of mono samples, up to a total of `MAX_SAMPLES` samples."""
 
     def __init__(self) -> None:
         self.blocks: list[FloatArray] = []
         self.num_samples = 0
 
     def append(self, block: FloatArray) -> None:
-        """Add a block (S,).
+        """Append a block of (S,) mono samples.
 
         Raises:
-            _TooManySamplesError: The total exceeds `MAX_SAMPLES`.
+            _TooManySamplesError: The total number of samples exceeds `MAX_SAMPLES`.
         """
         self.blocks.append(block)
         self.num_samples += len(block)
@@ -87,50 +89,50 @@ class _SampleBuffer:
             raise _TooManySamplesError
 
     def concatenate(self) -> FloatArray:
-        """Return all samples (S,) in the order in which they were added."""
+        """Concatenate all blocks to one array of (S,) samples."""
         return np.concatenate(self.blocks) if self.blocks else np.zeros(0, dtype=np.float32)
 
 
 def decode_audio(source: str | bytes, name: str) -> tuple[FloatArray, int]:
     """Decode an audio file to mono samples at the sampling rate of the file.
 
-    A damaged file is read as far as possible, with a warning.
+    A damaged file is decoded as far as possible, with a warning.
 
     Args:
-        source: path of the file, or its content.
-        name: name of the file for messages.
+        source: path of the file as a str, or content of the file as bytes.
+        name: name of the file, used in messages.
 
     Returns:
-        Samples (S,) and their rate in Hz.
+        (S,) float32 samples, and the sampling rate in Hz.
 
     Raises:
-        AudioError: The file is empty, no decoder can read it, it is too long, or its sampling rate is implausible.
+        AudioError: The file is empty or too long, no decoder can read it, or the sampling rate is implausible.
     """
     results = _run_decoders(source, name)
-    # of two results of the same duration, prefer the one without a problem
+    # prefer the longest result; at equal durations, prefer a result without a problem
     best = max(results, key=lambda result: (result.duration_s, result.problem is None))
     problems = "; ".join(result.problem for result in results if result.problem is not None)
     if len(best.samples) == 0 and best.problem is not None:
         raise AudioError(f"{name} cannot be read as audio ({problems}): check that it is a complete audio file")
     if not MIN_RATE <= best.rate <= MAX_RATE:
         raise AudioError(
-            f"the sampling rate of {name} must be in [{MIN_RATE}, {MAX_RATE}] Hz, its header states {best.rate} Hz: "
+            f"the sampling rate of {name} must be in [{MIN_RATE}, {MAX_RATE}] Hz, got {best.rate} Hz in the header: "
             "check that the file is not damaged"
         )
     if any(result.rate and result.problem for result in results):
-        warnings.warn(f"{name} is damaged, {best.duration_s:.2f} s of it were read ({problems})", stacklevel=5)
+        warnings.warn(f"{name} is damaged: only {best.duration_s:.2f} s were read ({problems})", stacklevel=5)
     return best.samples, best.rate
 
 
 def _run_decoders(source: str | bytes, name: str) -> list[_DecodedFile]:
-    """Decode a file with the first decoder, and with the second one only if the first one was not successful.
+    """Decode a file with the preferred decoder, and also with the fallback decoder if the preferred decoder fails.
 
     Args:
-        source: path of the file, or its content.
-        name: name of the file for messages.
+        source: path of the file as a str, or content of the file as bytes.
+        name: name of the file, used in error messages.
 
     Returns:
-        One or two results.
+        The result of each decoder that was used (one or two results).
 
     Raises:
         AudioError: The file is empty or too long.
@@ -144,30 +146,30 @@ def _run_decoders(source: str | bytes, name: str) -> list[_DecodedFile]:
         try:
             result = decoder(source)
         except _TooManySamplesError as error:
-            raise AudioError(f"{name} must contain at most {MAX_SAMPLES} samples, got more: split it") from error
+            raise AudioError(f"{name} must have at most {MAX_SAMPLES} samples, got more: split the file") from error
         results.append(result)
-        # an interrupted recording can have a WAV header that states 0 samples, so no samples count as a failure
+        # zero samples also count as a failure, because the WAV header of an interrupted recording can state 0 samples
         if result.problem is None and len(result.samples):
             break
     return results
 
 
 def _order_decoders(source: str | bytes, first_bytes: bytes) -> list[Callable[[str | bytes], _DecodedFile]]:
-    """Choose the decoder to try first from the first bytes of a file.
+    """Choose the order in which the decoders are tried, based on the format of a file.
 
-    FFmpeg comes first for MP3, AAC and Ogg, except for a single Vorbis stream. libsndfile 1.2.2 stops without an error
-    after the first of several concatenated MP3 or Ogg streams, and truncates an MP3 without a Xing header because it
-    estimates the length. For Vorbis, libsndfile returns exactly the encoded samples, while FFmpeg returns a few more or
-    fewer at the end.
+    FFmpeg is tried first for MP3, AAC and Ogg: libsndfile 1.2.2 stops without an error after the first of several
+    concatenated MP3 or Ogg streams, and truncates an MP3 file without a Xing header because it estimates the length.
+    libsndfile is tried first for all other formats, and for an Ogg file with a single Vorbis stream: libsndfile returns
+    exactly the encoded samples of Vorbis, while FFmpeg returns a few samples more or fewer at the end.
 
     Args:
-        source: path of the file, or its content.
-        first_bytes: the first four bytes.
+        source: path of the file as a str, or content of the file as bytes.
+        first_bytes: the first four bytes of the file.
 
     Returns:
-        Both decoding functions, in the order in which they are to be tried.
+        Both decoding functions, the preferred one first.
     """
-    # MP3 and AAC frames start with 11 bits that are set
+    # MP3 and AAC frames start with a sync word of 11 one bits
     has_frame_sync = len(first_bytes) > 1 and first_bytes[0] == 0xFF and first_bytes[1] & 0xE0 == 0xE0
     is_tagged_or_ogg = first_bytes.startswith((b"ID3", b"OggS"))
     if has_frame_sync or (is_tagged_or_ogg and not _is_single_vorbis_stream(source)):
@@ -176,19 +178,20 @@ def _order_decoders(source: str | bytes, first_bytes: bytes) -> list[Callable[[s
 
 
 def _is_single_vorbis_stream(source: str | bytes) -> bool:
-    """Return whether a file consists of complete Ogg pages of one Vorbis stream (RFC 3533, section 6).
+    """Return whether a file consists only of complete Ogg pages of one Vorbis stream (RFC 3533, section 6).
 
     Args:
-        source: path of the file, or its content.
+        source: path of the file as a str, or content of the file as bytes.
     """
     is_first_page = True
     with _open_binary(source) as file:
         while header := file.read(OGG_HEADER_BYTES):
             if len(header) < OGG_HEADER_BYTES or not header.startswith(b"OggS"):
                 return False
-            # the last byte of the header is the number of segments; their sizes, one byte each, follow
+            # the last byte of the header is the number of segments; the size of each segment follows in one byte
             page_size = sum(file.read(header[-1]))
             page = file.read(page_size)
+            # byte 5 of the header contains the flags of the page
             starts_stream = bool(header[5] & OGG_FIRST_PAGE)
             if len(page) < page_size or starts_stream != is_first_page:
                 return False
@@ -199,7 +202,7 @@ def _is_single_vorbis_stream(source: str | bytes) -> bool:
 
 
 def _open_binary(source: str | bytes) -> BinaryIO:
-    """Open a path, or the content of a file, for reading bytes."""
+    """Open a file for reading bytes, given the path (str) or the content (bytes) of the file."""
     return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
 
 
@@ -207,10 +210,10 @@ def _decode_with_libsndfile(source: str | bytes) -> _DecodedFile:
     """Decode a file with libsndfile.
 
     Args:
-        source: path of the file, or its content.
+        source: path of the file as a str, or content of the file as bytes.
 
     Returns:
-        The samples that could be read, their rate, and why reading stopped early if it did.
+        The samples that could be decoded, the sampling rate, and a description of the problem if there was one.
 
     Raises:
         _TooManySamplesError: The file contains more than `MAX_SAMPLES` samples.
@@ -221,15 +224,15 @@ def _decode_with_libsndfile(source: str | bytes) -> _DecodedFile:
     try:
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             if file.frames > MAX_HEADER_DURATION_S * file.samplerate:
-                # libsndfile cannot read a FLAC stream that states no length, such as one written to a pipe
-                return _DecodedFile(buffer.concatenate(), 0, "libsndfile: the header states no length")
+                # libsndfile cannot decode a FLAC file without a length in the header, such as a file written to a pipe
+                return _DecodedFile(buffer.concatenate(), 0, "libsndfile: the header contains no length")
             rate = int(file.samplerate)
             block_length = max(1, BLOCK_VALUES // file.channels)
             while len(block := file.read(block_length, dtype="float32", always_2d=True)):
                 buffer.append(average_channels(block, axis=1))
             problem = _describe_missing_audio(buffer.num_samples / rate, file.frames / rate)
     except (RuntimeError, TypeError, ValueError, OSError) as error:
-        # soundfile's own errors are RuntimeErrors; for a name that ends in .raw it raises a TypeError
+        # errors of libsndfile are RuntimeErrors; soundfile raises a TypeError for a file name that ends in .raw
         problem = str(getattr(error, "error_string", error))
     return _DecodedFile(buffer.concatenate(), rate, problem and f"libsndfile: {problem}")
 
@@ -238,10 +241,10 @@ def _decode_with_ffmpeg(source: str | bytes) -> _DecodedFile:
     """Decode the first audio track of a file with FFmpeg, through PyAV.
 
     Args:
-        source: path of the file, or its content.
+        source: path of the file as a str, or content of the file as bytes.
 
     Returns:
-        The samples that could be read, their rate, and why reading stopped early if it did.
+        The samples that could be decoded, the sampling rate, and a description of the problem if there was one.
 
     Raises:
         _TooManySamplesError: The file contains more than `MAX_SAMPLES` samples.
@@ -249,7 +252,7 @@ def _decode_with_ffmpeg(source: str | bytes) -> _DecodedFile:
     av = import_package("av")
     buffer = _SampleBuffer()
     rate, problem = 0, None
-    # a playlist (HLS, ffconcat) could make FFmpeg open other files and URLs; an empty whitelist prevents that
+    # a playlist (HLS, ffconcat) could make FFmpeg open other files and URLs, so no protocol is allowed
     options = {"protocol_whitelist": "none"}
     try:
         with _open_binary(source) as file, av.open(file, metadata_errors="ignore", options=options) as container:
@@ -260,15 +263,16 @@ def _decode_with_ffmpeg(source: str | bytes) -> _DecodedFile:
 
 
 def _decode_track(av: ModuleType, container: Any, buffer: _SampleBuffer) -> tuple[int, str | None]:
-    """Decode the first audio track of an opened file and append its mono blocks to `buffer`.
+    """Decode the first audio track of an opened file and append the samples, mixed down to mono, to `buffer`.
 
     Args:
-        av: the module PyAV.
-        container: the file, opened by `av.open`.
-        buffer: receives the samples.
+        av: the imported PyAV module.
+        container: file opened with `av.open`.
+        buffer: buffer to which the samples are appended.
 
     Returns:
-        The sampling rate in Hz (0 if there is no track that can be decoded), and a description of the problem, or None.
+        The sampling rate in Hz (0 if no track can be decoded), and a description of the problem (None if there was no
+        problem).
     """
     if not container.streams.audio:
         return 0, "the file has no audio track"
@@ -282,44 +286,46 @@ def _decode_track(av: ModuleType, container: Any, buffer: _SampleBuffer) -> tupl
 
 
 def _decode_packets(av: ModuleType, container: Any, track: Any, buffer: _SampleBuffer) -> tuple[int, str | None]:
-    """Decode the packets of an audio track and append their mono blocks to `buffer`; skip damaged packets.
+    """Decode the packets of an audio track and append the samples, mixed down to mono, to `buffer`.
+
+    Damaged packets are skipped.
 
     Args:
-        av: the module PyAV.
-        container: the file, opened by `av.open`.
-        track: the audio track of `container`.
-        buffer: receives the samples; empty at the start.
+        av: the imported PyAV module.
+        container: file opened with `av.open`.
+        track: audio track of `container`.
+        buffer: empty buffer to which the samples are appended.
 
     Returns:
-        The sampling rate in Hz, and a description of the problem, or None.
+        The sampling rate in Hz, and a description of the problem (None if there was no problem).
     """
-    rate, num_damaged = int(track.rate or 0), 0
+    rate, num_damaged_packets = int(track.rate or 0), 0
     try:
         for packet in container.demux(track):
             try:
                 audio_frames = packet.decode()
             except av.error.InvalidDataError:
-                # the packets after a damaged one can usually be decoded
-                num_damaged += 1
+                # usually the next packets can be decoded
+                num_damaged_packets += 1
                 continue
             for audio_frame in audio_frames:
                 if not buffer.num_samples:
-                    # an AAC header can state half of the actual rate, so the first decoded frame decides
+                    # use the rate of the first decoded frame, because an AAC header can contain half of the actual rate
                     rate = int(audio_frame.sample_rate)
                 if audio_frame.sample_rate != rate:
                     return rate, f"the sampling rate changes to {audio_frame.sample_rate} Hz within the file"
                 buffer.append(_frame_to_mono(av, audio_frame))
     except (av.error.FFmpegError, ValueError) as error:
         return rate, str(getattr(error, "strerror", None) or error)
-    return rate, f"{num_damaged} damaged packets were skipped" if num_damaged else None
+    return rate, f"{num_damaged_packets} damaged packets were skipped" if num_damaged_packets else None
 
 
 def _frame_to_mono(av: ModuleType, audio_frame: Any) -> FloatArray:
-    """Convert a decoded frame of PyAV to mono samples (S,).
+    """Convert a decoded PyAV frame to (S,) mono samples.
 
     Args:
-        av: the module PyAV.
-        audio_frame: an `av.AudioFrame` of any sample format and channel layout.
+        av: the imported PyAV module.
+        audio_frame: an `av.AudioFrame` with any sample format and channel layout.
 
     Raises:
         ValueError: The frame has more than `MAX_CHANNELS` channels.
@@ -328,7 +334,7 @@ def _frame_to_mono(av: ModuleType, audio_frame: Any) -> FloatArray:
     if num_channels > MAX_CHANNELS:
         raise ValueError(f"the audio must have at most {MAX_CHANNELS} channels, got {num_channels}")
     if num_channels == MAX_CHANNELS and audio_frame.format.is_planar:
-        # PyAV 18.1 reads beyond the end of a planar frame with eight channels, so convert it to interleaved samples
+        # convert to interleaved samples, because PyAV 18.1 reads beyond the end of a planar frame with eight channels
         resampler = av.AudioResampler(format="flt", layout=audio_frame.layout, rate=audio_frame.sample_rate)
         (audio_frame,) = resampler.resample(audio_frame)
     values = to_float32(audio_frame.to_ndarray())
@@ -339,11 +345,14 @@ def _frame_to_mono(av: ModuleType, audio_frame: Any) -> FloatArray:
 
 
 def _describe_missing_audio(decoded_duration_s: float, header_duration_s: float) -> str | None:
-    """Describe how much shorter the decoded audio is than its header states; return None if it is complete.
+    """Describe how much audio is missing, compared with the duration in the header of a file.
 
     Args:
-        decoded_duration_s: seconds that were decoded.
-        header_duration_s: seconds according to the header; 0 if unknown.
+        decoded_duration_s: duration of the decoded audio in seconds.
+        header_duration_s: duration in the header in seconds; 0 if unknown.
+
+    Returns:
+        A description of the missing audio; None if no audio is missing, within the tolerances.
     """
     min_duration_s = min(MIN_DECODED_FRACTION * header_duration_s, header_duration_s - MAX_MISSING_S)
     if decoded_duration_s >= min_duration_s:
@@ -352,19 +361,20 @@ def _describe_missing_audio(decoded_duration_s: float, header_duration_s: float)
 
 
 def to_float32(array: npt.NDArray[Any]) -> FloatArray:
-    """Convert samples to float32; scale integer formats to [-1, 1), keep the values of floating-point formats.
+    """Convert samples to float32, and scale integer samples to [-1, 1).
 
     Args:
-        array: samples of any shape.
+        array: samples of any shape, as int8, uint8, int16, int32 or a floating-point type. Floating-point samples are
+            not scaled.
 
     Returns:
-        Samples of the same shape.
+        float32 samples with the shape of `array`.
 
     Raises:
-        TypeError: The samples have another type.
+        TypeError: The samples have an unsupported type.
     """
     if array.dtype.kind == "f":
-        # a value that exceeds float32 becomes infinite, and `audio.load_audio` refuses infinite samples
+        # float64 values outside the range of float32 become infinite; `audio.load_audio` then raises an error
         with np.errstate(over="ignore"):
             return array.astype(np.float32, copy=False)
     if array.dtype.name not in FULL_SCALE:
@@ -373,25 +383,33 @@ def to_float32(array: npt.NDArray[Any]) -> FloatArray:
         )
     full_scale = FULL_SCALE[array.dtype.name]
     zero_level = full_scale if array.dtype.kind == "u" else 0.0
-    # exact, because every full scale is a power of two
+    # the division is exact, because every full scale is a power of two
     return (array.astype(np.float32) - np.float32(zero_level)) / np.float32(full_scale)
 
 
 def average_channels(samples: FloatArray, axis: int) -> FloatArray:
-    """Average the channels of (C, S) samples (axis 0) or (S, C) samples (axis 1) into mono samples (S,)."""
-    # infinite samples give NaN here; `audio.load_audio` refuses both
+    """Average the channels of two-dimensional samples.
+
+    Args:
+        samples: (C, S) samples if `axis` is 0, or (S, C) samples if `axis` is 1.
+        axis: axis of the channels.
+
+    Returns:
+        (S,) mono samples.
+    """
+    # suppress warnings about infinite samples here, because `audio.load_audio` raises an error for non-finite samples
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(samples.mean(axis=axis, dtype=np.float32), dtype=np.float32)
 
 
 def import_package(name: str) -> ModuleType:
-    """Import a package on first use.
+    """Import a package when it is needed.
 
     Args:
-        name: of the package, in Python and in the package index.
+        name: name of the package, which must be identical in Python and on PyPI.
 
     Raises:
-        ImportError: The package or its shared library is missing; the message contains the command that installs it.
+        ImportError: The package or a shared library is missing. The message contains the installation command.
     """
     try:
         return importlib.import_module(name)

@@ -1,6 +1,6 @@
-"""Computes the log-mel features of a batch of clips, equal to those of NVIDIA NeMo.
+"""Computes the log-mel features of a batch of clips, as NVIDIA NeMo does.
 
-Reading files and resampling are in `audio.py`.
+Audio files are read and resampled in `audio.py`.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from .audio import MAX_CHANNELS, load_audio
 
 logger = logging.get_logger(__name__)
 
-# added to the standard deviation and to the mel energies: NeMo's parts/preprocessing/features.py
+# added to the standard deviation, and to the mel energies before the logarithm (NeMo: parts/preprocessing/features.py)
 NORMALIZE_EPSILON = 1e-5
 LOG_ZERO_GUARD = 2.0**-24
 
-# Slaney's mel scale (Auditory Toolbox, 1998): linear below 1000 Hz, which is 15 mel, and logarithmic above
+# Slaney's mel scale (Auditory Toolbox, 1998): linear below 1000 Hz (15 mel), and logarithmic above
 HERTZ_PER_MEL = 200.0 / 3.0
 LOG_START_HERTZ, LOG_START_MEL = 1000.0, 15.0
-# natural logarithm of the frequency ratio of one mel
-LOG_STEP = np.log(6.4) / 27.0
+# in the logarithmic range, natural logarithm of the ratio of two frequencies that are one mel apart
+LOG_HERTZ_PER_MEL = np.log(6.4) / 27.0
 
 
 class ParakeetFeatureExtractor(SequenceFeatureExtractor):
-    """Log-mel spectrogram with pre-emphasis, by default normalised per clip and mel bin over the valid frames.
+    """Computes log-mel features, by default with mean and variance normalisation per clip and mel bin.
 
-    A clip of S samples has S // hop_length valid frames; the output has one more frame, as in NeMo.
+    A clip of S samples has S // hop_length valid frames. As in NeMo, the output has one more frame, which is padding.
 
     Args:
         feature_size: number of mel bins F.
-        sampling_rate: samples per second.
-        hop_length: samples between two frames.
-        n_fft: points of the Fourier transform.
-        win_length: samples of the symmetric Hann window.
+        sampling_rate: sampling rate of the model in Hz.
+        hop_length: number of samples between the starts of neighbouring frames.
+        n_fft: size of the Fourier transform in samples.
+        win_length: length of the symmetric Hann window in samples.
         preemphasis: coefficient a of y[n] = x[n] - a x[n-1]; None or 0 for no pre-emphasis.
-        padding_value: value of the samples that pad a batch.
-        normalize: `"per_feature"` gives every mel bin of a clip mean 0 and standard deviation 1; None returns the
-            log-mel energies unchanged, as streaming models expect them.
+        padding_value: value with which the waveforms of a batch are padded.
+        normalize: `"per_feature"` to normalise every mel bin of a clip to mean 0 and standard deviation 1 over the
+            valid frames; None for no normalisation, which streaming models expect.
 
     Raises:
-        ValueError: `normalize` has another value.
+        ValueError: `normalize` is neither `"per_feature"` nor None.
     """
 
     model_input_names = ["input_features", "attention_mask"]  # noqa: RUF012  # the base class declares an instance field
@@ -71,7 +71,7 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
         self.win_length = win_length
         self.preemphasis = preemphasis
         self.normalize = normalize
-        triangles, inverse_areas = mel_triangles(feature_size, n_fft, sampling_rate)
+        triangles, inverse_areas = compute_mel_triangles(feature_size, n_fft, sampling_rate)
         # (F, n_fft / 2 + 1)
         self.mel_filters = torch.from_numpy(triangles * inverse_areas[:, None]).float()
 
@@ -92,21 +92,23 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
 
         Args:
             raw_speech: one clip (S,), a list of clips, or an array (B, S); see `split_batch`.
-            truncation: shorten clips to `max_length`.
-            pad_to_multiple_of: round the padded length up to a multiple of this number of samples.
-            return_tensors: `"pt"` (also if None) or `"np"`.
-            return_attention_mask: False omits the mask.
-            padding: `"longest"`, or `"max_length"` to pad to `max_length`.
-            max_length: length in samples to pad or shorten to.
-            sampling_rate: rate of the clips in Hz; None means the rate of the model, with a warning.
+            truncation: whether to cut clips to `max_length`.
+            pad_to_multiple_of: the padded length is rounded up to a multiple of this number of samples; None for no
+                rounding.
+            return_tensors: `"pt"` or `"np"`; None means `"pt"`.
+            return_attention_mask: whether to return the mask; None means True.
+            padding: `"longest"` to pad to the longest clip, or `"max_length"` to pad to `max_length`.
+            max_length: length in samples for `padding="max_length"` and for `truncation`; None for no limit.
+            sampling_rate: sampling rate of the clips in Hz; None for the sampling rate of the model, with a warning.
             device: device on which the features are computed.
-            **kwargs: arguments of other feature extractors; ignored.
+            **kwargs: ignored; accepted because other feature extractors have more arguments.
 
         Returns:
-            `input_features` (B, T, F) float32 and `attention_mask` (B, T), true on valid frames.
+            `input_features` (B, T, F) float32, and `attention_mask` (B, T), True for valid frames.
 
         Raises:
-            ValueError: The sampling rate differs from the model's, samples are not finite, or padding is on the left.
+            ValueError: `sampling_rate` is not the sampling rate of the model, a sample is not finite, or
+                `padding_side` is not "right".
         """
         self._check_sampling_rate(sampling_rate)
         clips = [
@@ -121,15 +123,15 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def extract(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the features of a padded batch on its device.
+        """Compute the features of a padded batch of waveforms, on the device of the waveforms.
 
         Args:
             waveforms: (B, S) float32 samples.
             lengths: (B,) number of valid samples.
 
         Returns:
-            (B, T, F) features, zero after the end of each clip, and the (B, T) mask, true on valid frames;
-            T = 1 + S // hop_length.
+            (B, T, F) features, in which padding frames are zero, and a (B, T) mask, True for valid frames. T is
+            1 + S // hop_length.
         """
         features = self._log_mel(self._preemphasise(waveforms, lengths))
         frame_lengths = lengths // self.hop_length
@@ -139,15 +141,18 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
         return normalize_per_feature(features, mask), mask
 
     def _check_sampling_rate(self, sampling_rate: int | None) -> None:
-        """Check that the audio has the model's sampling rate; warn once if the rate is not given (None).
+        """Check that audio has the sampling rate of the model; warn once if the sampling rate of the audio is unknown.
+
+        Args:
+            sampling_rate: sampling rate of the audio in Hz; None if unknown.
 
         Raises:
-            ValueError: The rates differ.
+            ValueError: The audio has a different sampling rate.
         """
         if sampling_rate is None:
             logger.warning_once(
-                f"`sampling_rate` was not given, so {self.sampling_rate} Hz is assumed: pass it, because a wrong rate "
-                "gives wrong text."
+                f"`sampling_rate` was not given, so {self.sampling_rate} Hz is assumed: pass `sampling_rate`, because "
+                "audio at a wrong rate gives wrong text."
             )
         elif sampling_rate != self.sampling_rate:
             raise ValueError(
@@ -164,14 +169,15 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
         truncation: bool,
         pad_to_multiple_of: int | None,
     ) -> Tensor:
-        """Pad or shorten clips to one length and stack them.
+        """Pad or cut clips to one length, and stack them to a batch.
 
         Args:
-            clips: (S,) float32 samples each.
-            padding: `"longest"`, or `"max_length"` to pad to `max_length`.
-            max_length: length in samples to pad or shorten to.
-            truncation: shorten clips to `max_length`.
-            pad_to_multiple_of: round the padded length up to a multiple of this number of samples.
+            clips: (S,) float32 samples of each clip.
+            padding: `"longest"` to pad to the longest clip, or `"max_length"` to pad to `max_length`.
+            max_length: length in samples for `padding="max_length"` and for `truncation`; None for no limit.
+            truncation: whether to cut clips to `max_length`.
+            pad_to_multiple_of: the padded length is rounded up to a multiple of this number of samples; None for no
+                rounding.
 
         Returns:
             (B, S) float32 samples.
@@ -181,10 +187,10 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
         """
         if self.padding_side != "right":
             raise ValueError(
-                f"`padding_side` must be 'right', got {self.padding_side!r}: lengths count from the start of a clip; "
-                "set it to 'right'"
+                f"`padding_side` must be 'right', got {self.padding_side!r}: set it to 'right', because clip lengths "
+                "count from the first sample"
             )
-        # the base class pads arrays of shape (S, features)
+        # `pad` of the base class expects a feature axis: (S,) -> (S, 1)
         padded = self.pad(
             BatchFeature({"input_features": [clip[:, None] for clip in clips]}),
             padding=padding,
@@ -204,16 +210,17 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
             lengths: (B,) number of valid samples.
 
         Returns:
-            (B, S). The padding is zeroed after the filter, whose first padded value would otherwise be -a x[n-1].
+            (B, S) filtered samples.
         """
         mask = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]
         if self.preemphasis:
             filtered = waveforms[:, 1:] - self.preemphasis * waveforms[:, :-1]
             waveforms = torch.cat([waveforms[:, :1], filtered], dim=1)
+        # zero the padding after the filter, because the first padded value would otherwise be -a x[n-1]
         return waveforms * mask
 
     def _log_mel(self, waveforms: Tensor) -> Tensor:
-        """Compute the log-mel energies (B, T, F) of padded waveforms (B, S)."""
+        """Compute the (B, T, F) log-mel energies of padded (B, S) waveforms."""
         spectrum = torch.stft(
             waveforms,
             self.n_fft,
@@ -228,42 +235,46 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
         return torch.matmul(power, self.mel_filters.to(waveforms.device).T).add_(LOG_ZERO_GUARD).log_()
 
 
-def mel_triangles(num_bins: int, n_fft: int, sampling_rate: int) -> tuple[np.ndarray, np.ndarray]:
-    """Compute triangular filters that are evenly spaced on Slaney's mel scale from 0 Hz to half the sampling rate.
+def compute_mel_triangles(num_bins: int, n_fft: int, sampling_rate: int) -> tuple[np.ndarray, np.ndarray]:
+    """Compute triangular mel filters, evenly spaced on Slaney's mel scale from 0 Hz to half the sampling rate.
 
     Args:
         num_bins: number of mel bins F.
-        n_fft: points of the Fourier transform.
-        sampling_rate: samples per second.
+        n_fft: size of the Fourier transform in samples.
+        sampling_rate: sampling rate in Hz.
 
     Returns:
-        (F, n_fft / 2 + 1) float64 triangles of height 1, and (F,) factors that give each triangle the area 1 (in Hz).
+        (F, n_fft / 2 + 1) float64 triangles of height 1, and (F,) factors that scale each triangle to area 1 (in Hz).
     """
     max_hertz = sampling_rate / 2
-    max_mel = LOG_START_MEL + np.log(max_hertz / LOG_START_HERTZ) / LOG_STEP
+    max_mel = LOG_START_MEL + np.log(max_hertz / LOG_START_HERTZ) / LOG_HERTZ_PER_MEL
     if max_hertz < LOG_START_HERTZ:
         max_mel = max_hertz / HERTZ_PER_MEL
     mels = np.linspace(0.0, max_mel, num_bins + 2)
-    # frequencies of the corners: triangle i rises from edge i to edge i + 1 and falls to edge i + 2
     linear_hertz = mels * HERTZ_PER_MEL
-    log_hertz = LOG_START_HERTZ * np.exp(LOG_STEP * (mels - LOG_START_MEL))
+    log_hertz = LOG_START_HERTZ * np.exp(LOG_HERTZ_PER_MEL * (mels - LOG_START_MEL))
+    # (F + 2,) frequencies in Hz: triangle i rises from edge i to edge i + 1, and falls to edge i + 2
     edges = np.where(mels < LOG_START_MEL, linear_hertz, log_hertz)
-    # (F + 2, n_fft / 2 + 1): distance from each frequency of the spectrum up to each edge
+    # (F + 2, n_fft / 2 + 1): edge frequency minus the frequency of each spectrum bin
     distances = edges[:, None] - np.linspace(0.0, max_hertz, n_fft // 2 + 1)
     widths = np.diff(edges)[:, None]
-    rising, falling = -distances[:-2] / widths[:-1], distances[2:] / widths[1:]
-    return np.maximum(0.0, np.minimum(rising, falling)), 2.0 / (edges[2:] - edges[:-2])
+    rising_slopes, falling_slopes = -distances[:-2] / widths[:-1], distances[2:] / widths[1:]
+    triangles = np.maximum(0.0, np.minimum(rising_slopes, falling_slopes))
+    # the area of a triangle of height 1 is half its width
+    inverse_areas = 2.0 / (edges[2:] - edges[:-2])
+    return triangles, inverse_areas
 
 
 def normalize_per_feature(features: Tensor, mask: Tensor) -> Tensor:
-    """Give every mel bin mean 0 and unbiased standard deviation 1 over the valid frames; set the other frames to zero.
+    """Normalise every mel bin of a clip to mean 0 and unbiased standard deviation 1 over the valid frames.
 
     Args:
-        features: (B, T, F); overwritten.
-        mask: (B, T), true on valid frames.
+        features: (B, T, F) log-mel energies; overwritten.
+        mask: (B, T) mask, True for valid frames.
 
     Returns:
-        (B, T, F). A clip of one frame, whose standard deviation is undefined, becomes zeros, as in NeMo.
+        (B, T, F) normalised features, in which padding frames are zero. As in NeMo, a clip with a single frame becomes
+        zero, because the standard deviation of a single value is undefined.
     """
     # (B, T, 1)
     mask = mask[..., None]
@@ -277,19 +288,19 @@ def normalize_per_feature(features: Tensor, mask: Tensor) -> Tensor:
 
 
 def split_batch(raw_speech: Any) -> list[Any]:
-    """Split the audio argument of the feature extractor into clips, without converting them.
+    """Split the audio argument of the feature extractor into a list of clips, without converting the clips.
 
     Args:
-        raw_speech: one clip or a list of clips. A clip is a (S,) array, tensor or list of samples (int or float), or a
-            stereo array with the channels on the first or last axis. A two-dimensional array that is not in a list is
-            a batch (B, S), unless its last axis has at most `MAX_CHANNELS` entries and its first axis more: then it is
-            one clip with channels.
+        raw_speech: one clip or a list of clips. A clip is a (S,) array, tensor or list of numbers, or an array or
+            tensor with several channels, (C, S) or (S, C). A two-dimensional array that is not in a list is one clip
+            (S, C) if the last axis has at most `MAX_CHANNELS` entries and the first axis has more; otherwise it is a
+            batch (B, S).
 
     Returns:
         The clips.
 
     Raises:
-        ValueError: The list is empty.
+        ValueError: `raw_speech` is an empty list.
         TypeError: `raw_speech` is not an array, a tensor or a list.
     """
     if isinstance(raw_speech, (np.ndarray, Tensor)):

@@ -34,8 +34,8 @@ from .pipeline_parakeet import ParakeetASRPipeline
 from .processing_parakeet import ParakeetProcessor
 from .tokenization_parakeet import ParakeetTokenizer
 
-# configuration, model, and the Auto class for this kind of model
-MODELS: tuple[tuple[Any, Any, Any], ...] = (
+# configuration class, model class, and the Auto class of transformers for this type of model
+MODEL_CLASSES: tuple[tuple[Any, Any, Any], ...] = (
     (ParakeetEncoderConfig, ParakeetEncoder, AutoModel),
     (ParakeetCTCConfig, ParakeetForCTC, AutoModelForCTC),
     (ParakeetRNNTConfig, ParakeetForRNNT, AutoModelForRNNT),
@@ -44,47 +44,51 @@ MODELS: tuple[tuple[Any, Any, Any], ...] = (
 
 
 def register() -> None:
-    """Make transformers use the classes of this package for Parakeet models; a second call changes nothing."""
+    """Make transformers use the classes of this package for Parakeet models; a repeated call has no effect."""
     _register_auto_classes()
-    _replace_class_names()
+    _override_transformers_classes()
     _replace_pipeline()
 
 
 def _register_auto_classes() -> None:
-    """Register configurations, models, feature extractor, processor and tokenizer with the Auto classes."""
-    for config, model, auto_model in MODELS:
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        auto_model.register(config, model, exist_ok=True)
-        AutoFeatureExtractor.register(config, ParakeetFeatureExtractor, exist_ok=True)
-        AutoProcessor.register(config, ParakeetProcessor, exist_ok=True)
-        AutoTokenizer.register(config, fast_tokenizer_class=ParakeetTokenizer, exist_ok=True)
+    """Register the configurations, models, feature extractor, processor and tokenizer with the Auto classes."""
+    for config_class, model_class, auto_model_class in MODEL_CLASSES:
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, model_class, exist_ok=True)
+        auto_model_class.register(config_class, model_class, exist_ok=True)
+        AutoFeatureExtractor.register(config_class, ParakeetFeatureExtractor, exist_ok=True)
+        AutoProcessor.register(config_class, ParakeetProcessor, exist_ok=True)
+        AutoTokenizer.register(config_class, fast_tokenizer_class=ParakeetTokenizer, exist_ok=True)
 
 
-def _replace_class_names() -> None:
-    """Set the classes as attributes of `transformers` and `transformers.models.parakeet`.
+def _override_transformers_classes() -> None:
+    """Replace the Parakeet classes in the modules `transformers` and `transformers.models.parakeet`.
 
-    `AutoProcessor` and `AutoFeatureExtractor` look up the class name that a checkpoint contains in
-    `transformers.models.parakeet` before they look at the registered classes.
+    Registration alone is not enough: `AutoProcessor` and `AutoFeatureExtractor` look up the class name stored in a
+    checkpoint in `transformers.models.parakeet` before they look at the registered classes.
     """
     classes = [ParakeetFeatureExtractor, ParakeetPreTrainedModel, ParakeetProcessor, ParakeetTokenizer]
-    for config, model, _ in MODELS:
-        classes += [config, model]
-    # a module `transformers` that was imported at the top of this file would be the wrong object: transformers replaces
-    # its entry in `sys.modules` when some of its submodules are imported
+    for config_class, model_class, _ in MODEL_CLASSES:
+        classes += [config_class, model_class]
+    # do not use a top-level `import transformers` here: it can be stale, because transformers replaces its entry in
+    # `sys.modules` when some of its submodules are imported
     for module in (sys.modules["transformers"], transformers.models.parakeet):
-        for each_class in classes:
-            setattr(module, each_class.__name__, each_class)
+        for cls in classes:
+            setattr(module, cls.__name__, cls)
 
 
 def _replace_pipeline() -> None:
-    """Make `transformers.pipeline` read `.nemo` files, and use `ParakeetASRPipeline` for speech recognition."""
-    current = vars(transformers.pipelines)["pipeline"]
-    # after a first call of `register`, the function of transformers is the attribute `__wrapped__` of ours
-    pipeline = with_nemo_files(getattr(current, "__wrapped__", current))
+    """Replace `transformers.pipeline` with a function that also loads `.nemo` files, and set the pipeline class.
+
+    The task `automatic-speech-recognition` gets the class `ParakeetASRPipeline`.
+    """
+    current_pipeline = vars(transformers.pipelines)["pipeline"]
+    # if `register` was called before, `current_pipeline` is our wrapper, and `__wrapped__` is the original function
+    pipeline = with_nemo_files(getattr(current_pipeline, "__wrapped__", current_pipeline))
     for module in (sys.modules["transformers"], transformers.pipelines):
         vars(module)["pipeline"] = pipeline
-    task = PIPELINE_REGISTRY.supported_tasks["automatic-speech-recognition"]
-    task["impl"] = ParakeetASRPipeline
-    if AutoModelForRNNT not in task["pt"]:
-        task["pt"] = (*task["pt"], AutoModelForRNNT)
+    task_settings = PIPELINE_REGISTRY.supported_tasks["automatic-speech-recognition"]
+    task_settings["impl"] = ParakeetASRPipeline
+    # "pt" lists the Auto classes with which the task can load a model
+    if AutoModelForRNNT not in task_settings["pt"]:
+        task_settings["pt"] = (*task_settings["pt"], AutoModelForRNNT)

@@ -25,7 +25,7 @@ def test_frozen_modules_keep_their_weights_and_statistics(tmp_path):
 
 def test_a_module_that_the_model_lacks_is_refused():
     model, _ = create_model("ctc")
-    with pytest.raises(ValueError, match="got 'decoder': the model has encoder, ctc_head"):
+    with pytest.raises(ValueError, match="got 'decoder': use encoder, ctc_head"):
         freeze(model, ["decoder"])
 
 

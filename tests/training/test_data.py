@@ -70,7 +70,7 @@ def test_columns_can_be_named():
     data = datasets.Dataset.from_dict({"wav": ["a.wav"], "text": ["noisy"], "clean": ["clean"]})
     renamed = load_speech(data, audio_column="wav", text_column="clean")
     assert renamed[0] == {"audio": "a.wav", "text": "clean"}
-    with pytest.raises(ValueError, match="column of audio, and has wav, text, clean"):
+    with pytest.raises(ValueError, match="column of audio, got the columns wav, text, clean"):
         load_speech(data)
 
 

@@ -380,7 +380,9 @@ FAULTS = [
     pytest.param(lambda folder: ("tests/clipz", []), "there is no file or folder tests/clipz", id="mistyped folder"),
     pytest.param(lambda folder: ("trian.csv", []), "there is no file or folder trian.csv", id="mistyped file"),
     pytest.param(
-        lambda folder: (SENTENCES, ["--decoder", "attention"]), "transducer or ctc, got 'attention'", id="decoder"
+        lambda folder: (SENTENCES, ["--decoder", "attention"]),
+        "transducer or ctc for this model, got 'attention'",
+        id="decoder",
     ),
 ]
 

@@ -7,7 +7,7 @@ import soundfile
 from conftest import noise
 
 from transformers_parakeet.training import add_durations, get_durations, load_speech, read_clip
-from transformers_parakeet.training.manifests import SplitRequest, read_folder, read_manifest
+from transformers_parakeet.training.manifests import SplitRequest, read_audio_folder, read_manifest
 
 TRAIN = SplitRequest("train")
 
@@ -35,7 +35,7 @@ def test_unicode_line_separators_belong_to_the_text(tmp_path):
     assert [row["text"] for row in read_manifest(path)] == texts
     metadata = "\n".join(line.replace("audio_filepath", "file_name") for line in lines)
     (tmp_path / "metadata.jsonl").write_text(metadata, encoding="utf-8")
-    assert [row["text"] for row in read_folder(tmp_path, TRAIN)] == texts
+    assert [row["text"] for row in read_audio_folder(tmp_path, TRAIN)] == texts
 
 
 def test_byte_order_marks_and_blank_lines_are_skipped(tmp_path):
@@ -45,10 +45,10 @@ def test_byte_order_marks_and_blank_lines_are_skipped(tmp_path):
     assert read_manifest(manifest)[0]["text"] == "one"
     metadata = tmp_path / "metadata.jsonl"
     metadata.write_text(mark + '{"file_name": "a.wav", "text": "one"}\n\n{"file_name": "b.wav", "text": "two"}\n')
-    assert [row["text"] for row in read_folder(tmp_path, TRAIN)] == ["one", "two"]
+    assert [row["text"] for row in read_audio_folder(tmp_path, TRAIN)] == ["one", "two"]
     metadata.unlink()
     (tmp_path / "metadata.csv").write_text(mark + "file_name,text\na.wav,one\n", encoding="utf-8")
-    (row,) = read_folder(tmp_path, TRAIN)
+    (row,) = read_audio_folder(tmp_path, TRAIN)
     assert row == {"audio": str(tmp_path / "a.wav"), "text": "one"}
 
 
@@ -81,7 +81,7 @@ def test_times_in_metadata_are_converted_to_numbers(tmp_path):
 def test_the_error_about_an_invalid_line_names_file_and_line(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message) as error:
-        read_manifest(tmp_path / name) if name == "manifest.json" else read_folder(tmp_path, TRAIN)
+        read_manifest(tmp_path / name) if name == "manifest.json" else read_audio_folder(tmp_path, TRAIN)
     assert name in str(error.value)
 
 
@@ -96,12 +96,12 @@ def test_a_folder_has_its_metadata_inside_or_in_a_subfolder_per_split(tmp_path):
     assert data["text"] == ["one", "two"]
     assert [len(read_clip(row, 16000)) for row in data] == [16000, 32000]
     (clips / "metadata.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"must have a metadata\.csv"):
+    with pytest.raises(ValueError, match=r"must contain a metadata\.csv"):
         load_speech(tmp_path)
     (tmp_path / "metadata.csv").write_text('file_name,text\ntrain/0.wav,"one, or so"\n')
     data = load_speech(tmp_path)
     assert data["text"] == ["one, or so"]
     assert len(read_clip(data[0], 16000)) == 16000
     (tmp_path / "metadata.csv").write_text("file_name,text\n")
-    with pytest.raises(ValueError, match="at least one clip, got none"):
+    with pytest.raises(ValueError, match="at least one line, got none"):
         load_speech(tmp_path)

@@ -63,7 +63,7 @@ def test_an_update_whose_gradients_are_not_finite_is_skipped(tmp_path, monkeypat
     trainer.train()
     assert [recorder.changed_between(index, index + 1) for index in range(3)] == [False, False, True]
     assert all(value.isfinite().all() for value in model.state_dict().values())
-    assert trainer.guard.skipped == 2
+    assert trainer.guard.num_skipped_updates == 2
     assert trainer.state.log_history[-1]["skipped_updates"] == 2
     assert warnings == [f"Update {number} is skipped: its gradients are not finite." for number in (2, 3)]
 
@@ -79,7 +79,7 @@ def test_twenty_consecutive_skipped_updates_end_the_training(tmp_path):
     )
     with pytest.raises(FloatingPointError, match="20 consecutive updates"):
         trainer.train()
-    assert trainer.guard.skipped == 20
+    assert trainer.guard.num_skipped_updates == 20
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -97,7 +97,7 @@ def test_a_skipped_update_restores_the_statistics_of_batch_norms(accumulation, t
     before = copy_buffers(model)
     loss = trainer.evaluate()["eval_loss"]
     trainer.train()
-    assert trainer.guard.skipped == 1
+    assert trainer.guard.num_skipped_updates == 1
     after = copy_buffers(model)
     assert [name for name in before if not torch.equal(after[name], before[name])] == []
     assert trainer.evaluate()["eval_loss"] == loss
@@ -114,7 +114,7 @@ def test_with_float16_the_guard_only_restores_statistics_that_are_not_finite(is_
     norm.running_var.fill_(3.0 if is_finite else math.inf)
     norm.running_mean.fill_(2.0)
     guard.on_pre_optimizer_step(settings, None, None, model=model)
-    assert guard.skipped == 0
+    assert guard.num_skipped_updates == 0
     assert norm.running_var.tolist() == [3.0 if is_finite else 1.0] * 32
     assert norm.running_mean.tolist() == [2.0 if is_finite else 0.0] * 32
 

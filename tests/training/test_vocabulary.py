@@ -150,7 +150,7 @@ def test_an_added_punctuation_mark_is_attached_to_words():
     ("tokens", "message"),
     [
         (["the", "the"], "got 'the'"),
-        (["he"], "the vocabulary lacks, got 'he'"),
+        (["he"], r"must not be in the vocabulary.*got 'he'"),
         (["▁neu"], "got '▁neu'"),
         ([" neu"], "got ' neu'"),
         ([""], "got ''"),
@@ -167,7 +167,7 @@ def test_invalid_tokens_are_refused_and_nothing_changes(tokens, message):
 def test_a_token_that_normalisation_changes_is_refused():
     # the SentencePiece model normalises with nmt_nfkc
     model, processor = load_golden("ctc")
-    with pytest.raises(ValueError, match=r"'ﬁ' is never matched.*NFKC"):
+    with pytest.raises(ValueError, match=r"'ﬁ' can never be matched.*NFKC"):
         extend_vocabulary(model, processor, ["ﬁ"])
     assert model.ctc_head.weight.shape[0] == 129
 
@@ -176,7 +176,7 @@ def test_an_aggregate_tokenizer_and_the_processor_of_another_model_are_refused()
     model, processor = load_golden("tdt_agg_tokenizer")
     with pytest.raises(ValueError, match="aggregate tokenizer cannot be extended"):
         extend_vocabulary(model, processor, ["ö1"])
-    with pytest.raises(ValueError, match="give the processor that belongs to the model"):
+    with pytest.raises(ValueError, match="pass the processor that belongs to the model"):
         extend_vocabulary(model, load_golden("tdt")[1], ["ö1"])
 
 

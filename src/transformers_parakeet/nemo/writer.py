@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..configuration_parakeet import get_blank_id, get_head_type
-from ..feature_extraction_parakeet import mel_triangles
+from ..feature_extraction_parakeet import compute_mel_triangles
 from .archive import SETTINGS, NemoError, write_archive
 from .fields import (
     ENCODER_FIELDS,
@@ -347,7 +347,7 @@ def mel_filters(extractor: Any) -> Tensor:
     Returns:
         (1, F, n_fft / 2 + 1) float32.
     """
-    triangles, norm = mel_triangles(extractor.feature_size, extractor.n_fft, extractor.sampling_rate)
+    triangles, norm = compute_mel_triangles(extractor.feature_size, extractor.n_fft, extractor.sampling_rate)
     filters = triangles.astype(np.float32) * norm[:, None]
     return torch.from_numpy(filters.astype(np.float32))[None]
 

@@ -1,6 +1,6 @@
 """Choose which parameters of a model are trained: freeze modules, or add LoRA adapters.
 
-The training loop itself is `ParakeetTrainer` in `trainer.py`.
+The training loop is in `trainer.py`.
 """
 
 from __future__ import annotations
@@ -16,28 +16,31 @@ ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def freeze(model: Any, names: Sequence[str]) -> int:
-    """Exclude modules of a model from training.
+    """Freeze modules of a model: exclude their parameters from training.
 
-    `ParakeetTrainer` also keeps the running statistics of batch norms whose parameters are frozen.
+    `ParakeetTrainer` also leaves the running statistics of frozen batch-norm layers unchanged.
 
     Args:
         model: a Parakeet model; changed in place.
-        names: names of modules, such as `encoder`, `encoder.subsampling` or `encoder.layers.0`.
+        names: module names, such as `encoder`, `encoder.subsampling` or `encoder.layers.0`.
 
     Returns:
-        The number of frozen parameters.
+        The number of frozen parameters (scalar weights, not tensors).
 
     Raises:
-        ValueError: the model has no module with this name.
+        ValueError: the model has no module with one of the names.
     """
     num_frozen = 0
     for name in names:
-        parameters = [p for key, p in model.named_parameters() if key == name or key.startswith(f"{name}.")]
+        parameters = [
+            parameter
+            for parameter_name, parameter in model.named_parameters()
+            if parameter_name == name or parameter_name.startswith(f"{name}.")
+        ]
         if not parameters:
-            module_names = ", ".join(key for key, _ in model.named_children())
+            module_names = ", ".join(child_name for child_name, _ in model.named_children())
             raise ValueError(
-                f"`freeze` must name modules of the model, got {name!r}: the model has {module_names} and their "
-                "submodules"
+                f"`freeze` must name modules of the model, got {name!r}: use {module_names} or one of their submodules"
             )
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -46,10 +49,10 @@ def freeze(model: Any, names: Sequence[str]) -> int:
 
 
 def freeze_batch_norm_statistics(model: Any) -> None:
-    """Put batch norms without trainable parameters into evaluation mode, so that training data does not update them.
+    """Put batch-norm layers without trainable parameters into eval mode, which freezes their running statistics.
 
     Args:
-        model: any module; call this after `model.train()`, which undoes it.
+        model: any module. Call this function after `model.train()`, which puts all layers back into training mode.
     """
     for module in model.modules():
         is_batch_norm = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
@@ -63,11 +66,12 @@ def add_lora(model: Any, rank: int, alpha: int | None = None, targets: Sequence[
     Args:
         model: a Parakeet model; changed in place.
         rank: rank of the adapters.
-        alpha: the output of an adapter is scaled by `alpha / rank`; None for twice the rank.
+        alpha: scaling constant; the output of each adapter is multiplied by `alpha / rank`. None for `2 * rank`.
         targets: names of the linear layers that get adapters.
 
     Returns:
-        A `PeftModel`; its `merge_and_unload()` returns a plain model with the adapters merged.
+        A `PeftModel`. Call `merge_and_unload()` to get the Parakeet model back with the adapters merged into its
+        weights.
 
     Raises:
         ImportError: the package `peft` is not installed.

@@ -1,6 +1,6 @@
-"""Read the audio, the name and the duration of one row of a speech dataset.
+"""Read the audio and the duration of the rows of a speech dataset.
 
-Datasets are opened in `data.py`; files are decoded in `audio.py`.
+Datasets are opened in `data.py`, and audio files are decoded in `audio.py`.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ import numpy.typing as npt
 from ..audio import AudioError, load_audio
 from .manifests import parse_seconds
 
-# libsndfile seeks in these formats without decoding what precedes the position; `load_audio` uses it for them as well
+# libsndfile can seek in these formats without decoding the audio before the position; `load_audio` also reads them with
+# libsndfile
 SEEKABLE_SUFFIXES = {".wav", ".flac", ".aiff", ".au"}
-# seconds: an excerpt that ends this close to the end of its clip is extended to the end, because manifests round
+# seconds; an excerpt that ends this close to the end of the clip is extended to the end, because times in manifests are
+# rounded
 ROUNDING_TOLERANCE_S = 0.01
 
 
 def read_clip(row: Mapping[str, Any], sampling_rate: int) -> npt.NDArray[np.float32]:
-    """Decode the audio of a row.
+    """Decode the audio of one dataset row, or the excerpt that the row selects.
 
-    As in NeMo, `offset` and `duration` select an excerpt of the clip, and a row with only a `duration` is cut to it; a
-    duration of 0 means that it is unknown. Unlike NeMo, an excerpt that ends within `ROUNDING_TOLERANCE_S` of the end
-    of the clip is extended to the end.
+    As in NeMo, `offset` and `duration` select an excerpt of the clip. The default offset is 0. A duration of 0, or no
+    duration, selects the rest of the clip. Unlike in NeMo, an excerpt that ends within `ROUNDING_TOLERANCE_S` of the
+    end of the clip is extended to the end.
 
     Args:
-        row: holds `audio`, anything that `load_audio` takes, and optionally `offset` and `duration` in seconds and the
-            `sampling_rate` of an array in Hz.
-        sampling_rate: sampling rate of the result in Hz.
+        row: dataset row with `audio` (any source that `load_audio` accepts), and optionally `offset` and `duration` in
+            seconds, and `sampling_rate` in Hz if `audio` is an array.
+        sampling_rate: sampling rate in Hz at which the clip is decoded.
 
     Returns:
         (S,) float32 samples.
@@ -52,7 +54,7 @@ def read_clip(row: Mapping[str, Any], sampling_rate: int) -> npt.NDArray[np.floa
     samples = read_excerpt(row["audio"], source_rate, offset_s or 0.0, duration_s or math.inf, sampling_rate)
     if offset_s and not len(samples):
         raise AudioError(
-            f"the clip must be longer than its offset of {offset_s:g} s, and is not: correct the offset in the manifest"
+            f"the clip must be longer than its offset, got an offset of {offset_s:g} s: correct it in the manifest"
         )
     return samples
 
@@ -62,17 +64,17 @@ def read_excerpt(
 ) -> npt.NDArray[np.float32]:
     """Decode an excerpt of a clip.
 
-    Only the excerpt is decoded if libsndfile can seek in the file. Otherwise the whole clip is decoded and cut.
+    If libsndfile can seek in the file, only the excerpt is decoded. Otherwise the whole clip is decoded and cut.
 
     Args:
-        audio: anything that `load_audio` takes.
-        source_rate: sampling rate of the samples in Hz, if `audio` is an array; None otherwise.
+        audio: any source that `load_audio` accepts.
+        source_rate: sampling rate in Hz of `audio` if it is an array; None for files.
         offset_s: start of the excerpt in seconds.
         duration_s: length of the excerpt in seconds; infinity for the rest of the clip.
-        sampling_rate: sampling rate of the result in Hz.
+        sampling_rate: sampling rate in Hz at which the excerpt is decoded.
 
     Returns:
-        (S,) float32 samples; none if the clip ends before the offset.
+        (S,) float32 samples; an empty array if the clip ends before the offset.
 
     Raises:
         AudioError: the audio cannot be read.
@@ -82,7 +84,7 @@ def read_excerpt(
     if isinstance(audio, str) and Path(audio).suffix.lower() in SEEKABLE_SUFFIXES:
         with contextlib.suppress(soundfile.LibsndfileError), soundfile.SoundFile(audio) as file:
             start, end = compute_excerpt_bounds(offset_s, duration_s, file.samplerate, file.frames)
-            # the whole clip, or a file whose header states no length, is left to `load_audio` below
+            # if the excerpt is the whole clip, or the header states no length, `load_audio` below decodes the file
             if file.frames and end - start < file.frames:
                 file.seek(start)
                 channels = file.read(end - start, dtype="float32", always_2d=True)
@@ -94,16 +96,17 @@ def read_excerpt(
 
 
 def compute_excerpt_bounds(offset_s: float, duration_s: float, sampling_rate: int, num_samples: int) -> tuple[int, int]:
-    """Compute the sample range of an excerpt of a clip.
+    """Convert the start and length of an excerpt to a range of samples.
 
     Args:
         offset_s: start of the excerpt in seconds.
-        duration_s: length of the excerpt in seconds; may be infinite.
-        sampling_rate: samples per second of the clip.
-        num_samples: samples of the clip.
+        duration_s: length of the excerpt in seconds; infinity for the rest of the clip.
+        sampling_rate: sampling rate of the clip in Hz.
+        num_samples: length of the clip in samples.
 
     Returns:
-        The first sample and the sample after the last one, both at most `num_samples`.
+        Start and end (exclusive) of the range, both at most `num_samples`. An end within `ROUNDING_TOLERANCE_S` of the
+        end of the clip is moved to the end of the clip.
     """
     start = min(round(offset_s * sampling_rate), num_samples)
     exact_end = (offset_s + duration_s) * sampling_rate
@@ -113,7 +116,15 @@ def compute_excerpt_bounds(offset_s: float, duration_s: float, sampling_rate: in
 
 
 def get_clip_name(row: Mapping[str, Any], position: int) -> str:
-    """Return a name for a row in messages: its file, its `id`, or its position in the batch (counted from 0)."""
+    """Return a name for a dataset row, to be used in messages.
+
+    Args:
+        row: dataset row, usually with `audio` or `id`.
+        position: zero-based position of the row in the batch.
+
+    Returns:
+        The path of the audio file, or else the value of `id`, or else the position in words.
+    """
     audio = row.get("audio")
     path = audio.get("path") if isinstance(audio, Mapping) else audio
     name = path if isinstance(path, (str, Path)) else row.get("id")
@@ -121,13 +132,13 @@ def get_clip_name(row: Mapping[str, Any], position: int) -> str:
 
 
 def get_durations(dataset: Any) -> list[float]:
-    """Return the duration of every clip of a dataset in seconds.
+    """Return the durations of all clips of a dataset, without decoding the clips.
 
     Args:
-        dataset: has a column `duration`, or an attribute `durations` with one number per clip.
+        dataset: a dataset with a column `duration` or an attribute `durations`, in seconds.
 
     Returns:
-        One duration per clip.
+        The duration of each clip in seconds.
 
     Raises:
         ValueError: the dataset is streamed, or a duration is missing.
@@ -149,20 +160,20 @@ def get_durations(dataset: Any) -> list[float]:
 
 
 def add_durations(dataset: Any, sampling_rate: int = 16000) -> Any:
-    """Add a column `duration` to a dataset that lacks it, by decoding every clip once.
+    """Add the missing durations of clips to the column `duration` of a dataset, by decoding the clips.
 
-    A clip that cannot be read gets the duration 0. The collator reports it when it reads the clip.
+    A clip that cannot be read gets the duration 0. `SpeechCollator` later reports the error when it reads the clip.
 
     Args:
         dataset: a `datasets` dataset or `ClipRows`.
-        sampling_rate: sampling rate in Hz to which clips are decoded.
+        sampling_rate: sampling rate in Hz at which clips are decoded.
 
     Returns:
-        The dataset with a duration in seconds in every row; the same object if it has them all.
+        A dataset with a duration in seconds in every row; `dataset` itself if every row already has a duration.
     """
 
     def measure_duration(row: dict[str, Any]) -> dict[str, float]:
-        """Return the `duration` of a row, decoding the clip if the row does not state it."""
+        """Return the field `duration` of a row; decode the clip if the row has no duration."""
         try:
             duration_s = parse_seconds(row.get("duration"), "duration")
             if duration_s is None:
@@ -173,7 +184,7 @@ def add_durations(dataset: Any, sampling_rate: int = 16000) -> Any:
 
     if "duration" in dataset.column_names and None not in dataset["duration"]:
         return dataset
-    return dataset.map(measure_duration, desc="durations")
+    return dataset.map(measure_duration, desc="Measuring durations")
 
 
 __all__ = ["add_durations", "get_clip_name", "get_durations", "read_clip"]

@@ -1,6 +1,6 @@
-"""Open speech datasets: NeMo manifests, folders of audio, `datasets` datasets, and datasets of the Hub.
+"""Open speech datasets: NeMo manifests, folders of audio, `datasets` datasets, and datasets on the Hub.
 
-Lines of manifests are parsed in `manifests.py`. Audio stays encoded until `clips.py` reads it.
+Manifests are parsed in `manifests.py`. Audio stays encoded; `clips.py` decodes it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .extras import import_optional
-from .manifests import SplitRequest, read_folder, read_manifest
+from .manifests import SplitRequest, read_audio_folder, read_manifest
 
 MANIFEST_SUFFIXES = (".json", ".jsonl")
 AUDIO_COLUMNS = ("audio", "audio_filepath", "file", "path")
@@ -34,30 +34,30 @@ def load_speech(
     """Open a dataset of clips with transcripts.
 
     Args:
-        source: a `datasets` dataset; a NeMo manifest (`.json` or `.jsonl`); a folder that `save_to_disk` wrote; a
+        source: a `datasets` dataset; a NeMo manifest (`.json` or `.jsonl`); a folder written by `save_to_disk`; a
             folder of audio with a `metadata.csv` or `metadata.jsonl`; or the name of a dataset on the Hub.
-        split: the split to open; None for `default_split`. Data without splits, such as a manifest, counts as
-            `"train"`.
-        name: configuration of a Hub dataset; None for its default.
+        split: name of the split to open; None for `default_split`. Data without splits, such as a manifest, is treated
+            as the split `"train"`.
+        name: configuration name of a Hub dataset; None for the default configuration.
         streaming: whether to read the data during training instead of downloading it first.
         audio_column: column of the audio; None for the first of `AUDIO_COLUMNS` that the data has.
         text_column: column of the transcripts; None for the first of `TEXT_COLUMNS` that the data has.
-        default_split: the split to open if `split` is None and the data has splits.
+        default_split: name of the split to open if `split` is None and the data has splits.
 
     Returns:
-        A `datasets` dataset, or `ClipRows` for a manifest if the package `datasets` is not installed. Its columns are
-        `audio` (encoded), `text`, and all others of the source.
+        A `datasets` dataset; for a manifest `ClipRows` if the package `datasets` is not installed. The dataset has the
+        columns `audio` (encoded) and `text`, and the remaining columns of the source.
 
     Raises:
-        FileNotFoundError: `source` is a path, and there is no such file or folder.
-        ValueError: there is no such column or split, or a line of the manifest is invalid.
-        ImportError: `datasets` is needed and not installed.
+        FileNotFoundError: `source` is a path that does not exist.
+        ValueError: the data has no such column or split, or a line of the manifest is invalid.
+        ImportError: the data needs the package `datasets`, which is not installed.
     """
     request = SplitRequest(split or default_split, is_explicit=split is not None)
     if isinstance(source, (str, Path)):
         check_source(source)
         if Path(source).suffix in MANIFEST_SUFFIXES and not streaming and find_spec("datasets") is None:
-            request.check_undivided(source)
+            request.check_single_split(source)
             return ClipRows(read_manifest(Path(source)))
         dataset = open_path(source, request, name, streaming)
     else:
@@ -69,23 +69,23 @@ def open_path(source: str | Path, split: SplitRequest, name: str | None, streami
     """Open a manifest, a folder or a Hub dataset as a `datasets` dataset.
 
     Args:
-        source: the path or Hub name.
-        split: the split to open.
-        name: configuration of a Hub dataset; None for its default.
-        streaming: whether to return an `IterableDataset`; ignored for folders that `save_to_disk` wrote.
+        source: path of a manifest or folder, or name of a dataset on the Hub.
+        split: the requested split.
+        name: configuration name of a Hub dataset; None for the default configuration.
+        streaming: whether to return an `IterableDataset`; ignored for folders written by `save_to_disk`.
 
     Raises:
-        ValueError: there is no such split, or a line is invalid.
+        ValueError: the data has no such split, or a line of the manifest or metadata file is invalid.
     """
     datasets = import_optional("datasets", "this data")
     path = Path(source)
     if path.suffix in MANIFEST_SUFFIXES:
-        split.check_undivided(path)
+        split.check_single_split(path)
         rows = read_manifest(path)
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return select_split(datasets.load_from_disk(str(path)), path, split)
     elif path.is_dir():
-        rows = read_folder(path, split)
+        rows = read_audio_folder(path, split)
     else:
         return datasets.load_dataset(str(source), name, split=split.name, streaming=streaming)
     dataset = datasets.Dataset.from_list(rows)
@@ -93,53 +93,56 @@ def open_path(source: str | Path, split: SplitRequest, name: str | None, streami
 
 
 def select_split(dataset: Any, source: Any, split: SplitRequest) -> Any:
-    """Return the requested split of a `DatasetDict`, or a single dataset after checking its split.
+    """Select the requested split of a `DatasetDict`; return a single dataset unchanged if it is the requested split.
 
     Args:
-        dataset: a `datasets` dataset or a dict of them.
-        source: where the dataset comes from, for error messages.
-        split: the split to return.
+        dataset: a `datasets` dataset, or a dict from split names to datasets.
+        source: path or description of the data, used in error messages.
+        split: the requested split.
 
     Raises:
-        ValueError: there is no such split.
+        ValueError: the data has no such split.
     """
     if isinstance(dataset, dict):
         if split.name not in dataset:
             raise ValueError(f"the split must be one of {', '.join(dataset)}, got {split.name!r}: choose one of these")
         return dataset[split.name]
-    split.check_undivided(source, str(getattr(dataset, "split", None) or "train"))
+    split.check_single_split(source, str(getattr(dataset, "split", None) or "train"))
     return dataset
 
 
 def check_source(source: str | Path) -> None:
-    """Refuse a path that does not exist, because it would otherwise be looked up as a dataset of the Hub.
+    """Check that a data source is an existing path or may be the name of a Hub dataset.
+
+    Without this check, a mistyped path would be looked up on the Hub.
 
     Args:
-        source: a path or the name of a Hub dataset.
+        source: a path, or the name of a Hub dataset.
 
     Raises:
-        FileNotFoundError: nothing exists there, and the text is not a valid Hub name, has a file suffix, or starts with
+        FileNotFoundError: the path does not exist, and it is not a valid Hub name, has a file suffix, or starts with
             the name of a local folder.
     """
-    path, text = Path(source), str(source)
+    path, source_text = Path(source), str(source)
     if path.exists():
         return
-    may_be_hub_name = isinstance(source, str) and text.count("/") <= 1 and not path.suffix[1:].isalpha()
+    may_be_hub_name = isinstance(source, str) and source_text.count("/") <= 1 and not path.suffix[1:].isalpha()
     if may_be_hub_name:
         with contextlib.suppress(HFValidationError):
-            validate_repo_id(text)
-            if "/" not in text or not path.parent.is_dir():
+            validate_repo_id(source_text)
+            # if `data` is a local folder, `data/train` is more likely a mistyped path than a Hub dataset
+            if "/" not in source_text or not path.parent.is_dir():
                 return
     raise FileNotFoundError(
-        f"there is no file or folder {text}: correct the path, or name a dataset of the Hub as `org/name`"
+        f"there is no file or folder {source_text}: correct the path, or give the name of a Hub dataset as `org/name`"
     )
 
 
 class ClipRows(Sequence[dict[str, Any]]):
-    """The rows of a manifest, with the part of the `datasets.Dataset` interface that training and evaluation use.
+    """A list of manifest rows with the methods of `datasets.Dataset` that training and evaluation use.
 
     Args:
-        rows: the rows that `read_manifest` returned.
+        rows: the rows returned by `read_manifest`.
     """
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
@@ -147,45 +150,45 @@ class ClipRows(Sequence[dict[str, Any]]):
 
     @property
     def column_names(self) -> list[str]:
-        """Names of the fields of a row."""
+        """Names of the columns."""
         return list(self.rows[0])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, key: Any) -> Any:
-        """Return the row with an index, or the column with a name as a list."""
+        """Return one row if `key` is an index, or one column as a list if `key` is a column name."""
         return [row[key] for row in self.rows] if isinstance(key, str) else self.rows[key]
 
     def map(self, function: Callable[[dict[str, Any]], dict[str, Any]], **_: Any) -> ClipRows:
-        """Return rows to which the fields that `function` returns for each row have been added."""
+        """Apply `function` to every row, and return new rows with the returned fields added."""
         return ClipRows([{**row, **function(row)} for row in self.rows])
 
 
 def rename_columns(dataset: Any, audio_column: str | None, text_column: str | None) -> Any:
-    """Rename the columns of audio and transcripts to `audio` and `text`, without decoding the audio.
+    """Rename the audio column to `audio` and the transcript column to `text`, without decoding the audio.
 
     Args:
         dataset: a `datasets` dataset, streamed or not.
-        audio_column: column of the audio; None to detect it.
-        text_column: column of the transcripts; None to detect it.
+        audio_column: name of the audio column; None to detect the column by its name.
+        text_column: name of the transcript column; None to detect the column by its name.
 
     Returns:
-        The dataset with renamed columns. A column that already has the new name is dropped.
+        The dataset with renamed columns. If another column is already called `audio` or `text`, it is dropped.
 
     Raises:
-        ValueError: there is no such column.
+        ValueError: the dataset has no such column.
     """
     datasets = import_optional("datasets", "this data")
-    # a stream with unknown features reveals its columns only in its first row
+    # a streamed dataset may not know its columns before the first row is read
     columns = dataset.column_names or list(next(iter(dataset)))
-    audio = find_column("audio", audio_column, AUDIO_COLUMNS, columns)
-    text = find_column("text", text_column, TEXT_COLUMNS, columns)
-    if isinstance((dataset.features or {}).get(audio), datasets.Audio):
-        # an `Audio` column of a stream may need torchcodec even with `decode=False`; its storage type does not
-        encoded_type = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-        dataset = dataset.cast_column(audio, encoded_type)
-    for old_name, new_name in ((audio, "audio"), (text, "text")):
+    audio_column = find_column("audio", audio_column, AUDIO_COLUMNS, columns)
+    text_column = find_column("text", text_column, TEXT_COLUMNS, columns)
+    if isinstance((dataset.features or {}).get(audio_column), datasets.Audio):
+        # cast to the storage type of `Audio`: streaming an `Audio` column may need torchcodec, even with `decode=False`
+        storage_type = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+        dataset = dataset.cast_column(audio_column, storage_type)
+    for old_name, new_name in ((audio_column, "audio"), (text_column, "text")):
         if old_name == new_name:
             continue
         if new_name in columns:
@@ -194,23 +197,29 @@ def rename_columns(dataset: Any, audio_column: str | None, text_column: str | No
     return dataset
 
 
-def find_column(kind: str, requested: str | None, usual_names: Sequence[str], columns: Sequence[str]) -> str:
-    """Return the requested column, or the first of the usual names, if the dataset has it.
+def find_column(
+    content: str, requested_name: str | None, common_names: Sequence[str], column_names: Sequence[str]
+) -> str:
+    """Find the name of the audio or transcript column of a dataset.
 
     Args:
-        kind: `"audio"` or `"text"`, for the error message.
-        requested: name that the caller gave; None to try the usual names.
-        usual_names: names to try, in order.
-        columns: columns of the dataset.
+        content: `"audio"` or `"text"`, used in the error message.
+        requested_name: name of the column chosen by the user; None to try the common names.
+        common_names: common names of such a column, in order of preference.
+        column_names: names of all columns of the dataset.
+
+    Returns:
+        The requested name, or the first common name that the dataset has.
 
     Raises:
-        ValueError: the dataset has none of the names.
+        ValueError: the dataset has no such column.
     """
-    for name in [requested] if requested else usual_names:
-        if name in columns:
+    for name in [requested_name] if requested_name else common_names:
+        if name in column_names:
             return name
     raise ValueError(
-        f"the data must have a column of {kind}, and has {', '.join(columns)}: name the column with `{kind}_column`"
+        f"the data must have a column of {content}, got the columns {', '.join(column_names)}: name the column with "
+        f"`{content}_column`"
     )
 
 

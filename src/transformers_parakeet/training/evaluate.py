@@ -1,6 +1,6 @@
-"""Score a speech recognition pipeline on a dataset, for `parakeet evaluate`.
+"""Evaluate a speech recognition pipeline on a dataset, for `parakeet evaluate`.
 
-Error rates are computed in `metrics.py`; the evaluations during training are part of `trainer.py`.
+Error rates are computed in `metrics.py`; evaluation during training is in `trainer.py`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from .metrics import error_rates
 
 
 def check_decoder(config: Any, decoder: str | None) -> None:
-    """Refuse a decoder that the model does not have.
+    """Check that a model has the requested decoder.
 
     Args:
         config: configuration of the model.
-        decoder: `"transducer"` or `"ctc"`; None for the default of the model, which is always accepted.
+        decoder: `"transducer"` or `"ctc"`; None for the default decoder, which every model has.
 
     Raises:
-        ValueError: the model has no such decoder.
+        ValueError: the model does not have this decoder.
     """
     is_ctc_model = get_head_type(config) == "ctc"
     decoders = [] if is_ctc_model else ["transducer"]
@@ -29,7 +29,7 @@ def check_decoder(config: Any, decoder: str | None) -> None:
         decoders.append("ctc")
     if decoder is not None and decoder not in decoders:
         raise ValueError(
-            f"`decoder` must be a decoder of the model, {' or '.join(decoders)}, got {decoder!r}: correct it"
+            f"`decoder` must be {' or '.join(decoders)} for this model, got {decoder!r}: choose another decoder"
         )
 
 
@@ -38,15 +38,16 @@ def evaluate_pipeline(pipe: Any, dataset: Any, batch_size: int = 8, decoder: str
 
     Args:
         pipe: a speech recognition pipeline with a Parakeet model.
-        dataset: rows with `audio` and `text`, see `load_speech`.
-        batch_size: number of clips that are recognised together.
-        decoder: `"ctc"` for the CTC head of a hybrid model; None for the default of the model.
+        dataset: dataset with the columns `audio` and `text`, as returned by `load_speech`.
+        batch_size: number of clips per batch.
+        decoder: `"ctc"` for the CTC head of a hybrid model; None for the default decoder of the model.
 
     Returns:
-        `wer` and `cer`, see `error_rates`, and `clips`: one dict with `reference` and `hypothesis` per clip.
+        `wer` (word error rate), `cer` (character error rate), and `clips`, a list with a dict of `reference` and
+        `hypothesis` for each clip.
 
     Raises:
-        ValueError: the model has no such decoder.
+        ValueError: the model does not have this decoder.
         AudioError: a clip cannot be read.
     """
     check_decoder(pipe.model.config, decoder)
@@ -54,13 +55,14 @@ def evaluate_pipeline(pipe: Any, dataset: Any, batch_size: int = 8, decoder: str
     references: list[str] = []
 
     def read_clips() -> Iterator[dict[str, Any]]:
-        """Yield the samples of each clip, and append its transcript to `references`."""
+        """Yield the pipeline input of each clip, and append the transcript of the clip to `references`."""
         for row in dataset:
             references.append(row["text"])
             yield {"raw": read_clip(row, sampling_rate), "sampling_rate": sampling_rate}
 
-    options = {"generate_kwargs": {"decoder": decoder}} if decoder else {}
-    hypotheses = [result["text"] for result in pipe(read_clips(), batch_size=batch_size, **options)]
+    pipeline_options = {"generate_kwargs": {"decoder": decoder}} if decoder else {}
+    outputs = pipe(read_clips(), batch_size=batch_size, **pipeline_options)
+    hypotheses = [output["text"] for output in outputs]
     clips = [
         {"reference": reference, "hypothesis": hypothesis}
         for reference, hypothesis in zip(references, hypotheses, strict=True)

@@ -1,6 +1,6 @@
-"""Import the optional packages of the extra `train` where they are used.
+"""Import the optional packages of the extra `train`, with an error that names the extra.
 
-What the packages are used for is up to the modules that import them.
+The modules that use these packages call `import_optional` when they need one.
 """
 
 import importlib
@@ -10,17 +10,17 @@ INSTALL_HINT = "install the extra `train`: pip install -e '.[train]' in a checko
 
 
 def import_optional(package: str, purpose: str) -> Any:
-    """Import a package of the extra `train`.
+    """Import an optional package of the extra `train`.
 
     Args:
         package: import name of the package.
-        purpose: what needs it, as the subject of the error message, such as "LoRA".
+        purpose: feature that needs the package, such as "LoRA"; used as the subject of the error message.
 
     Returns:
-        The module.
+        The imported package.
 
     Raises:
-        ImportError: the package is not installed; the message names the extra to install.
+        ImportError: the package is not installed; the message says how to install the extra `train`.
     """
     try:
         return importlib.import_module(package)

@@ -1,6 +1,6 @@
 """Fine-tune a model from the command line, for `parakeet finetune`: parse options, load, train, evaluate and save.
 
-All options of the training loop itself are transformers' `TrainingArguments`.
+The options of the training loop are transformers' `TrainingArguments`; the loop is in `trainer.py`.
 """
 
 from __future__ import annotations
@@ -31,18 +31,26 @@ logger = logging.get_logger(__name__)
 
 
 def create_option(default: Any, help_text: str) -> Any:
-    """Return a dataclass field with a default and a help text, for `HfArgumentParser`."""
+    """Create a dataclass field that `HfArgumentParser` turns into a command-line option.
+
+    Args:
+        default: default value of the option.
+        help_text: description of the option in the output of `--help`.
+    """
     return field(default=default, metadata={"help": help_text})
 
 
 @dataclass
 class FinetuneArguments:
-    """The model, the data, and what is trained. All other options are `TrainingArguments`."""
+    """Options of `parakeet finetune` for the model, the data and the trained parameters.
+
+    The options of the training loop are `TrainingArguments`.
+    """
 
     model: str = field(metadata={"help": "Hub id, folder or .nemo file of the model"})
     train_data: str = field(metadata={"help": "training data: NeMo manifest (.json, .jsonl), folder, or Hub dataset"})
     eval_data: str | None = create_option(
-        None, "evaluation data, in the same forms; default: none, or train_data if eval_split is set"
+        None, "evaluation data, in the forms of train_data; default: train_data if eval_split is set, otherwise none"
     )
     data_name: str | None = create_option(None, "configuration of the Hub dataset")
     train_split: str | None = create_option(None, "split of train_data; default: train")
@@ -53,11 +61,13 @@ class FinetuneArguments:
     text_column: str | None = create_option(None, "column of the transcripts; default: detected by its name")
     streaming: bool = create_option(False, "read the data during training instead of downloading it; needs max_steps")
     shuffle_buffer: int = create_option(
-        1000, "number of clips of a stream that are shuffled together; 0: do not shuffle"
+        1000, "size of the shuffle buffer for streamed data, in clips; 0: do not shuffle"
     )
-    skip_broken: bool = create_option(False, "skip and count clips that cannot be read, instead of stopping")
+    skip_broken: bool = create_option(
+        False, "skip and count clips that cannot be read, instead of stopping with an error"
+    )
     batch_duration_s: float | None = create_option(
-        None, "seconds of audio per batch and process; replaces per_device_train_batch_size"
+        None, "maximum seconds of audio per batch and process; replaces per_device_train_batch_size"
     )
     tokenizer: str | None = create_option(None, "SentencePiece model that replaces the vocabulary of the model")
     new_tokens: list[str] = field(
@@ -70,7 +80,7 @@ class FinetuneArguments:
         0, "train only LoRA adapters of this rank on the attention projections; 0: no adapters"
     )
     spec_augment: str | None = create_option(
-        None, "SpecAugment as JSON with freq_masks, freq_width, time_masks, time_width; none: switch it off"
+        None, "SpecAugment as JSON with freq_masks, freq_width, time_masks, time_width; none: no SpecAugment"
     )
     decoder: str | None = create_option(None, "ctc: evaluate a hybrid model with its CTC head")
     early_stopping_patience: int | None = create_option(
@@ -79,16 +89,18 @@ class FinetuneArguments:
 
 
 def prepare_model(options: FinetuneArguments) -> tuple[Any, Any]:
-    """Load the model and its processor, and apply the options that change them.
+    """Load the model and the processor, and apply the options that modify the model.
+
+    These options replace or extend the vocabulary, set SpecAugment, freeze modules and add LoRA adapters.
 
     Args:
-        options: the options of the model.
+        options: options of `parakeet finetune`.
 
     Returns:
-        The model (a `PeftModel` with `lora_rank`) and the processor.
+        The model (a `PeftModel` if `lora_rank` is set) and the processor.
 
     Raises:
-        ValueError: an option does not fit the model.
+        ValueError: an option is not valid for the model.
     """
     model, processor = load_nemo(options.model, dtype=torch.float32)
     if options.tokenizer is not None:
@@ -101,54 +113,56 @@ def prepare_model(options: FinetuneArguments) -> tuple[Any, Any]:
     num_frozen = freeze(model, options.freeze.split(",") if options.freeze else ())
     if options.lora_rank:
         model = add_lora(model, options.lora_rank)
-    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    logger.warning(f"{num_trained:,} parameters are trained; `freeze` excluded {num_frozen:,}.")
+    num_trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    logger.warning(f"{num_trainable:,} parameters are trainable; `freeze` excluded {num_frozen:,} parameters.")
     return model, processor
 
 
 def parse_spec_augment(text: str) -> Any:
-    """Parse the option `spec_augment`.
+    """Parse the value of the option `spec_augment`.
 
     Args:
-        text: a JSON object, or `none`.
+        text: a JSON object, or the word `none`.
 
     Returns:
-        The settings of SpecAugment; None for `none`.
+        The SpecAugment settings; None (no SpecAugment) for the word `none`.
 
     Raises:
-        ValueError: the text is neither.
+        ValueError: the value is not valid JSON and not `none`.
     """
     if text == "none":
         return None
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"`spec_augment` must be a JSON object or none, got {text!r}: correct it ({error})") from error
+        raise ValueError(f"`spec_augment` must be a JSON object or none, got {text!r} ({error}): correct it") from error
 
 
 def load_data(options: FinetuneArguments, seed: int) -> tuple[Any, Any]:
-    """Open the training data and the evaluation data.
+    """Open the training dataset and the evaluation dataset.
 
     Args:
-        options: the options of the data.
-        seed: seed of the order of a stream.
+        options: options of `parakeet finetune`.
+        seed: random seed for shuffling streamed data.
 
     Returns:
-        The training dataset, and the evaluation dataset or None.
+        The training dataset, and the evaluation dataset (None without evaluation data).
 
     Raises:
         ValueError: the data has no such split or column.
     """
     columns: dict[str, Any] = {"audio_column": options.audio_column, "text_column": options.text_column}
-    train = load_speech(options.train_data, options.train_split, options.data_name, options.streaming, **columns)
+    train_dataset = load_speech(
+        options.train_data, options.train_split, options.data_name, options.streaming, **columns
+    )
     if options.batch_duration_s is not None and not options.streaming:
-        train = add_durations(train)
-    # `Trainer` itself shuffles datasets that have a length
-    if options.shuffle_buffer and not hasattr(train, "__len__"):
-        train = train.shuffle(seed=seed, buffer_size=options.shuffle_buffer)
+        train_dataset = add_durations(train_dataset)
+    # streamed data is shuffled here, because `Trainer` shuffles only datasets that have a length
+    if options.shuffle_buffer and not hasattr(train_dataset, "__len__"):
+        train_dataset = train_dataset.shuffle(seed=seed, buffer_size=options.shuffle_buffer)
     if options.eval_data is None and options.eval_split is None:
-        return train, None
-    evaluation = load_speech(
+        return train_dataset, None
+    eval_dataset = load_speech(
         options.eval_data or options.train_data,
         options.eval_split,
         options.data_name,
@@ -156,25 +170,26 @@ def load_data(options: FinetuneArguments, seed: int) -> tuple[Any, Any]:
         **columns,
         default_split="validation",
     )
-    return train, evaluation
+    return train_dataset, eval_dataset
 
 
 def create_trainer(options: FinetuneArguments, arguments: Any) -> ParakeetTrainer:
-    """Load model and data and create the trainer.
+    """Load the model and the data, and create the trainer.
 
     Args:
-        options: model and data.
-        arguments: the `TrainingArguments`, changed in place: if the best model is kept or training stops early, the
-            criterion becomes the word error rate.
+        options: options of `parakeet finetune` for the model and the data.
+        arguments: the `TrainingArguments`, changed in place. With early stopping or `load_best_model_at_end`, the word
+            error rate becomes the criterion for the best model.
 
     Returns:
         The trainer.
 
     Raises:
-        ValueError: an option does not fit the model or the data.
+        ValueError: an option is not valid for the model or the data.
     """
     model, processor = prepare_model(options)
-    train, evaluation = load_data(options, arguments.seed if arguments.data_seed is None else arguments.data_seed)
+    data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    train_dataset, eval_dataset = load_data(options, data_seed)
     callbacks = []
     if options.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
@@ -186,8 +201,8 @@ def create_trainer(options: FinetuneArguments, arguments: Any) -> ParakeetTraine
     return ParakeetTrainer(
         model=model,
         args=arguments,
-        train_dataset=train,
-        eval_dataset=evaluation,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=processor,
         data_collator=collator,
         batch_duration_s=options.batch_duration_s,
@@ -197,18 +212,18 @@ def create_trainer(options: FinetuneArguments, arguments: Any) -> ParakeetTraine
 
 
 def run_finetuning(options: FinetuneArguments, arguments: Any) -> dict[str, float]:
-    """Train a model, evaluate it, and save a folder that `pipeline` loads.
+    """Train a model, evaluate it, and save it to `output_dir` in a form that `pipeline` can load.
 
     Args:
-        options: model and data.
+        options: options of `parakeet finetune` for the model and the data.
         arguments: the `TrainingArguments`. `resume_from_checkpoint="last"` resumes from the newest checkpoint in
             `output_dir`.
 
     Returns:
-        The metrics of the last evaluation, or those of the training if there is no evaluation data.
+        The metrics of the final evaluation; without evaluation data, the metrics of the training.
 
     Raises:
-        ValueError: an option does not fit the model or the data.
+        ValueError: an option is not valid for the model or the data.
     """
     set_seed(arguments.seed)
     trainer = create_trainer(options, arguments)
@@ -223,25 +238,25 @@ def run_finetuning(options: FinetuneArguments, arguments: Any) -> dict[str, floa
 
 
 def save_model(trainer: Any, merge_adapters: bool) -> None:
-    """Save model and processor to `output_dir`, and upload the folder if the arguments ask for it.
+    """Save the model and the processor to `output_dir`, and upload the folder to the Hub if `push_to_hub` is set.
 
     Args:
         trainer: the `ParakeetTrainer` after training.
-        merge_adapters: whether the model is a `PeftModel`. Its adapters are saved in the subfolder `adapter`, and the
-            folder itself gets the model with the adapters merged.
+        merge_adapters: whether the model is a `PeftModel`. If True, the adapters are saved in the subfolder `adapter`,
+            and the model with merged adapters is saved in `output_dir`.
     """
     arguments = trainer.args
-    folder = Path(arguments.output_dir)
+    output_dir = Path(arguments.output_dir)
     if merge_adapters:
         adapted_model = trainer.accelerator.unwrap_model(trainer.model)
         if trainer.is_world_process_zero():
-            adapted_model.save_pretrained(folder / "adapter")
-        # `push_to_hub` saves the trainer's model again
+            adapted_model.save_pretrained(output_dir / "adapter")
+        # the merged model replaces the model of the trainer, because `push_to_hub` saves the model of the trainer again
         trainer.model = trainer.model_wrapped = adapted_model.merge_and_unload()
-    # an internal call does not upload, because the processor is not saved yet
-    trainer.save_model(str(folder), _internal_call=True)
+    # `_internal_call=True` prevents an upload at this point, before the processor is saved
+    trainer.save_model(str(output_dir), _internal_call=True)
     if trainer.is_world_process_zero():
-        trainer.processing_class.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(output_dir)
     if arguments.push_to_hub:
         trainer.push_to_hub()
 
@@ -250,13 +265,13 @@ def finetune_main(arguments: Sequence[str] | None = None) -> None:
     """Run the program `parakeet finetune`.
 
     Args:
-        arguments: command-line options, or the name of one JSON or YAML file with options; None for those of the
-            process.
+        arguments: command-line arguments, or the path of a JSON or YAML file with options as the only argument; None
+            to use `sys.argv`.
 
     Raises:
         ImportError: the package `accelerate` is not installed.
     """
-    # `TrainingArguments` needs it, and would suggest to install another package
+    # check for accelerate first: `TrainingArguments` needs it, and would otherwise suggest installing another package
     import_optional("accelerate", "training")
     parser = HfArgumentParser((FinetuneArguments, TrainingArguments), prog="parakeet finetune")
     command_line = None if arguments is None else list(arguments)

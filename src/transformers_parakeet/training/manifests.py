@@ -1,6 +1,6 @@
 """Parse NeMo manifests, and the metadata files of folders of audio.
 
-Audio is not read here; other kinds of data are opened in `data.py`.
+Audio is decoded in `clips.py`; other kinds of datasets are opened in `data.py`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 
 
 def parse_seconds(value: Any, field_name: str) -> float | None:
-    """Convert the value of a time field to seconds.
+    """Convert the value of a time field to a number of seconds.
 
     Args:
-        value: a number, text (CSV files hold numbers as text) or None.
-        field_name: name of the field, for the error message.
+        value: a number, a string (from a CSV file) or None.
+        field_name: name of the field, used in the error message.
 
     Returns:
-        The seconds, or None if the value is None or empty text.
+        The number of seconds; None if the value is None or an empty string.
 
     Raises:
-        ValueError: the value is not a finite number, or is negative.
+        ValueError: the value is not a finite, non-negative number.
     """
     if value is None or value == "":
         return None
@@ -34,36 +34,37 @@ def parse_seconds(value: Any, field_name: str) -> float | None:
     except (TypeError, ValueError):
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise ValueError(f"`{field_name}` must be a number of seconds, at least 0, got {value!r}: correct it")
+        raise ValueError(f"`{field_name}` must be a non-negative number of seconds, got {value!r}: correct it")
     return seconds
 
 
 @dataclass(frozen=True)
 class SplitRequest:
-    """The split of a dataset to open.
+    """Name of the dataset split to open, and whether the user chose it.
 
     Args:
         name: name of the split, such as `"train"`.
-        is_explicit: whether the caller named the split. If not, `name` is a default, and data that is not divided into
-            splits is opened as it is.
+        is_explicit: whether the user named the split. If False, `name` is a default value, and data without splits is
+            opened whatever the name.
     """
 
     name: str
     is_explicit: bool = True
 
-    def check_undivided(self, source: Any, split_name: str = "train") -> None:
-        """Refuse data that is a single split if the caller asked for a different split.
+    def check_single_split(self, source: Any, split_name: str = "train") -> None:
+        """Check that the requested split is the only split of the data.
 
         Args:
-            source: the data, for the error message.
-            split_name: name of its only split; `"train"` is accepted for every source.
+            source: path or description of the data, used in the error message.
+            split_name: name of the only split of the data. `"train"` is always accepted as well.
 
         Raises:
-            ValueError: the caller named another split.
+            ValueError: the user requested a split with a different name.
         """
         if self.is_explicit and self.name not in (split_name, "train"):
             raise ValueError(
-                f"{source} has no split {self.name!r}: it is a single set of clips; omit the split, or name other data"
+                f"{source} has no split {self.name!r}, because it is a single set of clips: omit the split, or choose "
+                "other data"
             )
 
 
@@ -71,93 +72,97 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
     """Read a NeMo manifest: one JSON object per line with `audio_filepath`, `text` and usually `duration`.
 
     Args:
-        path: the manifest; relative audio paths are relative to its folder.
+        path: path of the manifest. Relative audio paths are resolved against the folder of the manifest.
 
     Returns:
-        Rows with `audio` (a path), `text`, `duration` (seconds or None) and `offset` (seconds or None).
+        One dict per line, with `audio` (a path), `text`, `duration` (seconds or None) and `offset` (seconds or None).
 
     Raises:
-        ValueError: the file is empty, a line is not a JSON object, or a field is missing; the message has the line
-            number.
+        ValueError: the file is empty, a line is not a JSON object, a field is missing, or a time is invalid. The
+            message contains the line number.
     """
     rows = []
     for location, entry in read_json_lines(path):
-        missing = [f"`{name}`" for name in ("audio_filepath", "text") if entry.get(name) is None]
-        if missing:
+        missing_fields = [f"`{name}`" for name in ("audio_filepath", "text") if entry.get(name) is None]
+        if missing_fields:
             raise ValueError(
-                f"{location}: a manifest line must have `audio_filepath` and `text`: add {' and '.join(missing)}"
+                f"{location}: a manifest line must have `audio_filepath` and `text`: add {' and '.join(missing_fields)}"
             )
         audio_path = path.parent / str(entry["audio_filepath"])
         rows.append({"audio": str(audio_path), "text": str(entry["text"]), **parse_times(entry, location)})
     if not rows:
-        raise ValueError(f"{path} must have at least one line, got an empty file: add clips, or name another file")
+        raise ValueError(f"{path} must have at least one line, got an empty file: add clips, or choose another file")
     return rows
 
 
-def read_folder(folder: Path, split: SplitRequest) -> list[dict[str, Any]]:
-    """Read a folder of audio in the layout of the Hub's AudioFolder.
+def read_audio_folder(folder: Path, split: SplitRequest) -> list[dict[str, Any]]:
+    """Read the metadata of a folder of audio in the AudioFolder layout of the Hub.
 
-    The metadata file `metadata.csv` or `metadata.jsonl` names a clip (`file_name`) and its transcript per line. It is
-    in a subfolder with the name of the split, or in the folder itself.
+    Each line of `metadata.csv` or `metadata.jsonl` gives the audio file of a clip (`file_name`) and its transcript. The
+    subfolder with the name of the split is searched first, then the folder itself.
 
     Args:
-        folder: the folder.
-        split: the split to read.
+        folder: path of the AudioFolder directory.
+        split: the requested split.
 
     Returns:
-        One row per line of the metadata file, with the path of the clip as `audio` in place of `file_name`.
+        One dict per line of the metadata file; `audio` (a path) replaces `file_name`.
 
     Raises:
-        ValueError: there is no metadata file or no such split, or a line is invalid.
+        ValueError: there is no metadata file, the data has no such split, or a line is invalid.
     """
     for metadata_folder in (folder / split.name, folder):
         for path in (metadata_folder / "metadata.csv", metadata_folder / "metadata.jsonl"):
             if not path.exists():
                 continue
             if metadata_folder == folder:
-                split.check_undivided(folder)
+                # the folder itself is not divided into splits
+                split.check_single_split(folder)
             rows = [convert_metadata(entry, location, path.parent) for location, entry in read_metadata(path)]
             if not rows:
-                raise ValueError(f"{path} must have at least one clip, got none: add lines to it")
+                raise ValueError(f"{path} must have at least one line, got none: add the clips to it")
             return rows
     raise ValueError(
-        f"a folder of audio must have a metadata.csv or metadata.jsonl with `file_name` and a transcript per clip, in "
-        f"the folder or in its subfolder {split.name!r}, and {folder} has neither: write one"
+        f"{folder} must contain a metadata.csv or metadata.jsonl (or its subfolder {split.name!r} must), and has none: "
+        "create one with `file_name` and a transcript for each clip"
     )
 
 
 def convert_metadata(entry: Mapping[str, Any], location: str, folder: Path) -> dict[str, Any]:
-    """Convert one line of a metadata file to a row.
+    """Convert one line of an AudioFolder metadata file to a dataset row.
 
     Args:
-        entry: the fields of the line.
-        location: file and line number, for error messages.
-        folder: folder to which `file_name` is relative.
+        entry: the fields of the line, by name.
+        location: file and line number, used in error messages.
+        folder: folder against which `file_name` is resolved.
 
     Returns:
-        The fields, with the path of the clip as `audio` in place of `file_name`, and times as numbers.
+        The fields of the line, with `audio` (a path) in place of `file_name`. `duration` and `offset` are converted to
+        numbers of seconds if the line has them.
 
     Raises:
         ValueError: `file_name` is missing, or a time is invalid.
     """
     if not entry.get("file_name"):
-        raise ValueError(f"{location}: every line must have a `file_name`: add it, relative to the folder of the file")
+        raise ValueError(
+            f"{location}: every line must have a `file_name`: add it, relative to the folder of the metadata file"
+        )
     other_fields = {name: value for name, value in entry.items() if name != "file_name"}
     times = {name: seconds for name, seconds in parse_times(entry, location).items() if name in entry}
     return {**other_fields, **times, "audio": str(folder / entry["file_name"])}
 
 
 def read_metadata(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read the lines of a metadata file in CSV or JSON-lines format.
+    """Read the lines of an AudioFolder metadata file.
 
     Args:
-        path: the file; its suffix `.csv` means CSV.
+        path: path of the file; CSV if the suffix is `.csv`, JSON lines otherwise.
 
     Yields:
-        The location (file and line number, for error messages) and the fields of each line.
+        For each line, the location (file and line number, used in error messages) and the fields by name.
 
     Raises:
-        ValueError: a line is invalid.
+        ValueError: a line is not a JSON object, or has more values than the CSV header.
     """
     if path.suffix != ".csv":
         yield from read_json_lines(path)
@@ -166,25 +171,27 @@ def read_metadata(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         reader = csv.DictReader(file)
         for entry in reader:
             location = f"{path}, line {reader.line_num}"
-            # `csv` stores surplus values under the key None
+            # `csv.DictReader` stores surplus values under the key None
             if None in entry:
-                raise ValueError(f"{location}: the line has more values than the header: quote texts with commas")
+                raise ValueError(
+                    f"{location}: the line has more values than the header: put texts that contain commas in quotes"
+                )
             yield location, entry
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read the JSON objects of a file with one object per line; blank lines are skipped.
+    """Read a file with one JSON object per line; skip blank lines.
 
     Args:
-        path: the file.
+        path: path of the file.
 
     Yields:
-        The location (file and line number, for error messages) and the object of each line.
+        For each line, the location (file and line number, used in error messages) and the parsed object.
 
     Raises:
         ValueError: a line is not a JSON object.
     """
-    # `splitlines` would also split at U+2028, U+0085 and others, which JSON allows inside a string
+    # `splitlines` would also split at characters that JSON allows inside a string, such as U+2028 and U+0085
     for line_number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
@@ -192,10 +199,10 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{location}: the line must be a JSON object, correct it ({error})") from error
+            raise ValueError(f"{location}: the line must be a JSON object ({error}): correct it") from error
         if not isinstance(entry, dict):
             type_name = type(entry).__name__
-            # invalid data is a ValueError, also if its type is wrong
+            # the content of the file is invalid, not the type of an argument, so this is not a TypeError
             raise ValueError(  # noqa: TRY004
                 f"{location}: the line must be a JSON object, got {type_name}: correct it"
             )
@@ -203,14 +210,17 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def parse_times(entry: Mapping[str, Any], location: str) -> dict[str, float | None]:
-    """Return `duration` and `offset` of a line in seconds, None where they are missing or empty.
+    """Convert the fields `duration` and `offset` of a line to seconds.
 
     Args:
-        entry: the fields of the line.
-        location: file and line number, for error messages.
+        entry: the fields of the line, by name.
+        location: file and line number, used in the error message.
+
+    Returns:
+        `duration` and `offset` in seconds; None for a field that is missing or empty.
 
     Raises:
-        ValueError: a time is not a number of seconds; the message begins with the location.
+        ValueError: a field is not a non-negative number of seconds.
     """
     try:
         return {name: parse_seconds(entry.get(name), name) for name in ("duration", "offset")}
@@ -218,4 +228,4 @@ def parse_times(entry: Mapping[str, Any], location: str) -> dict[str, float | No
         raise ValueError(f"{location}: {error}") from error
 
 
-__all__ = ["SplitRequest", "read_folder", "read_manifest"]
+__all__ = ["SplitRequest", "read_audio_folder", "read_manifest"]

@@ -21,17 +21,23 @@ APOSTROPHES = str.maketrans(dict.fromkeys("\u00b4`\u2018\u2019\u02bc", "'"))
 def normalize_text(text: str) -> str:
     """Normalise a transcript for scoring.
 
+    The text is NFKC-normalised and lower-cased, and punctuation is replaced with spaces. Apostrophes inside words are
+    kept.
+
     Args:
         text: the transcript.
 
     Returns:
-        The text in Unicode form NFKC and lower case, with single spaces and without punctuation. Apostrophes inside
-        words are kept.
+        The normalised words, separated by single spaces.
     """
-    # first, because NFKC turns the acute accent into a space and a combining accent
-    with_apostrophes = text.translate(APOSTROPHES)
-    folded = unicodedata.normalize("NFKC", with_apostrophes).lower()
-    characters = [" " if unicodedata.category(c).startswith("P") and c != "'" else c for c in folded]
+    # replace apostrophe look-alikes before NFKC, which would split an acute accent into a space and a combining accent
+    with_plain_apostrophes = text.translate(APOSTROPHES)
+    normalized_text = unicodedata.normalize("NFKC", with_plain_apostrophes).lower()
+    characters = [
+        # the Unicode categories of punctuation start with P
+        " " if unicodedata.category(character).startswith("P") and character != "'" else character
+        for character in normalized_text
+    ]
     words = [word.strip("'") for word in "".join(characters).split()]
     return " ".join(word for word in words if word)
 
@@ -39,22 +45,23 @@ def normalize_text(text: str) -> str:
 def error_rates(
     references: Sequence[str], hypotheses: Sequence[str], normalize: Callable[[str], str] = normalize_text
 ) -> dict[str, float]:
-    """Compute the error rates over all clips together.
+    """Compute the word and character error rates of a set of clips.
 
     Args:
-        references: correct transcript of each clip.
+        references: reference transcript of each clip.
         hypotheses: recognised transcript of each clip.
-        normalize: function applied to references and hypotheses before they are compared.
+        normalize: text normalisation that is applied to references and hypotheses before scoring.
 
     Returns:
-        `wer` and `cer`: word errors per reference word, and character errors per reference character.
+        `wer` (word errors per reference word) and `cer` (character errors per reference character), each over all
+        clips together.
 
     Raises:
         ImportError: the package `jiwer` is not installed.
     """
     jiwer = import_optional("jiwer", "the word error rate")
-    normalized_references = [normalize(text) for text in references]
-    normalized_hypotheses = [normalize(text) for text in hypotheses]
+    normalized_references = [normalize(reference) for reference in references]
+    normalized_hypotheses = [normalize(hypothesis) for hypothesis in hypotheses]
     return {
         "wer": float(jiwer.wer(normalized_references, normalized_hypotheses)),
         "cer": float(jiwer.cer(normalized_references, normalized_hypotheses)),
@@ -63,11 +70,11 @@ def error_rates(
 
 @dataclass(frozen=True)
 class ErrorRates:
-    """The `compute_metrics` function of `ParakeetTrainer`: word and character error rate.
+    """Computes word and character error rates during training; the default `compute_metrics` of `ParakeetTrainer`.
 
     Args:
-        processor: the `ParakeetProcessor` that decodes token ids to text.
-        normalize: function applied to references and hypotheses before they are compared.
+        processor: the `ParakeetProcessor` that converts token ids to text.
+        normalize: text normalisation that is applied to references and hypotheses before scoring.
     """
 
     processor: Any
@@ -77,31 +84,31 @@ class ErrorRates:
         """Compute the error rates of an evaluation.
 
         Args:
-            prediction: an `EvalPrediction` with `label_ids` (B, U) and `predictions` (B, L), token ids padded with
-                -100.
+            prediction: an `EvalPrediction` with the token ids of the references, `label_ids` (B, U), and of the
+                hypotheses, `predictions` (B, L). Both are padded with -100.
 
         Returns:
-            `wer` and `cer`, see `error_rates`.
+            `wer` (word error rate) and `cer` (character error rate).
         """
         references, hypotheses = self.decode(prediction.label_ids), self.decode(prediction.predictions)
         return error_rates(references, hypotheses, self.normalize)
 
     def decode(self, token_ids: Any) -> list[str]:
-        """Decode token ids to texts.
+        """Convert token ids to text, ignoring padding, blanks and pad tokens.
 
         Args:
-            token_ids: (B, U) ids padded with -100. Every id is one token: CTC repeats are already merged. Blanks and
-                pad tokens are dropped.
+            token_ids: (B, U) token ids padded with -100. CTC repetitions must already be merged.
 
         Returns:
-            B texts.
+            The text of each row.
         """
         tokenizer = self.processor.tokenizer
         ignored_ids = {tokenizer.pad_token_id, self.processor.blank_token_id}
         texts = []
         for row in np.asarray(token_ids).tolist():
-            tokens = [token for token in row if token >= 0 and token not in ignored_ids]
-            texts.append(str(tokenizer.decode(tokens, group_tokens=False)))
+            kept_ids = [token_id for token_id in row if token_id >= 0 and token_id not in ignored_ids]
+            # without `group_tokens=False`, a CTC tokenizer would merge equal neighbouring tokens again
+            texts.append(str(tokenizer.decode(kept_ids, group_tokens=False)))
         return texts
 
 

@@ -1,6 +1,6 @@
 """Train and evaluate Parakeet models with transformers' `Trainer`.
 
-Batches are chosen in `batching.py` and built in `collator.py`; error rates are computed in `metrics.py`.
+Clips are grouped into batches in `batching.py` and padded in `collator.py`. Error rates are computed in `metrics.py`.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from .update_guard import NonFiniteGuard
 
 
 class ParakeetTrainer(Trainer):
-    """`transformers.Trainer` that decodes with `generate` in evaluation, so that metrics get token ids.
+    """`transformers.Trainer` that decodes evaluation batches with `generate`; metrics receive token ids, not logits.
 
     Args:
-        model: a Parakeet model, or a `PeftModel` of one.
-        args: the `TrainingArguments`. `remove_unused_columns` is set to False, because the collator reads columns that
-            the model does not take.
-        data_collator: function that builds batches from rows; None for a `SpeechCollator` of the processor.
+        model: a Parakeet model, or a `PeftModel` around a Parakeet model.
+        args: the `TrainingArguments`; None for the defaults of `Trainer`. `remove_unused_columns` is set to False,
+            because the collator reads dataset columns that are not arguments of the model.
+        data_collator: function that builds a batch from dataset rows; None for a `SpeechCollator` with the processor.
         *trainer_args: further positional arguments of `Trainer`.
-        processing_class: the processor. It gives the default collator and the default metrics, `wer` and `cer`.
-        batch_duration_s: most seconds of a training batch per process, padding included. None means that
-            `per_device_train_batch_size` counts clips.
+        processing_class: the `ParakeetProcessor`, used by the default collator and the default metrics (`wer`, `cer`).
+        batch_duration_s: maximum duration of a training batch per process in seconds, padding included. None means
+            that every batch has `per_device_train_batch_size` clips.
         generate_kwargs: arguments of `generate` in evaluation, such as `{"decoder": "ctc"}` for the CTC head of a
             hybrid model.
-        **kwargs: further arguments of `Trainer`.
+        **kwargs: further keyword arguments of `Trainer`.
 
     Raises:
-        ValueError: `args` asks for label smoothing.
+        ValueError: label smoothing is enabled in `args`.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class ParakeetTrainer(Trainer):
         super().__init__(model, args, data_collator, *trainer_args, processing_class=processing_class, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        """Return the loader of training batches, which are limited by duration if `batch_duration_s` is set.
+        """Create the data loader for training; batches are limited by duration if `batch_duration_s` is set.
 
         Raises:
-            ValueError: batches are limited by duration, and the dataset does not state the durations.
+            ValueError: `batch_duration_s` is set, and the dataset has no durations.
         """
         if self.batch_duration_s is None:
             return super().get_train_dataloader()
@@ -95,30 +95,30 @@ class ParakeetTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
-        # accelerate must not divide the batches among the processes again: the sampler has already done it
+        # the sampler already yields only the batches of this process, so accelerate is told that there is one process
         return prepare_data_loader(loader, device=args.device, num_processes=1, process_index=0, put_on_device=True)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return the loader of evaluation batches, without dither and with every row.
+        """Create the data loader for evaluation, with a collator that adds no dither and never drops a row.
 
         Args:
-            eval_dataset: the dataset; None for that of the trainer.
+            eval_dataset: dataset to evaluate on; None for the evaluation dataset of the trainer.
         """
         with self._evaluation_collator():
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Return the loader of test batches, without dither and with every row.
+        """Create the data loader for testing, with a collator that adds no dither and never drops a row.
 
         Args:
-            test_dataset: the dataset.
+            test_dataset: dataset to test on.
         """
         with self._evaluation_collator():
             return super().get_test_dataloader(test_dataset)
 
     @contextlib.contextmanager
     def _evaluation_collator(self) -> Iterator[None]:
-        """Replace `self.data_collator` temporarily by one that adds no dither and never drops a row."""
+        """Temporarily replace `self.data_collator` with a collator that adds no dither and never drops a row."""
         training_collator = self.data_collator
         if isinstance(training_collator, SpeechCollator):
             self.data_collator = replace(training_collator, dither=0.0, keep_size=True)
@@ -128,35 +128,35 @@ class ParakeetTrainer(Trainer):
             self.data_collator = training_collator
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss of a batch without updating the statistics of frozen batch norms.
+        """Compute the loss of a batch without updating the running statistics of frozen batch-norm layers.
 
         Args:
-            model: the model, wrapped for distributed training if there are several processes.
-            inputs: the batch.
+            model: the model, in distributed training wrapped by DDP or FSDP.
+            inputs: batch built by the collator.
             *args: further arguments of `Trainer.compute_loss`.
             **kwargs: further arguments of `Trainer.compute_loss`.
 
         Returns:
-            The scalar loss; with `return_outputs=True` a pair of loss and model outputs.
+            The scalar loss; with `return_outputs=True` a tuple (loss, model outputs).
         """
-        # `Trainer` calls `model.train()` before every batch
+        # repeated for every batch, because `Trainer` calls `model.train()` before every batch
         freeze_batch_norm_statistics(model)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Compute the loss of an evaluation batch and decode it.
+        """Compute the loss of an evaluation batch and decode the batch.
 
         Args:
-            model: the model, wrapped for distributed training if there are several processes.
-            inputs: the batch.
+            model: the model, in distributed training wrapped by DDP or FSDP.
+            inputs: batch built by the collator.
             prediction_loss_only: whether to skip decoding.
-            ignore_keys: model outputs to leave out of the predictions; not used, because predictions are token ids.
+            ignore_keys: unused; in `Trainer`, names of model outputs to exclude from the predictions.
 
         Returns:
-            The loss (None without labels), the generated token ids (B, L) and the labels (B, U), both padded with -100;
-            the latter two are None if decoding is skipped.
+            A tuple (loss, token ids, labels). The loss is None if the batch has no labels. The generated token ids
+            (B, L) and the labels (B, U) are padded with -100; both are None if decoding is skipped.
         """
         inputs = self._prepare_inputs(inputs)
         labels = inputs.get("labels")
@@ -174,53 +174,53 @@ class ParakeetTrainer(Trainer):
         return loss, extract_tokens(output, unwrapped_model.config), labels
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log values, and add the counts of data problems and of skipped updates that are not 0.
+        """Log values, together with the nonzero counts of data problems and of skipped updates.
 
-        The collator counts clips that could not be read and unsuitable transcripts; the guard counts updates that it
-        skipped because their gradients were not finite.
+        The collator counts clips that could not be read and transcripts that do not fit the model. The guard counts
+        updates that were skipped because of non-finite gradients.
 
         Args:
-            logs: values by name, such as the loss.
+            logs: values to log by name, such as the loss.
             *args: further arguments of `Trainer.log`.
             **kwargs: further arguments of `Trainer.log`.
         """
         counts = self.data_collator.counts.as_dict() if isinstance(self.data_collator, SpeechCollator) else {}
-        if self.guard.skipped:
-            counts["skipped_updates"] = self.guard.skipped
+        if self.guard.num_skipped_updates:
+            counts["skipped_updates"] = self.guard.num_skipped_updates
         super().log({**logs, **counts}, *args, **kwargs)
 
 
 def prepare_arguments(arguments: Any) -> Any:
-    """Set the options that rows of audio and text need.
+    """Set the training options that speech datasets require.
 
     Args:
         arguments: the `TrainingArguments`; changed in place.
 
     Returns:
-        The same object.
+        `arguments`.
 
     Raises:
-        ValueError: the arguments ask for label smoothing.
+        ValueError: label smoothing is enabled.
     """
     if arguments.label_smoothing_factor:
         raise ValueError(
-            f"`label_smoothing_factor` must be 0, got {arguments.label_smoothing_factor}: the losses sum over "
-            "alignments, so no frame has a single correct label to smooth; omit it"
+            f"`label_smoothing_factor` must be 0, got {arguments.label_smoothing_factor}: omit it, because the losses "
+            "sum over alignments, so no frame has a single correct label to smooth"
         )
-    # the collator reads columns that the model does not take
+    # the collator reads dataset columns that are not arguments of the model, such as `audio`
     arguments.remove_unused_columns = False
     if arguments.accelerator_config.dispatch_batches is None:
-        # with dispatching, one process concatenates the batches of all processes, whose lengths differ
+        # dispatching would concatenate the batches of all processes, which have different padded lengths
         arguments.accelerator_config.dispatch_batches = False
     return arguments
 
 
 def extract_tokens(output: Any, config: Any) -> Tensor:
-    """Extract the recognised tokens from the output of `generate`.
+    """Extract the recognised token ids from the output of `generate`.
 
     Args:
-        output: (B, L) sequences, or an output object with `sequences`. With `durations`, it has one entry per decoding
-            step of a transducer; without, one entry per frame of a CTC head.
+        output: (B, L) token ids, or an output object with the attribute `sequences` (B, L). If the object has
+            `durations`, L counts the decoding steps of a transducer; otherwise L counts the frames of a CTC head.
         config: configuration of the model.
 
     Returns:
@@ -229,8 +229,10 @@ def extract_tokens(output: Any, config: Any) -> Tensor:
     sequences = output if isinstance(output, Tensor) else output.sequences
     is_token = sequences != get_blank_id(config)
     if getattr(output, "durations", None) is None:
+        # CTC: drop frames that repeat the token of the previous frame
         is_token[:, 1:] &= sequences[:, 1:] != sequences[:, :-1]
     else:
+        # transducer: finished rows are padded with the pad token
         is_token &= sequences != config.pad_token_id
     tokens, token_lengths = compact_labels(sequences, is_token)
     tokens = tokens[:, : max(1, int(token_lengths.max()))]
@@ -240,14 +242,16 @@ def extract_tokens(output: Any, config: Any) -> Tensor:
 
 @contextlib.contextmanager
 def gather_weights(model: Any) -> Iterator[None]:
-    """Gather the weights of a model that FSDP has sharded, for calls that bypass its `forward`, such as `generate`.
+    """Gather the weights of a model sharded by FSDP while the context is active.
+
+    FSDP itself gathers the weights only for calls of the model's `forward`; `generate` bypasses `forward`.
 
     Args:
-        model: any module. Nothing happens if it is not sharded.
+        model: any module; a module that is not sharded is left unchanged.
     """
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    # FSDP version 1 wraps the model; version 2 changes the class of its modules
+    # FSDP version 1 wraps the model in one module; version 2 makes each sharded module an `FSDPModule`
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
             yield

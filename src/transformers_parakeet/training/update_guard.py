@@ -1,6 +1,6 @@
-"""Skip optimiser updates whose gradients are not finite, and restore the statistics of batch norms.
+"""Skip optimiser updates with non-finite gradients, and restore the running statistics of the batch-norm layers.
 
-`ParakeetTrainer` in `trainer.py` installs the guard as a callback.
+`ParakeetTrainer` in `trainer.py` uses the guard as a callback.
 """
 
 from __future__ import annotations
@@ -15,53 +15,53 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# consecutive skipped updates after which training stops
+# number of consecutive skipped updates after which training stops
 MAX_CONSECUTIVE_SKIPS = 20
 
 
 def iterate_batch_norm_buffers(model: Any) -> Iterator[Tensor]:
-    """Yield the running statistics of all batch norms of a model, in a fixed order."""
+    """Yield the buffers (running statistics) of all batch-norm layers of a model, in a fixed order."""
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             yield from module.buffers(recurse=False)
 
 
-def have_finite_gradients(model: Any, device: torch.device) -> bool:
-    """Return whether all gradients of a model are finite, on all processes of a distributed run.
+def all_gradients_finite(model: Any, device: torch.device) -> bool:
+    """Return whether all gradients of a model are finite, across all processes of a distributed training.
 
     Args:
-        model: the model after its backward pass; parameters without a gradient are ignored.
-        device: device on which the processes exchange the result.
+        model: the model after the backward pass; parameters without a gradient are ignored.
+        device: device of the tensor with which the processes exchange their results.
     """
     gradients = []
     for parameter in model.parameters():
         if parameter.grad is not None:
-            # a sharded gradient is checked shard by shard, each on its process
+            # each process checks its local shard of a sharded gradient
             is_sharded = hasattr(parameter.grad, "to_local")
             gradients.append(parameter.grad.to_local() if is_sharded else parameter.grad)
-    # number of processes with a gradient that is not finite
-    num_failures = torch.zeros((), device=device)
+    # number of processes with a non-finite gradient
+    num_nonfinite_processes = torch.zeros((), device=device)
     if gradients:
-        num_failures += ~torch.nn.utils.get_total_norm(gradients).to(device).isfinite()
+        num_nonfinite_processes += ~torch.nn.utils.get_total_norm(gradients).to(device).isfinite()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(num_failures)
-    return not num_failures.item()
+        torch.distributed.all_reduce(num_nonfinite_processes)
+    return not num_nonfinite_processes.item()
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Skips an update if a gradient is NaN or infinite, on all processes together, and logs a warning.
+    """Skips an update on all processes if any gradient is NaN or infinite, and logs a warning.
 
-    The forward passes of a skipped update have already changed the running statistics of the batch norms, so they are
-    restored. The attribute `skipped` counts the skipped updates.
+    The forward passes of a skipped update have already changed the running statistics of the batch-norm layers, so the
+    guard restores these statistics. The attribute `num_skipped_updates` counts the skipped updates.
     """
 
     def __init__(self) -> None:
-        self.skipped = 0
-        self.consecutive_skips = 0
+        self.num_skipped_updates = 0
+        self.num_consecutive_skips = 0
         self.saved_buffers: list[Tensor] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the statistics of the batch norms before the first batch of an update.
+        """Save the running statistics of the batch-norm layers before the first batch of an update.
 
         Args:
             args: the `TrainingArguments`.
@@ -72,7 +72,7 @@ class NonFiniteGuard(TrainerCallback):
         self.saved_buffers = [buffer.clone() for buffer in iterate_batch_norm_buffers(kwargs["model"])]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the gradients before an update, and remove them if they are not finite.
+        """Check the gradients before an update; if any is not finite, discard all gradients, which skips the update.
 
         Args:
             args: the `TrainingArguments`.
@@ -85,30 +85,31 @@ class NonFiniteGuard(TrainerCallback):
         """
         model = kwargs["model"]
         if args.fp16:
-            # the gradient scaler skips updates itself, also with valid statistics, to find its scale
+            # in fp16 the `GradScaler` itself skips updates with non-finite gradients, also routinely to calibrate the
+            # loss scale; the statistics are restored only if they are not finite either
             if not all(buffer.isfinite().all() for buffer in iterate_batch_norm_buffers(model)):
-                self.restore_buffers(model)
+                self.restore_batch_norm_buffers(model)
             return
-        if have_finite_gradients(model, args.device):
-            self.consecutive_skips = 0
+        if all_gradients_finite(model, args.device):
+            self.num_consecutive_skips = 0
             return
-        # an optimiser ignores parameters without a gradient
+        # optimisers do not change parameters without a gradient
         model.zero_grad(set_to_none=True)
-        self.restore_buffers(model)
-        self.skipped += 1
-        self.consecutive_skips += 1
+        self.restore_batch_norm_buffers(model)
+        self.num_skipped_updates += 1
+        self.num_consecutive_skips += 1
         logger.warning(f"Update {state.global_step + 1} is skipped: its gradients are not finite.")
-        if self.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
+        if self.num_consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
             raise FloatingPointError(
-                f"gradients must be finite, and were not in {self.consecutive_skips} consecutive updates: lower the "
-                "learning rate, train in float32, or check the data"
+                f"gradients were not finite in {self.num_consecutive_skips} consecutive updates: lower the learning "
+                "rate, train in float32, or check the data"
             )
 
-    def restore_buffers(self, model: Any) -> None:
-        """Restore the statistics of the batch norms from before the current update."""
+    def restore_batch_norm_buffers(self, model: Any) -> None:
+        """Reset the running statistics of the batch-norm layers to their values before the current update."""
         with torch.no_grad():
-            for buffer, saved in zip(iterate_batch_norm_buffers(model), self.saved_buffers, strict=True):
-                buffer.copy_(saved)
+            for buffer, saved_buffer in zip(iterate_batch_norm_buffers(model), self.saved_buffers, strict=True):
+                buffer.copy_(saved_buffer)
 
 
 __all__ = ["NonFiniteGuard"]

@@ -1,6 +1,6 @@
 """Change the vocabulary of a model before fine-tuning: add tokens, or replace the tokenizer.
 
-SentencePiece models are parsed and converted in `nemo/sentencepiece.py`.
+SentencePiece models are parsed and converted to tokenizers in `nemo/sentencepiece.py`.
 """
 
 from collections.abc import Sequence
@@ -16,24 +16,25 @@ from ..nemo import build_tokenizer, parse_sentencepiece, sentencepiece_models
 from ..processing_parakeet import ParakeetProcessor
 from ..tokenization_parakeet import BLANK, WORD_START, ParakeetTokenizer
 
-# in a list of source tokens: the new token has no source
+# source id of a new token that is not in the old vocabulary
 NO_SOURCE = -1
 
 
 def extend_vocabulary(model: Any, processor: ParakeetProcessor, new_tokens: Sequence[str]) -> None:
-    """Add tokens to the vocabulary, before the blank.
+    """Add tokens to the vocabulary of a model and its tokenizer, directly before the blank.
 
-    Embedding and output rows of the existing tokens are copied unchanged. Rows of new tokens are initialised to the
-    mean of the existing rows. The tokenizer matches a new token wherever its text occurs, also inside words, as
-    SentencePiece does with user-defined symbols.
+    Embedding and output rows of existing tokens are copied unchanged. Rows of new tokens are initialised to the mean of
+    the existing rows. New tokens are user-defined symbols of SentencePiece, so the tokenizer matches them wherever they
+    occur in the text, even inside words.
 
     Args:
         model: a `ParakeetForCTC`, `ParakeetForRNNT` or `ParakeetForTDT`; changed in place.
         processor: processor of the model; changed in place.
-        new_tokens: texts of the tokens, without spaces and without `▁`, which stands for a space.
+        new_tokens: the tokens to add; they must not contain spaces or `▁`, which represents a space.
 
     Raises:
-        ValueError: a token exists already or can never be matched, or the vocabulary cannot be extended.
+        ValueError: a token already exists or can never be matched; or the tokenizer is an aggregate tokenizer or does
+            not belong to the model.
     """
     num_labels = check_vocabulary(model, processor)
     check_new_tokens(new_tokens, processor.tokenizer.convert_ids_to_tokens(range(num_labels + 1)))
@@ -46,7 +47,8 @@ def extend_vocabulary(model: Any, processor: ParakeetProcessor, new_tokens: Sequ
     for token in new_tokens:
         if tokenizer.convert_tokens_to_ids(token) not in tokenizer(token, add_special_tokens=False)["input_ids"]:
             raise ValueError(
-                f"the token {token!r} is never matched, because text is normalised first: give its NFKC form"
+                f"the token {token!r} can never be matched, because the tokenizer normalises text to NFKC: use the "
+                "NFKC form of the token"
             )
     resize_vocabulary(model, [*range(num_labels), *[NO_SOURCE] * len(new_tokens)])
     set_tokenizer(model, processor, tokenizer)
@@ -55,15 +57,16 @@ def extend_vocabulary(model: Any, processor: ParakeetProcessor, new_tokens: Sequ
 def replace_tokenizer(
     model: Any, processor: ParakeetProcessor, tokenizer: str | Path | bytes | ParakeetTokenizer
 ) -> None:
-    """Replace the vocabulary of a model.
+    """Replace the tokenizer of a processor, and adapt the vocabulary of the model.
 
-    Embedding and output rows of pieces that both vocabularies have are copied unchanged, and so are those of the blank
-    and of the durations. Rows of new pieces are initialised to the mean of the old rows.
+    Embedding and output rows of shared pieces, of the blank and of the durations are copied unchanged. Rows of new
+    pieces are initialised to the mean of the old rows.
 
     Args:
         model: a `ParakeetForCTC`, `ParakeetForRNNT` or `ParakeetForTDT`; changed in place.
         processor: processor of the model; changed in place.
-        tokenizer: path or bytes of a SentencePiece model, or a `ParakeetTokenizer` whose last token is the blank.
+        tokenizer: path or serialised bytes of a SentencePiece model, or a `ParakeetTokenizer` whose last token is the
+            blank.
 
     Raises:
         ValueError: the last token of the tokenizer is not the blank, or the processor belongs to another model.
@@ -75,7 +78,9 @@ def replace_tokenizer(
         tokenizer = build_tokenizer([tokenizer], get_head_type(model.config))
     last_token = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
     if last_token not in (BLANK, tokenizer.pad_token):
-        raise ValueError(f"the last token must be the blank, got {last_token!r}: give the SentencePiece model itself")
+        raise ValueError(
+            f"the last token of `tokenizer` must be the blank, got {last_token!r}: pass the SentencePiece model instead"
+        )
     old_pieces = processor.tokenizer.convert_ids_to_tokens(range(num_labels))
     old_ids = {piece: old_id for old_id, piece in enumerate(old_pieces)}
     new_pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer) - 1))
@@ -84,55 +89,58 @@ def replace_tokenizer(
 
 
 def check_vocabulary(model: Any, processor: ParakeetProcessor) -> int:
-    """Check that the blank is the last token of the model and of the tokenizer.
+    """Check that a model and its tokenizer have equal vocabulary sizes, and that the last token is the blank.
 
     Args:
-        model: the model.
+        model: a Parakeet model.
         processor: processor of the model.
 
     Returns:
-        The number of labels: tokens without the blank.
+        The number of labels, which is the vocabulary size without the blank.
 
     Raises:
-        ValueError: the blank is not the last token of both.
+        ValueError: the sizes differ, or the blank is not the last token.
     """
     vocab_size, tokenizer_size = model.config.vocab_size, len(processor.tokenizer)
     blank_id = get_blank_id(model.config)
     if not blank_id == vocab_size - 1 == tokenizer_size - 1:
         raise ValueError(
-            f"the blank must be the last of the {vocab_size} tokens of the model and of the {tokenizer_size} tokens of "
-            f"the tokenizer, got the id {blank_id}: give the processor that belongs to the model"
+            f"the blank must be the last token, got blank id {blank_id}, {vocab_size} tokens in the model and "
+            f"{tokenizer_size} tokens in the tokenizer: pass the processor that belongs to the model"
         )
-    # the ids below that of the blank are labels
+    # the blank is the last token, so its id is the number of labels
     return blank_id
 
 
 def check_new_tokens(new_tokens: Sequence[str], existing_tokens: Sequence[str]) -> None:
-    """Refuse tokens that exist already, occur twice, or that text between spaces cannot contain.
+    """Check that new tokens are unique, not in the vocabulary yet, and free of spaces.
 
     Args:
         new_tokens: tokens to add.
-        existing_tokens: tokens of the vocabulary, the blank included.
+        existing_tokens: all tokens of the vocabulary, including the blank.
 
     Raises:
-        ValueError: a token is refused; the message names it.
+        ValueError: a token is empty, a duplicate, or contains a leading or trailing space or `▁`.
     """
     known_tokens = set(existing_tokens)
     for token in new_tokens:
         if not token or token in known_tokens or WORD_START in token or token != token.strip():
             raise ValueError(
-                f"a new token must be text without spaces and {WORD_START!r} that the vocabulary lacks, got {token!r}: "
-                "omit it, or use `replace_tokenizer` with a newly trained SentencePiece model"
+                f"a new token must not be in the vocabulary, and must not contain spaces or {WORD_START!r}, got "
+                f"{token!r}: omit it, or use `replace_tokenizer` with a newly trained SentencePiece model"
             )
         known_tokens.add(token)
 
 
 def add_pieces(sentencepiece_model: bytes, tokens: Sequence[str]) -> bytes:
-    """Return a SentencePiece model with user-defined symbols added at the end of its vocabulary.
+    """Append user-defined symbols to the vocabulary of a SentencePiece model.
 
     Args:
-        sentencepiece_model: the serialised model.
-        tokens: texts of the symbols.
+        sentencepiece_model: serialised SentencePiece model.
+        tokens: the symbols to append.
+
+    Returns:
+        The serialised SentencePiece model with the new symbols.
     """
     proto = parse_sentencepiece(sentencepiece_model)
     for token in tokens:
@@ -143,11 +151,14 @@ def add_pieces(sentencepiece_model: bytes, tokens: Sequence[str]) -> bytes:
 
 
 def resize_vocabulary(model: Any, source_ids: Sequence[int]) -> None:
-    """Rearrange the rows of every layer with one row per token, and the ids of suppressed tokens.
+    """Rebuild the weights of all vocabulary layers (embedding, joint output, CTC head) for a new vocabulary.
+
+    The ids of suppressed tokens in the generation config are renumbered as well.
 
     Args:
-        model: changed in place; its config is not changed.
-        source_ids: for each new token, the old token whose row it takes, or `NO_SOURCE`; without the blank.
+        model: a Parakeet model; changed in place, except for `model.config`.
+        source_ids: for each token of the new vocabulary without the blank, the id of the same token in the old
+            vocabulary; `NO_SOURCE` for a token that is not in the old vocabulary.
     """
     num_labels = model.config.vocab_size - 1
     renumber_suppressed_tokens(model.generation_config, source_ids, num_labels)
@@ -156,70 +167,75 @@ def resize_vocabulary(model: Any, source_ids: Sequence[int]) -> None:
         layers += [model.joint.head, model.decoder.embedding]
     for layer in layers:
         for name in ("weight", "bias"):
-            old = getattr(layer, name, None)
-            if old is not None:
-                new_rows = rearrange_rows(old.detach(), source_ids, num_labels)
-                setattr(layer, name, nn.Parameter(new_rows, old.requires_grad))
+            old_parameter = getattr(layer, name, None)
+            if old_parameter is not None:
+                new_rows = rearrange_rows(old_parameter.detach(), source_ids, num_labels)
+                setattr(layer, name, nn.Parameter(new_rows, old_parameter.requires_grad))
+        # each class of layer states its size in a different attribute
         num_rows = len(layer.weight)
         if isinstance(layer, nn.Embedding):
             layer.num_embeddings = num_rows
         elif isinstance(layer, nn.Linear):
             layer.out_features = num_rows
         else:
-            # the CTC head is a convolution of width 1
+            # the CTC head is a convolution with kernel size 1
             layer.out_channels = num_rows
 
 
 def renumber_suppressed_tokens(generation_config: Any, source_ids: Sequence[int], num_labels: int) -> None:
-    """Renumber suppressed tokens, so that the same outputs stay suppressed; removed tokens are dropped.
+    """Convert the ids of suppressed tokens from the old vocabulary to the new vocabulary.
 
-    TDT checkpoints of stock transformers suppress the duration outputs, whose ids follow that of the blank.
+    TDT checkpoints of stock transformers suppress the duration outputs, whose ids follow the blank id. Ids of tokens
+    that are not in the new vocabulary are dropped.
 
     Args:
-        generation_config: changed in place.
-        source_ids: for each new token, the id that it had in the old vocabulary, or `NO_SOURCE` if it was not in it;
-            without the blank.
-        num_labels: number of old tokens without the blank.
+        generation_config: generation config of the model; changed in place.
+        source_ids: for each token of the new vocabulary without the blank, the id of the same token in the old
+            vocabulary; `NO_SOURCE` for a token that is not in the old vocabulary.
+        num_labels: size of the old vocabulary without the blank.
     """
     new_ids = {old_id: new_id for new_id, old_id in enumerate(source_ids) if old_id != NO_SOURCE}
     shift = len(source_ids) - num_labels
     for name in ("suppress_tokens", "begin_suppress_tokens"):
         suppressed_ids = getattr(generation_config, name, None)
         if suppressed_ids:
-            renumbered = []
+            new_suppressed_ids = []
             for old_id in suppressed_ids:
                 if old_id >= num_labels:
-                    # the blank and the durations follow the last label
-                    renumbered.append(old_id + shift)
+                    # the ids of the blank and the durations follow the labels, so they shift with the number of labels
+                    new_suppressed_ids.append(old_id + shift)
                 elif old_id in new_ids:
-                    renumbered.append(new_ids[old_id])
-            setattr(generation_config, name, renumbered or None)
+                    new_suppressed_ids.append(new_ids[old_id])
+            setattr(generation_config, name, new_suppressed_ids or None)
 
 
 def rearrange_rows(rows: Tensor, source_ids: Sequence[int], num_labels: int) -> Tensor:
-    """Copy the rows of tokens to their new positions, and append the rows of the blank and the durations.
+    """Rearrange the rows of a weight or bias for a new vocabulary.
 
     Args:
-        rows: (V + D, ...) rows of a layer: one per token with the blank, then one per duration.
-        source_ids: for each new token, the id of the old token whose row it gets, or `NO_SOURCE`; without the blank.
-        num_labels: number of old tokens without the blank.
+        rows: (num_outputs, ...) old rows: the labels, then the blank, then the durations of a TDT model.
+        source_ids: for each token of the new vocabulary without the blank, the id of the same token in the old
+            vocabulary; `NO_SOURCE` for a token that is not in the old vocabulary.
+        num_labels: size of the old vocabulary without the blank.
 
     Returns:
-        The new rows; a token without a source gets the mean of the rows of the old tokens.
+        The new rows in the order labels, blank, durations. The row of a new token is the mean of the old label rows;
+        all other rows are copied.
     """
     sources = torch.tensor(source_ids, device=rows.device)
+    # `clamp` gives new tokens an arbitrary valid row, which the next line overwrites
     new_rows = rows[sources.clamp(min=0)]
     new_rows[sources == NO_SOURCE] = rows[:num_labels].mean(0)
     return torch.cat([new_rows, rows[num_labels:]])
 
 
 def set_tokenizer(model: Any, processor: ParakeetProcessor, tokenizer: ParakeetTokenizer) -> None:
-    """Give the processor a new tokenizer, and update vocabulary size and special ids in all configurations.
+    """Set the tokenizer of a processor, and update the vocabulary size and special token ids in all configurations.
 
     Args:
-        model: its `config` and `generation_config` are changed in place.
-        processor: changed in place.
-        tokenizer: the new tokenizer; its last token is the blank.
+        model: a Parakeet model; `model.config` and `model.generation_config` are changed in place.
+        processor: processor of the model; changed in place.
+        tokenizer: the new tokenizer; the last token must be the blank.
     """
     vocab_size = len(tokenizer)
     new_values = {
@@ -230,19 +246,19 @@ def set_tokenizer(model: Any, processor: ParakeetProcessor, tokenizer: ParakeetT
     }
     for config in (model.config, model.generation_config):
         for name, value in new_values.items():
-            # not every kind of model has all fields
+            # not every model type has all of these fields
             if getattr(config, name, None) is not None:
                 setattr(config, name, value)
     processor.tokenizer = tokenizer
     processor.blank_token_id = vocab_size - 1
-    # a CTC processor has no blank token: its blank is the pad token
+    # a CTC processor has no `blank_token`, because CTC models use the pad token as the blank
     if get_head_type(model.config) != "ctc":
         processor.blank_token = tokenizer.convert_ids_to_tokens(vocab_size - 1)
     clear_cached_properties(processor)
 
 
 def clear_cached_properties(instance: Any) -> None:
-    """Delete the stored values of all `cached_property` attributes of an object, so that they are computed again."""
+    """Clear the cached values of all `cached_property` attributes of an object."""
     for cls in type(instance).__mro__:
         for name, attribute in vars(cls).items():
             if isinstance(attribute, cached_property):
