@@ -29,7 +29,7 @@ from .modeling_parakeet import (
     ParakeetForTDT,
     ParakeetPreTrainedModel,
 )
-from .nemo import with_nemo_files
+from .nemo import add_nemo_support
 from .pipeline_parakeet import ParakeetASRPipeline
 from .processing_parakeet import ParakeetProcessor
 from .tokenization_parakeet import ParakeetTokenizer
@@ -81,7 +81,7 @@ def _replace_pipeline() -> None:
     """Make `transformers.pipeline` read `.nemo` files, and use `ParakeetASRPipeline` for speech recognition."""
     current = vars(transformers.pipelines)["pipeline"]
     # after a first call of `register`, the function of transformers is the attribute `__wrapped__` of ours
-    pipeline = with_nemo_files(getattr(current, "__wrapped__", current))
+    pipeline = add_nemo_support(getattr(current, "__wrapped__", current))
     for module in (sys.modules["transformers"], transformers.pipelines):
         vars(module)["pipeline"] = pipeline
     task = PIPELINE_REGISTRY.supported_tasks["automatic-speech-recognition"]

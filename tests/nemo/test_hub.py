@@ -147,7 +147,7 @@ def test_safetensors_on_the_hub_are_preferred_with_a_warning(hub, tmp_path, capl
     with caplog.at_level(logging.INFO, "transformers_parakeet.nemo.hub"):
         logging.getLogger("transformers_parakeet.nemo.hub").propagate = True
         model, processor = load_nemo("nvidia/parakeet", revision="main", cache_dir=tmp_path)
-    assert "nvidia/parakeet contains safetensors: they are loaded, not parakeet.nemo" in caplog.text
+    assert "nvidia/parakeet contains safetensors, so parakeet.nemo is not loaded" in caplog.text
     assert same_weights(model, load_nemo(tp.demo_model_path())[0])
     assert processor.decoder_type == "tdt"
     assert "parakeet.nemo" not in hub.downloads()
