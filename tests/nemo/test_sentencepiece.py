@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 import transformers_parakeet as tp
 from transformers_parakeet import NemoError, load_nemo
-from transformers_parakeet.nemo.sentencepiece import MODELS, build_tokenizer, get_sentencepiece_models
+from transformers_parakeet.nemo.sentencepiece import SENTENCEPIECE_MODELS_KEY, build_tokenizer, get_sentencepiece_models
 
 GOLDEN = TESTS / "golden"
 KINDS = ["ctc", "rnnt", "tdt", "hybrid_tdt_ctc"]
@@ -59,7 +59,7 @@ def test_a_rebuilt_sentencepiece_model_splits_like_the_original(source):
     tokenizer = build_tokenizer([RELEASED.read_bytes()], "tdt") if source == "released" else tokenizer_of(source)
     num_labels = len(tokenizer) - 1
     (original,) = get_sentencepiece_models(tokenizer, num_labels)
-    del tokenizer.init_kwargs[MODELS]
+    del tokenizer.init_kwargs[SENTENCEPIECE_MODELS_KEY]
     (rebuilt,) = get_sentencepiece_models(tokenizer, num_labels)
     assert rebuilt != original
     actual, expected = (sentencepiece.SentencePieceProcessor(model_proto=model) for model in (rebuilt, original))

@@ -50,7 +50,7 @@ class Field:
         copies: dotted paths of settings that repeat the value; they are written only if the file has them.
         heads: types of head for which the field exists: `"ctc"`, `"rnnt"`, `"tdt"`, or `"hybrid"` for a transducer with
             a CTC head.
-        allowed: supported values of the setting; empty if every value is supported.
+        allowed_values: supported values of the setting; empty if every value is supported.
         read: `read(value, settings)` converts the value of the setting to the value of the field; None if the two
             values are equal.
         get_current: `get_current(owner)` returns the value of the field, or the nearest value that NeMo supports; None
@@ -65,7 +65,7 @@ class Field:
     aliases: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
     heads: tuple[str, ...] = ANY_HEAD
-    allowed: tuple[Any, ...] = ()
+    allowed_values: tuple[Any, ...] = ()
     read: Callable[[Any, Settings], Any] | None = None
     get_current: Callable[[Any], Any] | None = None
     write: Callable[[Any, Settings], Any] | None = None
@@ -112,13 +112,13 @@ def read_conv_context(value: Any, settings: Settings) -> list[int] | None:
     return None if context is None or context[0] == context[1] else list(context)
 
 
-def get_stochastic_depth_mode(encoder: Any) -> str:
+def get_stochastic_depth_mode(encoder_config: Any) -> str:
     """Return NeMo's mode of stochastic depth for an encoder configuration.
 
     The mode None means the LayerDrop of stock transformers. It becomes `"uniform"`, or NeMo's default `"linear"` if no
     block is dropped.
     """
-    return encoder.stochastic_depth_mode or ("uniform" if encoder.layerdrop else "linear")
+    return encoder_config.stochastic_depth_mode or ("uniform" if encoder_config.layerdrop else "linear")
 
 
 def list_contexts(value: Any, settings: Settings) -> list[list[int]]:
@@ -145,21 +145,22 @@ def read_trained_contexts(value: Any, settings: Settings) -> list[list[int]] | N
     return contexts if len(contexts) > 1 else None
 
 
-def get_exportable_context(encoder: Any) -> list[int]:
+def get_exportable_context(encoder_config: Any) -> list[int]:
     """Return the attention context that NeMo will use; the style `chunked_limited_with_rc` is always unlimited."""
-    if encoder.attention_context_style == "chunked_limited_with_rc":
+    if encoder_config.attention_context_style == "chunked_limited_with_rc":
         return list(UNLIMITED_CHUNK_CONTEXT)
-    return list(encoder.attention_context_size)
+    return list(encoder_config.attention_context_size)
 
 
-def write_contexts(encoder: Any, settings: Settings) -> list[Any]:
+def write_contexts(encoder_config: Any, settings: Settings) -> list[Any]:
     """Return the value of `att_context_size` for an encoder configuration.
 
     Returns:
         A list that starts with the current attention context, followed by the other contexts that the model was trained
         with. If the model was trained with one context or with different contexts, only the current context.
     """
-    current_context, trained_contexts = get_exportable_context(encoder), encoder.attention_context_sizes or []
+    current_context = get_exportable_context(encoder_config)
+    trained_contexts = encoder_config.attention_context_sizes or []
     if current_context not in trained_contexts or len(trained_contexts) == 1:
         return current_context
     return [current_context, *(context for context in trained_contexts if context != current_context)]
@@ -175,14 +176,14 @@ def read_global_tokens(value: Any, settings: Settings) -> Any:
     return value if has_local_attention(settings) else 0
 
 
-def get_num_global_tokens(encoder: Any) -> int:
+def get_num_global_tokens(encoder_config: Any) -> int:
     """Return the number of global tokens that NeMo will use; it is 0 for unlimited attention."""
-    return 0 if max(encoder.attention_context_size) < 0 else encoder.global_tokens
+    return 0 if max(encoder_config.attention_context_size) < 0 else encoder_config.global_tokens
 
 
-def get_self_attention_model(encoder: Any) -> str:
+def get_self_attention_model(encoder_config: Any) -> str:
     """Return NeMo's attention model; unlimited attention is `rel_pos`, because NeMo's local attention needs a limit."""
-    return "rel_pos" if max(encoder.attention_context_size) < 0 else encoder.self_attention_model
+    return "rel_pos" if max(encoder_config.attention_context_size) < 0 else encoder_config.self_attention_model
 
 
 def read_spec_augment(value: Any, settings: Settings) -> dict[str, Any] | None:
@@ -289,7 +290,7 @@ ENCODER_FIELDS = (
     Field("num_hidden_layers", "encoder.n_layers"),
     Field("num_attention_heads", "encoder.n_heads", 4),
     Field("intermediate_size", "encoder.ff_expansion_factor", 4, read=read_feed_forward_size,
-          write=lambda encoder, settings: encoder.intermediate_size // encoder.hidden_size),
+          write=lambda encoder_config, settings: encoder_config.intermediate_size // encoder_config.hidden_size),
     # NeMo has one setting for both biases; `check_encoder_config` in writer.py raises an error for different values
     Field("attention_bias", "encoder.use_bias", True),
     Field("convolution_bias", "encoder.use_bias", True),
@@ -302,21 +303,22 @@ ENCODER_FIELDS = (
     Field("layerdrop", "encoder.stochastic_depth_drop_prob", 0.0),
     # NeMo has one setting for both dropout probabilities; `activation_dropout` is the one that is written
     Field("activation_dropout", "encoder.dropout", 0.1),
-    Field("residual_dropout", "encoder.dropout", 0.1, get_current=lambda encoder: encoder.activation_dropout),
-    Field("stochastic_depth_mode", "encoder.stochastic_depth_mode", "linear", allowed=("linear", "uniform"),
+    Field("residual_dropout", "encoder.dropout", 0.1,
+          get_current=lambda encoder_config: encoder_config.activation_dropout),
+    Field("stochastic_depth_mode", "encoder.stochastic_depth_mode", "linear", allowed_values=("linear", "uniform"),
           get_current=get_stochastic_depth_mode),
     Field("stochastic_depth_start_layer", "encoder.stochastic_depth_start_layer", 1),
     Field("attention_dropout", "encoder.dropout_att", 0.0),
     Field("max_position_embeddings", "encoder.pos_emb_max_len", 5000),
     Field("scale_input", "encoder.xscaling", True),
-    Field("conv_norm_type", "encoder.conv_norm_type", "batch_norm", allowed=CONV_NORM_TYPES),
+    Field("conv_norm_type", "encoder.conv_norm_type", "batch_norm", allowed_values=CONV_NORM_TYPES),
     Field("conv_context_size", "encoder.conv_context_size", read=read_conv_context),
     Field("causal_downsampling", "encoder.causal_downsampling", False),
-    Field("attention_context_style", "encoder.att_context_style", "regular", allowed=CONTEXT_STYLES),
+    Field("attention_context_style", "encoder.att_context_style", "regular", allowed_values=CONTEXT_STYLES),
     Field("attention_context_size", "encoder.att_context_size", read=read_context, get_current=get_exportable_context,
           write=write_contexts),
     Field("attention_context_sizes", "encoder.att_context_size", read=read_trained_contexts, write=write_contexts),
-    Field("self_attention_model", "encoder.self_attention_model", "rel_pos", allowed=SELF_ATTENTION_MODELS,
+    Field("self_attention_model", "encoder.self_attention_model", "rel_pos", allowed_values=SELF_ATTENTION_MODELS,
           get_current=get_self_attention_model),
     Field("global_tokens", "encoder.global_tokens", 0, read=read_global_tokens, get_current=get_num_global_tokens),
     Field("global_tokens_spacing", "encoder.global_tokens_spacing", 1),
@@ -329,8 +331,8 @@ MODEL_FIELDS = (
     # NeMo misspells `segment_separators`
     Field("segment_separators", "decoding.segment_seperators", read=read_separators),
     Field("segment_gap_threshold", "decoding.segment_gap_threshold"),
-    Field("ctc_loss_reduction", "ctc_reduction", heads=("ctc",), allowed=REDUCTION_VALUES, read=read_reduction),
-    Field("ctc_loss_reduction", "aux_ctc.ctc_reduction", heads=("hybrid",), allowed=REDUCTION_VALUES,
+    Field("ctc_loss_reduction", "ctc_reduction", heads=("ctc",), allowed_values=REDUCTION_VALUES, read=read_reduction),
+    Field("ctc_loss_reduction", "aux_ctc.ctc_reduction", heads=("hybrid",), allowed_values=REDUCTION_VALUES,
           read=read_reduction),
     Field("ctc_loss_weight", "aux_ctc.ctc_loss_weight", 0.3, heads=("hybrid",)),
     Field("decoder_hidden_size", "decoder.prednet.pred_hidden", heads=TRANSDUCERS,
@@ -340,11 +342,11 @@ MODEL_FIELDS = (
     Field("joint_hidden_size", "joint.jointnet.joint_hidden", heads=TRANSDUCERS,
           copies=("model_defaults.joint_hidden",), get_current=get_joint_size),
     Field("joint_dropout", "joint.jointnet.dropout", heads=TRANSDUCERS, read=read_dropout),
-    Field("hidden_act", "joint.jointnet.activation", "relu", heads=TRANSDUCERS, allowed=("relu", "tanh", "sigmoid"),
-          read=read_activation),
+    Field("hidden_act", "joint.jointnet.activation", "relu", heads=TRANSDUCERS,
+          allowed_values=("relu", "tanh", "sigmoid"), read=read_activation),
     Field("max_symbols_per_step", "decoding.greedy.max_symbols", heads=TRANSDUCERS,
           aliases=("decoding.greedy.max_symbols_per_step",), read=read_max_symbols),
-    Field("loss_reduction", "rnnt_reduction", heads=TRANSDUCERS, allowed=REDUCTION_VALUES, read=read_reduction),
+    Field("loss_reduction", "rnnt_reduction", heads=TRANSDUCERS, allowed_values=REDUCTION_VALUES, read=read_reduction),
     Field("fastemit_lambda", "loss.warprnnt_numba_kwargs.fastemit_lambda", 0.0, heads=("rnnt",)),
     Field("fastemit_lambda", "loss.tdt_kwargs.fastemit_lambda", 0.0, heads=("tdt",)),
     Field("durations", "decoding.durations", heads=("tdt",), read=read_durations,
@@ -358,7 +360,7 @@ MODEL_FIELDS = (
 EXTRACTOR_FIELDS = (
     Field("feature_size", "preprocessor.features", 64),
     Field("sampling_rate", "preprocessor.sample_rate", SAMPLING_RATE, copies=("sample_rate",),
-          allowed=(SAMPLING_RATE,)),
+          allowed_values=(SAMPLING_RATE,)),
     Field("hop_length", "preprocessor.window_stride", 0.01, aliases=("preprocessor.n_window_stride",),
           read=read_hop_length, write=lambda extractor, settings: extractor.hop_length / extractor.sampling_rate),
     Field("win_length", "preprocessor.window_size", 0.02, aliases=("preprocessor.n_window_size",),

@@ -55,7 +55,8 @@ def collect_field_keys(section_name: str) -> dict[str, tuple[Any, ...]]:
     """
     allowed_by_setting: dict[str, tuple[Any, ...]] = dict.fromkeys((*VOCABULARY_COUNTS, *VOCABULARY_LISTS), ())
     for model_field in (*ENCODER_FIELDS, *MODEL_FIELDS, *EXTRACTOR_FIELDS):
-        allowed_by_setting |= {model_field.setting: model_field.allowed, **dict.fromkeys(model_field.aliases, ())}
+        allowed_by_setting[model_field.setting] = model_field.allowed_values
+        allowed_by_setting |= dict.fromkeys(model_field.aliases, ())
     prefix = f"{section_name}." if section_name else ""
     allowed_by_key: dict[str, tuple[Any, ...]] = {}
     for setting in sorted(allowed_by_setting):

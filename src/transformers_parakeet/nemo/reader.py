@@ -174,8 +174,8 @@ def build_from_archive(
         raise NemoError(f"a size in {SETTINGS_FILE} is too large: {error}") from error
     load_weights(model, nemo_weights, archive, dtype)
     # `load_weights` has checked the number of mel bins, so a damaged file cannot request a huge filter bank here
-    extractor = ParakeetFeatureExtractor(**read_extractor_fields(settings))
-    return model.eval(), ParakeetProcessor(extractor, tokenizer, decoder_type=head_type)
+    feature_extractor = ParakeetFeatureExtractor(**read_extractor_fields(settings))
+    return model.eval(), ParakeetProcessor(feature_extractor, tokenizer, decoder_type=head_type)
 
 
 def build_config(
@@ -194,8 +194,9 @@ def build_config(
         NemoError: a value is not supported.
         KeyError: a setting that has no default is missing.
     """
-    # the ids of the labels are 0 to num_labels - 1, and the id of the blank is num_labels
+    # the labels have the ids 0 to num_labels - 1, and the blank has the id num_labels
     num_labels = len(tokenizer) - 1
+    # `forced_blanks`: after the maximum number of labels on one frame, decoding emits a blank step, as in NeMo
     return MODEL_CLASS_BY_HEAD_TYPE[head_type].config_class(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,

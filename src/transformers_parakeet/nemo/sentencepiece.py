@@ -108,8 +108,8 @@ def build_backend(proto: Any, further_pieces: Sequence[str]) -> Tokenizer:
     tokenizer = Tokenizer(build_model(proto, further_pieces, ignore_merges=bool(fixed_words)))
     tokenizer.normalizer = build_normalizer(proto.normalizer_spec)
     tokenizer.decoder = build_decoder(spec.byte_fallback)
-    # Markup is an added token, at which the text is split before normalisation. This would remove the spaces around a
-    # word, so words are split off by the pre-tokenizer, which runs after normalisation.
+    # Text is split at added tokens before normalisation, which then strips the spaces at both ends of each part. This
+    # is correct for markup. Words must keep their spaces, so the pre-tokenizer splits them off after normalisation.
     tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in markup_pieces])
     if fixed_words:
         longest_first = sorted(fixed_words, key=len, reverse=True)

@@ -180,7 +180,8 @@ def build_common_settings(encoder_config: Any) -> dict[str, Any]:
         encoder_config: configuration of the encoder.
 
     Returns:
-        The sections `tokenizer`, `preprocessor`, `encoder` and `decoding`, and empty data sets, which NeMo requires.
+        The sections `tokenizer`, `preprocessor`, `encoder` and `decoding`, the root setting `sample_rate`, and the keys
+        of the data sets with the value None.
     """
     num_mel_bins = encoder_config.num_mel_bins
     return {
@@ -212,7 +213,8 @@ def build_common_settings(encoder_config: Any) -> dict[str, Any]:
 def build_transducer_settings(head_type: str, hidden_size: int) -> dict[str, Any]:
     """Build the default settings that a transducer has in addition to the common settings.
 
-    Sizes of 0 or -1 and the list of durations [0] are placeholders, which `put_pieces` and `put_fields` replace.
+    Sizes of 0 or -1 and the durations [0] are placeholders: `put_pieces` writes the vocabulary size, and `put_fields`
+    writes the widths, the numbers of layers and the durations.
 
     Args:
         head_type: `"rnnt"` or `"tdt"`.
