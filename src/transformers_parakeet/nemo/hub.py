@@ -33,8 +33,8 @@ def find_checkpoint(path: str | Path, **hub: Any) -> Path:
         **hub: `revision`, `token`, `cache_dir` and `local_files_only`, as in `load_nemo`.
 
     Returns:
-        Path of a `.nemo` file. If the folder or repository contains safetensors, path of the local or cached folder, or
-        the Hub id as a path if the repository is not in the cache.
+        Path of a `.nemo` file. If there are safetensors instead: path of the folder, or the Hub id as a path. If the
+        Hub cannot be reached, path of the cached folder.
 
     Raises:
         FileNotFoundError: the file does not exist, or the folder or repository contains no checkpoint.

@@ -261,8 +261,8 @@ UNSUPPORTED_CLASS_NAMES = {
     "WithPrompt": PROMPT_MODEL,
     "MultiTalker": MULTI_TALKER_MODEL,
     "MultiTask": "a multitask model such as Canary, which stock transformers runs",
-    "EncDecCTCModel": "a model of characters without a tokenizer",
-    "EncDecRNNTModel": "a model of characters without a tokenizer",
+    "EncDecCTCModel": "a character model without a tokenizer",
+    "EncDecRNNTModel": "a character model without a tokenizer",
 }
 
 # setting -> advice for the error about an unsupported value; the default advice is `NEEDS_NEMO`
@@ -342,6 +342,7 @@ def check_settings(settings: Settings, *, is_transducer: bool, has_ctc_head: boo
             f"`decoding.big_blank_durations` must be empty, got {big_blank_durations!r}: multi-blank transducers need "
             "NeMo"
         )
+    # sections of networks that the model does not have are not checked
     skipped_sections = (*(() if is_transducer else TRANSDUCER_SECTIONS), *(() if has_ctc_head else CTC_HEAD_SECTIONS))
     unknown_settings: list[str] = []
     for name, section in SECTIONS.items():
@@ -370,16 +371,16 @@ def check_class(target: Any) -> None:
     )
 
 
-def check_section(values: Any, name: str, section: Section) -> list[str]:
+def check_section(values: Any, section_name: str, section: Section) -> list[str]:
     """Check that all settings of one section are supported.
 
     Args:
         values: settings of the section in the file; None if the file does not have the section.
-        name: dotted path of the section.
-        section: known keys of the section.
+        section_name: dotted path of the section; empty for the root.
+        section: known keys of the section. If the section is strict, unknown keys and values are errors.
 
     Returns:
-        Dotted paths of unknown settings if the section is not strict.
+        Dotted paths of unknown settings if the section is not strict; otherwise an empty list.
 
     Raises:
         NemoError: a strict section is missing or contains an unknown key or value, or a key belongs to an unsupported
@@ -389,12 +390,13 @@ def check_section(values: Any, name: str, section: Section) -> list[str]:
         return []
     if not isinstance(values, dict):
         if section.is_strict:
-            raise NemoError(f"the settings have no section `{name}`: save the model again in NeMo")
-        return [name]
+            raise NemoError(f"the settings have no section `{section_name}`: save the model again in NeMo")
+        return [section_name]
     unknown_settings = []
     for key, value in values.items():
-        setting = f"{name}.{key}".removeprefix(".")
+        setting = f"{section_name}.{key}".removeprefix(".")
         advice = ADVICE_BY_SETTING.get(setting, NEEDS_NEMO)
+        # a refused key with the value null means that the model does not use the unsupported feature
         if key in section.ignored or (key in section.refused and value is None):
             continue
         if key in section.refused:

@@ -263,6 +263,7 @@ def build_sentencepiece(backend: dict[str, Any], pieces: list[str]) -> bytes:
     spec.model_type = spec.BPE if is_bpe else spec.UNIGRAM
     spec.byte_fallback = bool(model.get("byte_fallback"))
     spec.unk_piece, spec.unk_id, spec.vocab_size = unknown_piece, pieces.index(unknown_piece), len(pieces)
+    # -1 means that the model has no such piece
     spec.bos_id = spec.eos_id = spec.pad_id = -1
     merges = [tuple(pair) for pair in model["merges"]] if is_bpe else []
     # pieces that no merge produces get the lowest score

@@ -139,55 +139,61 @@ class Resolver:
         self.settings = settings
         self.num_nodes = 0
 
-    def resolve(self, value: Any, path: tuple[str, ...], pending_paths: tuple[str, ...]) -> Any:
+    def resolve(self, value: Any, setting_keys: tuple[str, ...], pending_paths: tuple[str, ...]) -> Any:
         """Return a copy of a value in which all interpolations are replaced, including those in nested sections.
 
         `self.num_nodes` counts the values of all calls, because nested interpolations can grow exponentially.
 
         Args:
             value: mapping, list or scalar.
-            path: keys from the root of the settings to the value.
+            setting_keys: keys from the root of the settings to the value.
             pending_paths: dotted paths of the interpolations that are being resolved, to detect cycles.
 
         Raises:
             NemoError: an interpolation refers to itself, or the resolved settings are too large.
         """
         self.num_nodes += 1
-        if self.num_nodes > MAX_NODES or len(path) + len(pending_paths) > MAX_DEPTH:
+        if self.num_nodes > MAX_NODES or len(setting_keys) + len(pending_paths) > MAX_DEPTH:
             raise NemoError(
                 f"{SETTINGS_FILE} is too large or too deep after its aliases and interpolations are resolved"
             )
         if isinstance(value, dict):
-            return {key: self.resolve(item, (*path, str(key)), pending_paths) for key, item in value.items()}
+            return {key: self.resolve(item, (*setting_keys, str(key)), pending_paths) for key, item in value.items()}
         if isinstance(value, list):
-            return [self.resolve(item, (*path, str(index)), pending_paths) for index, item in enumerate(value)]
+            return [self.resolve(item, (*setting_keys, str(index)), pending_paths) for index, item in enumerate(value)]
         if not isinstance(value, str) or "${" not in value:
             return value
         match = INTERPOLATION_PATTERN.fullmatch(value)
         if match:
             # the whole string is one interpolation, so the result keeps its type, such as a number or a section
-            return self._resolve_reference(match, path, pending_paths)
-        text = INTERPOLATION_PATTERN.sub(lambda match: str(self._resolve_reference(match, path, pending_paths)), value)
+            return self._resolve_reference(match, setting_keys, pending_paths)
+        text = INTERPOLATION_PATTERN.sub(
+            lambda match: str(self._resolve_reference(match, setting_keys, pending_paths)), value
+        )
         if len(text) > MAX_STRING_CHARS:
-            raise NemoError(f"`{'.'.join(path)}` in {SETTINGS_FILE} is too long after its interpolations are resolved")
+            raise NemoError(
+                f"`{'.'.join(setting_keys)}` in {SETTINGS_FILE} is too long after its interpolations are resolved"
+            )
         return text
 
-    def _resolve_reference(self, match: re.Match[str], path: tuple[str, ...], pending_paths: tuple[str, ...]) -> Any:
+    def _resolve_reference(
+        self, match: re.Match[str], setting_keys: tuple[str, ...], pending_paths: tuple[str, ...]
+    ) -> Any:
         """Return the resolved value that an interpolation points to, or the original text if the key does not exist.
 
         Args:
             match: match of `INTERPOLATION_PATTERN`; group 1 is the path between the braces.
-            path: keys from the root of the settings to the setting that contains the interpolation.
+            setting_keys: keys from the root of the settings to the setting that contains the interpolation.
             pending_paths: dotted paths of the interpolations that are being resolved, to detect cycles.
 
         Raises:
             NemoError: the interpolation refers to itself.
         """
-        target_keys = self._to_absolute_keys(match[1].strip(), path)
+        target_keys = self._to_absolute_keys(match[1].strip(), setting_keys)
         target_path = ".".join(target_keys)
         if target_path in pending_paths:
             raise NemoError(
-                f"`{'.'.join(path)}` in {SETTINGS_FILE} refers to itself by `{match[0]}`: replace it by a value"
+                f"`{'.'.join(setting_keys)}` in {SETTINGS_FILE} refers to itself by `{match[0]}`: replace it by a value"
             )
         value: Any = self.settings
         for depth, key in enumerate(target_keys):
@@ -199,19 +205,19 @@ class Resolver:
             value = value[key]
         return self.resolve(value, target_keys, (*pending_paths, target_path))
 
-    def _to_absolute_keys(self, reference: str, path: tuple[str, ...]) -> tuple[str, ...]:
+    def _to_absolute_keys(self, reference: str, setting_keys: tuple[str, ...]) -> tuple[str, ...]:
         """Convert the path in an interpolation to keys from the root of the settings.
 
         Args:
             reference: `a.b` is relative to the root, `.b` to the section that contains the interpolation, and `..b` to
                 the parent of that section.
-            path: keys from the root of the settings to the setting that contains the interpolation.
+            setting_keys: keys from the root of the settings to the setting that contains the interpolation.
         """
         keys = tuple(reference.lstrip(".").split("."))
         num_dots = len(reference) - len(reference.lstrip("."))
         if num_dots:
             # one dot removes the key of the setting, two dots also remove the key of the section, and so on
-            keys = (*path[: max(len(path) - num_dots, 0)], *keys)
+            keys = (*setting_keys[: max(len(setting_keys) - num_dots, 0)], *keys)
         # `parse_settings` has removed the root key `model`, but interpolations may still start with it
         return keys[1:] if keys[0] == "model" and "model" not in self.settings else keys
 
