@@ -134,7 +134,7 @@ def test_of_several_nemo_files_the_one_with_the_name_of_the_repository_is_loaded
     load_nemo("nvidia/parakeet", cache_dir=tmp_path)
     assert hub.downloads() == ["parakeet.nemo"]
     hub.files = {"one.nemo": CTC, "two.nemo": CTC}
-    with pytest.raises(FileNotFoundError, match=r"one \.nemo file or safetensors, but it contains one\.nemo, two\.nemo"):
+    with pytest.raises(FileNotFoundError, match=r"\.nemo file or safetensors, but it contains one\.nemo, two\.nemo"):
         load_nemo("nvidia/parakeet", cache_dir=tmp_path)
     hub.files = {"README.md": CTC}
     with pytest.raises(FileNotFoundError, match="it contains neither"):
