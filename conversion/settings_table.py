@@ -6,7 +6,7 @@ python conversion/settings_table.py
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from transformers_parakeet.nemo.keys import MODEL_CLASSES, SECTIONS, Section
+from transformers_parakeet.nemo.keys import NEMO_MODEL_CLASSES, SECTIONS, Section
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "conversion.md"
 START, END = "<!-- settings: start -->\n", "<!-- settings: end -->\n"
@@ -24,7 +24,7 @@ NOTES = {
     "preprocessor.window_stride": "10 ms",
     "joint.num_extra_outputs": "the number of durations",
     "aux_ctc": "read for the hybrid classes only",
-    "target": ", ".join(f"`{name}`" for name in MODEL_CLASSES),
+    "target": ", ".join(f"`{name}`" for name in NEMO_MODEL_CLASSES),
     "decoding.durations": "frames that a step of TDT may advance",
     "decoding.big_blank_durations": "none; multi-blank transducers are refused",
     "tokenizer.langs": "the sections of an aggregate tokenizer (`type: agg`)",
@@ -54,7 +54,7 @@ def group_sections() -> list[tuple[Section, list[str]]]:
 
 def use_of_unknown(section: Section) -> str:
     """Return what happens to an unknown key or value of a section."""
-    return "refused" if section.strict else "ignored, one warning names them"
+    return "refused" if section.is_strict else "ignored, one warning names them"
 
 
 def table_rows(name: str, section: Section) -> Iterator[tuple[str, str, str]]:
@@ -65,10 +65,10 @@ def table_rows(name: str, section: Section) -> Iterator[tuple[str, str, str]]:
         section: its keys.
     """
     keys_with_any_value = []
-    for key, values in section.read.items():
+    for key, values in section.allowed_values.items():
         setting = f"{name}.{key}".removeprefix(".")
         if key == "_target_":
-            yield "`_target_`", ", ".join(f"`{value}`" for value in section.classes), "read; others are refused"
+            yield "`_target_`", ", ".join(f"`{value}`" for value in section.allowed_classes), "read; others are refused"
         elif values:
             texts = ("`null`" if value is None else f"`{value}`" for value in values)
             yield f"`{key}`", ", ".join(texts), f"read; others are {use_of_unknown(section)}"

@@ -48,7 +48,7 @@ def test_the_demo_names_the_extra_if_jiwer_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "jiwer", None)
     result = run("demo")
     assert result.exit_code == 0
-    assert "word error rate, TDT: not computed, it needs jiwer (in the extra `cli`)" in result.stdout
+    assert "word error rate, TDT: not computed, because it needs jiwer (in the extra `cli`)" in result.stdout
 
 
 def test_the_help_lists_every_subcommand():

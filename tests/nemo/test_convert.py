@@ -37,7 +37,7 @@ def test_the_command_converts_to_a_folder_and_back(kind, tmp_path):
     source, folder, back = GOLDEN / kind / "model.nemo", tmp_path / "folder", tmp_path / "back.nemo"
     result = run("convert", source, folder)
     assert result.exit_code == 0, result.output
-    assert result.stdout.strip() == f"wrote {folder}; on random noise its output equals that of {source}"
+    assert result.stdout.strip() == f"wrote {folder}; weights and output for random noise equal those of {source}"
     assert {path.name for path in folder.iterdir()} == FILES
     assert run("convert", folder, back).exit_code == 0
     original, _ = load_nemo(source)
@@ -62,7 +62,7 @@ def test_a_conversion_can_change_the_dtype(tmp_path):
 
 
 def test_large_weights_are_split_into_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(CONVERT + "SHARD_SIZE", "200KB")
+    monkeypatch.setattr(CONVERT + "MAX_SHARD_SIZE", "200KB")
     convert_checkpoint(GOLDEN / "tdt" / "model.nemo", tmp_path / "shards")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
     assert same_weights(load_folder(tmp_path / "shards")[0], load_nemo(GOLDEN / "tdt" / "model.nemo")[0])
@@ -131,9 +131,9 @@ def test_conversions_without_a_valid_source_or_target_are_refused(tmp_path):
     folder = tmp_path / "folder"
     convert_checkpoint(GOLDEN / "ctc" / "model.nemo", folder)
     for source, target, words in (
-        (GOLDEN / "ctc" / "model.nemo", folder, "exists: give a folder that does not"),
+        (GOLDEN / "ctc" / "model.nemo", folder, "exists: give an empty folder"),
         (folder, tmp_path / "other", "already in the format of transformers"),
-        (GOLDEN / "ctc" / "model.nemo", tmp_path / "x.nemo", "is a .nemo file already"),
+        (GOLDEN / "ctc" / "model.nemo", tmp_path / "x.nemo", "is already a .nemo file"),
     ):
         result = run("convert", source, target)
         assert result.exit_code == 1
@@ -172,5 +172,5 @@ def test_push_to_hub_uploads_the_folder(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert calls == [("token", None), ("create", "someone/model", True), ("upload", "someone/model", sorted(FILES))]
     assert (tmp_path / "model" / "config.json").is_file()
-    with pytest.raises(NemoError, match="only folders are pushed"):
+    with pytest.raises(NemoError, match="requires a folder as target"):
         convert_checkpoint(tmp_path / "model", tmp_path / "x.nemo", push_to_hub=True)

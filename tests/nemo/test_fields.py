@@ -9,7 +9,7 @@ from nemo_files import edited_archive, members, set_setting
 import transformers_parakeet as tp
 from transformers_parakeet.nemo.fields import ENCODER_FIELDS, EXTRACTOR_FIELDS, MODEL_FIELDS
 from transformers_parakeet.nemo.settings import find_setting, parse_settings, resolve_interpolations
-from transformers_parakeet.nemo.writer import fields_with_owners
+from transformers_parakeet.nemo.writer import list_fields_with_owners
 
 GOLDEN = TESTS / "golden"
 FILES = [GOLDEN / name / "model.nemo" for name in ("ctc", "rnnt", "tdt", "hybrid_tdt_ctc")]
@@ -30,13 +30,13 @@ def test_every_row_writes_the_value_that_was_read(path):
     model, processor = tp.load_nemo(path)
     (content,) = [content for name, content in members(path).items() if name.endswith("model_config.yaml")]
     settings = resolve_interpolations(parse_settings(content))
-    for field, owner in fields_with_owners(model.config, processor.feature_extractor):
+    for field, owner in list_fields_with_owners(model.config, processor.feature_extractor):
         value = find_setting(settings, field.setting)
         # a missing setting, or one of the spellings that NeMo has for the same value, is not repeated
         if value not in (None, -1, 0, "causal") and field.name != "normalize":
-            written = field.value_for_nemo(owner, settings)
+            written = field.get_nemo_value(owner, settings)
             assert field.read is not None or written == value, field.setting
-            assert field.value_from_owner(owner) == field.value_from_settings(settings), field.setting
+            assert field.get_value_from_owner(owner) == field.get_value_from_settings(settings), field.setting
 
 
 # setting -> a value that differs from that of the golden hybrid, and the field with its value

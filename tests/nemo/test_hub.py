@@ -134,7 +134,7 @@ def test_of_several_nemo_files_the_one_with_the_name_of_the_repository_is_loaded
     load_nemo("nvidia/parakeet", cache_dir=tmp_path)
     assert hub.downloads() == ["parakeet.nemo"]
     hub.files = {"one.nemo": CTC, "two.nemo": CTC}
-    with pytest.raises(FileNotFoundError, match=r"one \.nemo file or safetensors, it contains one\.nemo, two\.nemo"):
+    with pytest.raises(FileNotFoundError, match=r"\.nemo file or safetensors, but it contains one\.nemo, two\.nemo"):
         load_nemo("nvidia/parakeet", cache_dir=tmp_path)
     hub.files = {"README.md": CTC}
     with pytest.raises(FileNotFoundError, match="it contains neither"):
@@ -147,7 +147,7 @@ def test_safetensors_on_the_hub_are_preferred_with_a_warning(hub, tmp_path, capl
     with caplog.at_level(logging.INFO, "transformers_parakeet.nemo.hub"):
         logging.getLogger("transformers_parakeet.nemo.hub").propagate = True
         model, processor = load_nemo("nvidia/parakeet", revision="main", cache_dir=tmp_path)
-    assert "nvidia/parakeet contains safetensors: they are loaded, not parakeet.nemo" in caplog.text
+    assert "nvidia/parakeet contains safetensors, so parakeet.nemo is not loaded" in caplog.text
     assert same_weights(model, load_nemo(tp.demo_model_path())[0])
     assert processor.decoder_type == "tdt"
     assert "parakeet.nemo" not in hub.downloads()
@@ -183,7 +183,7 @@ def test_without_the_hub_the_cache_is_used_at_once(obstacle, form, hub, tmp_path
 @pytest.mark.parametrize(
     ("repo", "options", "message"),
     [
-        ("nvidia/unknown", {}, "the Hub has no repository of that name"),
+        ("nvidia/unknown", {}, "nor a Hub repository that you can access"),
         ("nvidia/parakeet", {"revision": "v9"}, "has no revision 'v9'"),
     ],
 )

@@ -35,7 +35,7 @@ def test_the_documentation_shows_the_table_of_settings():
 
 def test_a_key_is_either_read_or_ignored_or_refused():
     for name, section in SECTIONS.items():
-        keys = [*section.read, *section.ignored, *section.refused]
+        keys = [*section.allowed_values, *section.ignored, *section.refused]
         assert sorted(keys) == sorted(set(keys)), name
 
 
@@ -59,7 +59,7 @@ def test_an_unknown_key_is_refused_or_named_in_a_warning(seed, tmp_path, caplog)
         settings[key] = value
 
     path = edited_archive(HYBRID, tmp_path, settings=change)
-    if SECTIONS[section].strict:
+    if SECTIONS[section].is_strict:
         with pytest.raises(tp.NemoError, match=setting):
             tp.load_nemo(path)
     else:

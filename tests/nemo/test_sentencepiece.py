@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 import transformers_parakeet as tp
 from transformers_parakeet import NemoError, load_nemo
-from transformers_parakeet.nemo.sentencepiece import MODELS, build_tokenizer, sentencepiece_models
+from transformers_parakeet.nemo.sentencepiece import SENTENCEPIECE_MODELS_KEY, build_tokenizer, get_sentencepiece_models
 
 GOLDEN = TESTS / "golden"
 KINDS = ["ctc", "rnnt", "tdt", "hybrid_tdt_ctc"]
@@ -35,20 +35,22 @@ def test_merges_that_sentencepiece_does_not_have_are_refused(backend):
     pieces = ["".join(pair) for pair in backend["model"]["merges"]]
     # SentencePiece uses every pair that gives a piece, so it cannot lack one of two
     del backend["model"]["merges"][next(index for index, piece in enumerate(pieces) if pieces.count(piece) > 1)]
-    with pytest.raises(NemoError, match=r"merges are not those of a SentencePiece model: train a SentencePiece model"):
-        sentencepiece_models(build_from_json(backend), 128)
+    with pytest.raises(
+        NemoError, match=r"SentencePiece cannot reproduce the merges of the tokenizer: train a SentencePiece model"
+    ):
+        get_sentencepiece_models(build_from_json(backend), 128)
 
 
 def test_a_normalizer_that_sentencepiece_does_not_have_is_refused(backend):
     backend["normalizer"] = {"type": "NFKC"}
     with pytest.raises(NemoError, match=r"no normalizer NFKC: train a SentencePiece model"):
-        sentencepiece_models(build_from_json(backend), 128)
+        get_sentencepiece_models(build_from_json(backend), 128)
 
 
 def test_a_splitter_that_sentencepiece_does_not_have_is_refused(backend):
     backend["pre_tokenizer"] = {"type": "Whitespace"}
-    with pytest.raises(NemoError, match=r"no splitter Whitespace"):
-        sentencepiece_models(build_from_json(backend), 128)
+    with pytest.raises(NemoError, match=r"no pre-tokenizer Whitespace"):
+        get_sentencepiece_models(build_from_json(backend), 128)
 
 
 @pytest.mark.parametrize("source", ["released", *KINDS])
@@ -56,9 +58,9 @@ def test_a_rebuilt_sentencepiece_model_splits_like_the_original(source):
     sentencepiece = pytest.importorskip("sentencepiece")
     tokenizer = build_tokenizer([RELEASED.read_bytes()], "tdt") if source == "released" else tokenizer_of(source)
     num_labels = len(tokenizer) - 1
-    (original,) = sentencepiece_models(tokenizer, num_labels)
-    del tokenizer.init_kwargs[MODELS]
-    (rebuilt,) = sentencepiece_models(tokenizer, num_labels)
+    (original,) = get_sentencepiece_models(tokenizer, num_labels)
+    del tokenizer.init_kwargs[SENTENCEPIECE_MODELS_KEY]
+    (rebuilt,) = get_sentencepiece_models(tokenizer, num_labels)
     assert rebuilt != original
     actual, expected = (sentencepiece.SentencePieceProcessor(model_proto=model) for model in (rebuilt, original))
     ids = range(len(expected))

@@ -36,7 +36,7 @@ def test_every_name_is_translated_and_translated_back(path):
 
 @pytest.mark.parametrize("name", ["encoder.layers.0.unknown.weight", "encoder.layers.x.norm_out.weight", "joint.enc"])
 def test_an_unknown_name_is_refused_in_both_directions(name):
-    with pytest.raises(NemoError, match="belongs to no part that is implemented here"):
+    with pytest.raises(NemoError, match="is not part of a supported model"):
         from_nemo_name(name)
     with pytest.raises(NemoError, match="NeMo has no weight for"):
         to_nemo_name(name, is_transducer=True, has_joint_dropout=False)

@@ -11,9 +11,9 @@ from nemo_files import members, write_members
 
 import transformers_parakeet as tp
 from transformers_parakeet import NemoError, export_nemo, load_nemo
-from transformers_parakeet.nemo.convert import outputs_on_noise
+from transformers_parakeet.nemo.convert import compute_outputs_on_noise
 from transformers_parakeet.nemo.reader import load_folder
-from transformers_parakeet.nemo.sentencepiece import MODELS
+from transformers_parakeet.nemo.sentencepiece import SENTENCEPIECE_MODELS_KEY
 
 GOLDEN = TESTS / "golden"
 KINDS = ["ctc", "rnnt", "tdt", "hybrid_tdt_ctc", "tdt_agg_tokenizer"]
@@ -67,7 +67,7 @@ def test_a_folder_and_its_export_change_nothing(kind, tmp_path):
         "processor_config.json",
     ):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
-    before, after = outputs_on_noise(model, processor), outputs_on_noise(reloaded, reloaded_processor)
+    before, after = compute_outputs_on_noise(model, processor), compute_outputs_on_noise(reloaded, reloaded_processor)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before if name != "logits")
 
@@ -100,7 +100,7 @@ def test_a_checkpoint_that_did_not_come_from_a_nemo_file_can_be_exported(kind, t
     ignored = ("nemo_config", "architectures", "dtype")
     expected_fields = {name: value for name, value in model.config.to_dict().items() if name not in ignored}
     model.config.nemo_config = None
-    del processor.tokenizer.init_kwargs[MODELS]
+    del processor.tokenizer.init_kwargs[SENTENCEPIECE_MODELS_KEY]
     export_nemo(model, processor, tmp_path / "new.nemo")
     reloaded, reloaded_processor = load_nemo(tmp_path / "new.nemo")
     assert {name: reloaded.config.to_dict()[name] for name in expected_fields} == expected_fields
@@ -215,7 +215,7 @@ def set_fields(**fields):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (set_fields(blank_token_id=3), "blank must be the last of 129 tokens in NeMo, got id 3"),
+        (set_fields(blank_token_id=3), "blank must be the last token in NeMo, with the id 128, got the id 3"),
         (set_fields(encoder_hidden_act="relu"), "encoder_config.hidden_act` must be 'silu' in NeMo, got 'relu'"),
         (set_fields(encoder_subsampling_conv_kernel_size=5), "subsampling_conv_kernel_size` must be 3 in NeMo, got 5"),
         (set_fields(encoder_convolution_bias=True), "`attention_bias` and `convolution_bias` must be equal"),

@@ -6,7 +6,7 @@ from conftest import TESTS, noise
 from training_helpers import training_arguments
 
 from transformers_parakeet import demo_model_path, export_nemo, extend_vocabulary, load_nemo, replace_tokenizer
-from transformers_parakeet.nemo import build_tokenizer, sentencepiece_models
+from transformers_parakeet.nemo import build_tokenizer, get_sentencepiece_models
 from transformers_parakeet.training import ParakeetTrainer
 
 GOLDEN = TESTS / "golden"
@@ -34,7 +34,7 @@ def copy_vocabulary_tensors(model):
 def german_sentencepiece_model():
     """Return the second SentencePiece model of a golden aggregate tokenizer; it has 64 pieces."""
     tokenizer = load_golden("tdt_agg_tokenizer")[1].tokenizer
-    return sentencepiece_models(tokenizer, len(tokenizer) - 1)[1]
+    return get_sentencepiece_models(tokenizer, len(tokenizer) - 1)[1]
 
 
 def generate_sequences(model, inputs):

@@ -1,6 +1,6 @@
-"""The command `parakeet` with its subcommands transcribe, demo, convert, finetune and evaluate.
+"""Defines the command `parakeet` with the subcommands transcribe, demo, convert, finetune and evaluate.
 
-This file handles arguments and output; the pipeline, `nemo` and `training` do the work.
+This file handles arguments and output. The computation is in the pipeline, `nemo` and `training`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..nemo import convert_checkpoint
 logger = logging.get_logger(__name__)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speech recognition with NVIDIA Parakeet models.")
-# characters; width of a table that is not printed to a terminal
+# width in characters of a table that is not printed to a terminal
 DEFAULT_TABLE_WIDTH = 200
 
 console = Console()
@@ -37,44 +37,45 @@ class Format(str, Enum):
 
 
 def print_error(message: str) -> None:
-    """Print an error message in red to stderr, without wrapping, because another program may read it."""
+    """Print an error message in red to stderr, without line wrapping, because another program may read the output."""
     error_console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
-def error_message(error: Exception, file: str = "") -> str:
-    """Return the message of an error in one line.
+def format_error(error: Exception, file: str = "") -> str:
+    """Format an error as one line.
 
     Args:
-        error: the error; if it has no message, the name of its class is used.
-        file: name of the file that caused it; put before the message unless the message contains it.
+        error: exception. If it has no message, the name of the exception class is used.
+        file: name of the file that caused the error. It is prepended unless the message already contains it.
     """
     message = " ".join(str(error).split()) or type(error).__name__
     return message if file in message else f"{file}: {message}"
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Print an error that the user can correct in one line and exit with status 1.
+def print_error_and_exit() -> Iterator[None]:
+    """Catch errors that the user can correct in the `with` block, print them in one line, and exit with status 1.
 
-    Other errors keep their traceback. With transformers' verbosity "debug" the traceback is logged for all errors.
+    All other errors are raised with their traceback. If the verbosity of transformers is "debug", the traceback of a
+    caught error is logged.
     """
     try:
         yield
     except (OSError, ValueError, ImportError, MemoryError) as error:
         logger.debug("the command failed", exc_info=True)
-        print_error(error_message(error))
+        print_error(format_error(error))
         raise typer.Exit(1) from error
 
 
 def load_pipeline(model: str | None) -> Any:
-    """Create a speech recognition pipeline.
+    """Load a model and create a speech recognition pipeline.
 
     Args:
-        model: Hub id, folder or `.nemo` file; None means the bundled demo model.
+        model: Hub id, path of a folder, or path of a `.nemo` file; None for the bundled demo model.
     """
     logging.disable_progress_bar()
-    loaded, processor = load_nemo(model or demo_model_path())
-    return ParakeetASRPipeline(loaded, processor=processor, task="automatic-speech-recognition")
+    loaded_model, processor = load_nemo(model or demo_model_path())
+    return ParakeetASRPipeline(loaded_model, processor=processor, task="automatic-speech-recognition")
 
 
 @app.command()
@@ -83,58 +84,63 @@ def transcribe(
     model: Annotated[
         str | None, typer.Option(help="Hub id, folder or .nemo file; default: the bundled demo model (spoken digits).")
     ] = None,
-    output: Annotated[
+    output_format: Annotated[
         Format, typer.Option("--format", help="txt: text only; json: text and word times in seconds.")
     ] = Format.txt,
 ) -> None:
     """Transcribe audio files.
 
-    An error in one file is printed to stderr, and the other files are still transcribed; the exit status is then 1.
+    If a file fails, the error is printed to stderr and the remaining files are transcribed. The exit status is then 1.
     """
-    with one_line_errors():
-        pipe = load_pipeline(model)
+    with print_error_and_exit():
+        pipeline = load_pipeline(model)
     failed_files: list[str] = []
-    results = transcribe_files(pipe, files, failed_files)
-    if output is Format.json:
+    results = transcribe_files(pipeline, files, failed_files)
+    if output_format is Format.json:
         print_json_list(results)
     else:
         for result in results:
+            # name the file if there are several
             print_text(f"{result['file']}: {result['text']}" if len(files) > 1 else result["text"])
     raise typer.Exit(int(bool(failed_files)))
 
 
-def transcribe_files(pipe: Any, files: list[str], failed_files: list[str]) -> Iterator[dict[str, Any]]:
-    """Transcribe files one by one; print the error of a file that fails and continue with the next one.
+def transcribe_files(pipeline: Any, files: list[str], failed_files: list[str]) -> Iterator[dict[str, Any]]:
+    """Transcribe files one by one. If a file fails, print the error and continue with the next file.
 
     Args:
-        pipe: the speech recognition pipeline.
-        files: names or URLs of the files.
-        failed_files: receives the names of the files that fail.
+        pipeline: speech recognition pipeline.
+        files: names or URLs of audio files.
+        failed_files: output list, to which the name of each failed file is appended.
 
     Yields:
-        `{"file", "text", "words"}` for each file that does not fail; see `word_entry` for the words.
+        One dict `{"file", "text", "words"}` per transcribed file. Each word is a dict `{"text", "start", "end"}` with
+        times in seconds.
     """
     for file in files:
         try:
-            result = pipe(file, return_timestamps="word")
-        except Exception as error:  # an error of any kind in one file must not stop the other files
+            result = pipeline(file, return_timestamps="word")
+        except Exception as error:  # no error in one file may prevent the transcription of the other files
             logger.debug("%s failed", file, exc_info=True)
-            print_error(error_message(error, file))
+            print_error(format_error(error, file))
             failed_files.append(file)
             continue
-        yield {"file": file, "text": result["text"], "words": [word_entry(chunk) for chunk in result["chunks"]]}
+        yield {"file": file, "text": result["text"], "words": [to_word_entry(chunk) for chunk in result["chunks"]]}
 
 
-def word_entry(chunk: dict[str, Any]) -> dict[str, Any]:
-    """Convert a word from the pipeline to `{"text", "start", "end"}` with times in seconds."""
+def to_word_entry(chunk: dict[str, Any]) -> dict[str, Any]:
+    """Convert a word of the pipeline output to a dict `{"text", "start", "end"}` with times in seconds."""
     start, end = chunk["timestamp"]
     return {"text": chunk["text"], "start": start, "end": end}
 
 
 def print_json_list(results: Iterator[dict[str, Any]]) -> None:
-    """Print results as a JSON list, each one as soon as it is available.
+    """Print results as a JSON list, each result as soon as it is available.
 
-    The list is closed even if the program is interrupted, so that the output is always valid JSON.
+    The closing bracket is printed even if the program is interrupted, so the output is always valid JSON.
+
+    Args:
+        results: dicts to print, one per file.
     """
     separator = "[\n"
     try:
@@ -143,56 +149,58 @@ def print_json_list(results: Iterator[dict[str, Any]]) -> None:
             print_text(separator + entry, end="")
             separator = ",\n"
     finally:
+        # no result was printed if the separator is still the opening bracket
         print_text("[]" if separator == "[\n" else "\n]")
 
 
 @app.command()
 def demo() -> None:
-    """Transcribe the bundled clips with the TDT and the CTC head of the demo model, and compare with the references."""
+    """Transcribe the bundled clips with both heads of the demo model, TDT and CTC, and print the word error rates."""
     folder = demo_model_path()
-    with one_line_errors():
-        pipe = load_pipeline(None)
+    with print_error_and_exit():
+        pipeline = load_pipeline(None)
     clips = json.loads((folder / "clips" / "manifest.json").read_text(encoding="utf-8"))
     files = [str(folder / "clips" / clip["file"]) for clip in clips]
-    tdt_results = pipe(files, return_timestamps="word", return_confidence=True)
-    ctc_results = pipe(files, generate_kwargs={"decoder": "ctc"})
+    tdt_results = pipeline(files, return_timestamps="word", return_confidence=True)
+    ctc_results = pipeline(files, generate_kwargs={"decoder": "ctc"})
     print_demo_table(clips, tdt_results, ctc_results)
     references = [clip["text"] for clip in clips]
     for head, results in (("TDT", tdt_results), ("CTC", ctc_results)):
-        rate = word_error_rate(references, [result["text"] for result in results])
-        text = "not computed, it needs jiwer (in the extra `cli`)" if rate is None else f"{rate:.1%}"
-        console.print(f"word error rate, {head}: {text} on {len(clips)} clips", highlight=False)
+        rate = compute_word_error_rate(references, [result["text"] for result in results])
+        rate_text = "not computed, because it needs jiwer (in the extra `cli`)" if rate is None else f"{rate:.1%}"
+        console.print(f"word error rate, {head}: {rate_text} on {len(clips)} clips", highlight=False)
 
 
 def print_demo_table(
     clips: list[dict[str, Any]], tdt_results: list[dict[str, Any]], ctc_results: list[dict[str, Any]]
 ) -> None:
-    """Print a table with one row per clip: file, reference, words with times and confidence, and CTC text.
+    """Print a table with one row per clip: file, reference, TDT words with times and confidence, and CTC text.
 
     Args:
-        clips: `{"file", "text"}` for each clip; the text is the reference.
-        tdt_results: result of the pipeline with word times and confidence, for each clip.
-        ctc_results: result of the pipeline with the CTC head, for each clip.
+        clips: one dict `{"file", "text"}` per clip; `text` is the reference.
+        tdt_results: pipeline output of the TDT head, one dict per clip; `chunks` contains the words with times and
+            confidence.
+        ctc_results: pipeline output of the CTC head, one dict `{"text"}` per clip.
     """
     words_column = Column("TDT: seconds, confidence", no_wrap=True)
     table = Table("clip", "reference", words_column, "CTC", title="Parakeet demo model: spoken English digits")
-    for clip, tdt, ctc in zip(clips, tdt_results, ctc_results, strict=True):
-        words = "\n".join(map(format_word, tdt["chunks"]))
-        table.add_row(clip["file"], clip["text"], words, ctc["text"], end_section=True)
-    # a file or pipe has no width, so rich would assume 80 characters and truncate the table
+    for clip, tdt_result, ctc_result in zip(clips, tdt_results, ctc_results, strict=True):
+        words = "\n".join(map(format_word, tdt_result["chunks"]))
+        table.add_row(clip["file"], clip["text"], words, ctc_result["text"], end_section=True)
+    # without a terminal, rich assumes a width of 80 characters and truncates the table
     is_terminal = console.file.isatty()
     table_console = console if is_terminal else Console(file=console.file, width=DEFAULT_TABLE_WIDTH)
     table_console.print(table)
 
 
 def format_word(chunk: dict[str, Any]) -> str:
-    """Format a word from the pipeline with its start and end in seconds and its confidence."""
+    """Format a word of the pipeline output with start and end in seconds and the confidence."""
     start, end = chunk["timestamp"]
     return f"{chunk['text'].strip():5} {start:.2f}-{end:.2f}  {chunk['confidence']:.2f}"
 
 
-def word_error_rate(references: list[str], hypotheses: list[str]) -> float | None:
-    """Compute the word error rate over all clips together; return None if jiwer is not installed."""
+def compute_word_error_rate(references: list[str], hypotheses: list[str]) -> float | None:
+    """Compute the word error rate over all clips; return None if jiwer is not installed."""
     try:
         import jiwer
     except ImportError:
@@ -205,25 +213,26 @@ def convert(
     source: Annotated[str, typer.Argument(help="A .nemo file, a folder, or a Hub id.")],
     target: Annotated[str, typer.Argument(help="Folder or .nemo file to write; with --push-to-hub a Hub id.")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; default: that of the source.")
+        str | None, typer.Option(help="float32, float16 or bfloat16; default: the dtype of the source.")
     ] = None,
     push_to_hub: Annotated[bool, typer.Option(help="Also upload the folder to the Hub.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
 ) -> None:
     """Convert a .nemo file to a transformers folder, or a folder to a .nemo file.
 
-    The result is loaded and compared with the source on random noise.
+    The result is loaded and compared with the source: the weights, and the output for random noise.
     """
     logging.disable_progress_bar()
-    with one_line_errors():
-        written = convert_checkpoint(source, target, dtype=dtype, push_to_hub=push_to_hub, revision=revision)
-    print_text(f"wrote {written}; on random noise its output equals that of {source}")
+    with print_error_and_exit():
+        written_path = convert_checkpoint(source, target, dtype=dtype, push_to_hub=push_to_hub, revision=revision)
+    print_text(f"wrote {written_path}; weights and output for random noise equal those of {source}")
 
 
 @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def finetune(context: typer.Context) -> None:
     """Fine-tune a model on audio with transcripts; `parakeet finetune --help` lists the options."""
-    with one_line_errors():
+    # imported here because training needs packages that the other commands do not need
+    with print_error_and_exit():
         from ..training import finetune_main
 
         finetune_main(context.args)
@@ -237,18 +246,18 @@ def evaluate(
     name: Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
     batch_size: Annotated[int, typer.Option(help="Number of clips per batch.")] = 8,
     decoder: Annotated[str | None, typer.Option(help="ctc: use the CTC head of a hybrid.")] = None,
-    output: Annotated[
-        str | None, typer.Option(help="File for references and hypotheses, one JSON object per line.")
+    output_path: Annotated[
+        str | None, typer.Option("--output", help="File for references and hypotheses, one JSON object per line.")
     ] = None,
 ) -> None:
     """Measure the word error rate of a model on audio with transcripts."""
-    with one_line_errors():
+    with print_error_and_exit():
         from ..training import evaluate_pipeline, load_speech
 
-        clips = load_speech(data, split, name, default_split="test")
-        result = evaluate_pipeline(load_pipeline(model), clips, batch_size, decoder)
-    if output is not None:
-        with open(output, "w", encoding="utf-8") as file:
+        dataset = load_speech(data, split, name, default_split="test")
+        result = evaluate_pipeline(load_pipeline(model), dataset, batch_size, decoder)
+    if output_path is not None:
+        with open(output_path, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(clip, ensure_ascii=False) + "\n" for clip in result["clips"])
     print_text(
         f"{len(result['clips'])} clips, word error rate {result['wer']:.2%}, character error rate {result['cer']:.2%}"
@@ -256,7 +265,7 @@ def evaluate(
 
 
 def print_text(text: str, end: str = "\n") -> None:
-    """Print text at once and without colours or wrapping, because another program may read it."""
+    """Print text without buffering, colours or line wrapping, because another program may read the output."""
     typer.echo(text + end, nl=False)
 
 

@@ -2,18 +2,18 @@
 
 from .archive import NemoError
 from .convert import convert_checkpoint
-from .pipeline import with_nemo_files
+from .pipeline import add_nemo_support
 from .reader import load_nemo
-from .sentencepiece import build_tokenizer, parse_sentencepiece, sentencepiece_models
+from .sentencepiece import build_tokenizer, get_sentencepiece_models, parse_sentencepiece
 from .writer import export_nemo
 
 __all__ = [
     "NemoError",
+    "add_nemo_support",
     "build_tokenizer",
     "convert_checkpoint",
     "export_nemo",
+    "get_sentencepiece_models",
     "load_nemo",
     "parse_sentencepiece",
-    "sentencepiece_models",
-    "with_nemo_files",
 ]

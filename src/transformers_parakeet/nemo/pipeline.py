@@ -1,6 +1,6 @@
-"""Extends transformers' `pipeline` function by `.nemo` files, and by folders and Hub ids that contain only such a file.
+"""Adds support for `.nemo` files to transformers' `pipeline` function.
 
-All other models are passed to transformers' own function. The pipeline class is in `pipeline_parakeet.py`.
+All other models are passed to the original function. The pipeline class is defined in `pipeline_parakeet.py`.
 """
 
 from collections.abc import Callable
@@ -15,79 +15,92 @@ from .reader import load_nemo
 
 TASK = "automatic-speech-recognition"
 
-# options of `pipeline` that `load_nemo` takes
+# arguments of `pipeline` that are passed to `load_nemo`, not to the original function
 LOADING_OPTIONS = ("revision", "token", "dtype")
 
 
-def with_nemo_files(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that does what transformers' `pipeline` does and also accepts `.nemo` files.
+def add_nemo_support(original_pipeline: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap transformers' `pipeline` function so it also accepts `.nemo` files.
 
-    It calls transformers' function first, so that safetensors are preferred and other models do not change. Without a
-    `config.json` that function raises OSError or ValueError, and only then a `.nemo` file is looked for.
+    If `model` is the path of a `.nemo` file, the wrapper loads the file. Otherwise the wrapper calls the original
+    function first, so safetensors are preferred and other models behave as before. The original function raises OSError
+    or ValueError if there is no `config.json`; only then does the wrapper look for a `.nemo` file in the folder or Hub
+    repository.
 
     Args:
-        stock: `transformers.pipeline`.
+        original_pipeline: `transformers.pipeline`.
     """
 
-    @wraps(stock)
+    @wraps(original_pipeline)
     def pipeline(task: str | None = None, model: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Build a pipeline; see `transformers.pipeline`."""
-        is_asr_name = isinstance(model, (str, Path)) and task in (None, TASK)
-        if is_asr_name and str(model).endswith(".nemo") and Path(model).is_file():
-            return build_nemo_pipeline(stock, model, args, kwargs)
+        may_be_nemo = isinstance(model, (str, Path)) and task in (None, TASK)
+        if may_be_nemo and str(model).endswith(".nemo") and Path(model).is_file():
+            return build_nemo_pipeline(original_pipeline, model, args, kwargs)
         try:
-            return stock(task, model, *args, **kwargs)
+            return original_pipeline(task, model, *args, **kwargs)
         except (OSError, ValueError):
-            # a caller who gives a configuration or a tokenizer means a checkpoint of transformers
-            has_other_parts = bool(args) or kwargs.get("config") is not None
-            if not is_asr_name or has_other_parts or not has_nemo_file(model, kwargs):
+            # a caller who passes a configuration expects a transformers checkpoint; it is the first positional argument
+            has_explicit_config = bool(args) or kwargs.get("config") is not None
+            if not may_be_nemo or has_explicit_config or not has_nemo_file(model, kwargs):
                 raise
-        return build_nemo_pipeline(stock, model, args, kwargs)
+        return build_nemo_pipeline(original_pipeline, model, args, kwargs)
 
     return pipeline
 
 
 def has_nemo_file(model: str | Path, options: dict[str, Any]) -> bool:
-    """Return whether `load_nemo` would read a `.nemo` file for this model.
+    """Return whether a folder or Hub repository contains a `.nemo` file and no safetensors.
 
     Args:
-        model: a file, a folder or a Hub id.
+        model: path of a file or folder, or Hub id `org/name`.
         options: keyword arguments of `pipeline`.
+
+    Returns:
+        False if there is no `.nemo` file, if there are safetensors, or if the Hub cannot be reached.
     """
     try:
-        return find_checkpoint(model, **hub_options(options)).is_file()
+        return find_checkpoint(model, **get_hub_options(options)).is_file()
     except OSError:
         return False
 
 
 def build_nemo_pipeline(
-    stock: Callable[..., Any], model: str | Path, args: tuple[Any, ...], options: dict[str, Any]
+    original_pipeline: Callable[..., Any], model: str | Path, args: tuple[Any, ...], options: dict[str, Any]
 ) -> Any:
-    """Load a `.nemo` file and build its pipeline.
+    """Load a `.nemo` file and build a speech recognition pipeline.
 
     Args:
-        stock: `transformers.pipeline`.
-        model: the file, or the folder or Hub id that contains it.
-        args: positional arguments of `stock` after the model.
-        options: keyword arguments of `stock`.
+        original_pipeline: `transformers.pipeline`.
+        model: path of the `.nemo` file, or a folder or Hub id that contains the file.
+        args: positional arguments of `original_pipeline` after `model`.
+        options: keyword arguments of `original_pipeline`.
+
+    Returns:
+        The pipeline that `original_pipeline` builds.
     """
     dtype = options.get("dtype")
     if isinstance(dtype, str):
-        # "auto" is the type of the file, and not an attribute of torch
+        # "auto" is not an attribute of torch, so it becomes None, which keeps the dtype in the file
         dtype = getattr(torch, dtype, None)
-    loaded_model, processor = load_nemo(model, dtype=dtype, **hub_options(options))
+    loaded_model, processor = load_nemo(model, dtype=dtype, **get_hub_options(options))
     pipeline_options = {name: value for name, value in options.items() if name not in LOADING_OPTIONS}
-    parts: dict[str, Any] = {"tokenizer": processor.tokenizer, "feature_extractor": processor.feature_extractor}
-    if not parts.keys() & pipeline_options.keys():
-        # `stock` needs the parts even if the processor is given
-        parts["processor"] = processor
-    return stock(TASK, loaded_model, *args, **{**parts, **pipeline_options})
+    # `original_pipeline` requires the tokenizer and the feature extractor in addition to the processor
+    components: dict[str, Any] = {"tokenizer": processor.tokenizer, "feature_extractor": processor.feature_extractor}
+    if not components.keys() & pipeline_options.keys():
+        # the caller has replaced neither component, so the processor is consistent with both
+        components["processor"] = processor
+    return original_pipeline(TASK, loaded_model, *args, **{**components, **pipeline_options})
 
 
-def hub_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the Hub arguments of `load_nemo` for the keyword arguments of `pipeline`.
+def get_hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Convert keyword arguments of `pipeline` to the Hub arguments of `load_nemo`.
 
-    transformers takes `cache_dir` and `local_files_only` as model arguments (`model_kwargs`).
+    `pipeline` takes `revision`, `token` and `local_files_only` as direct arguments, and `cache_dir` and
+    `local_files_only` in `model_kwargs`.
+
+    Args:
+        options: keyword arguments of `pipeline`.
     """
     model_options = options.get("model_kwargs") or {}
     return {

@@ -1,7 +1,7 @@
-"""Loads checkpoints: `.nemo` files without NeMo, and folders in the format of transformers.
+"""Loads models and processors from `.nemo` files, without NeMo, and from folders in the format of transformers.
 
-`hub.py` finds the files, `archive.py` opens them, `fields.py` and `keys.py` define the settings, `weights.py` the names
-of weights, and `sentencepiece.py` converts tokenizers. `writer.py` writes `.nemo` files.
+`hub.py` finds the files, `archive.py` opens them, `fields.py` and `keys.py` interpret the settings, `weights.py`
+translates the names of weights, and `sentencepiece.py` converts tokenizers. `writer.py` writes `.nemo` files.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,25 +19,25 @@ from ..feature_extraction_parakeet import ParakeetFeatureExtractor
 from ..modeling_parakeet import ParakeetForCTC, ParakeetForRNNT, ParakeetForTDT, ParakeetPreTrainedModel
 from ..processing_parakeet import ParakeetProcessor
 from ..tokenization_parakeet import ParakeetTokenizer
-from .archive import SETTINGS, Archive, NemoError
+from .archive import SETTINGS_FILE, Archive, NemoError
 from .fields import VOCABULARY_LISTS, read_config_fields, read_extractor_fields
 from .hub import find_checkpoint
-from .keys import SECTIONS, check_section, check_settings, check_vocabulary, find_kind, has_ctc_head
-from .sentencepiece import build_tokenizer, remove_duplicate_marks
+from .keys import SECTIONS, check_section, check_settings, check_vocabulary, detect_head_type, has_ctc_head
+from .sentencepiece import build_tokenizer, strip_duplicate_suffixes
 from .settings import Settings, dump_settings, parse_settings, resolve_interpolations
 from .weights import FEATURE_BUFFER_KEYS, fill_missing_sizes, from_nemo_name
 
 logger = logging.get_logger(__name__)
 
-# kind of head -> its model, whose `config_class` is its configuration
-MODELS: dict[str, type[ParakeetPreTrainedModel]] = {
+# type of head -> model class; `config_class` of the model class is the configuration class
+MODEL_CLASS_BY_HEAD_TYPE: dict[str, type[ParakeetPreTrainedModel]] = {
     "ctc": ParakeetForCTC,
     "rnnt": ParakeetForRNNT,
     "tdt": ParakeetForTDT,
 }
 
-# replaces a list of the tokenizer's pieces in `config.nemo_config`
-PIECES = "<the pieces of the tokenizer>"
+# text in `config.nemo_config` that replaces a list of all SentencePiece pieces
+PIECES_PLACEHOLDER = "<the pieces of the tokenizer>"
 
 
 def load_nemo(
@@ -49,27 +49,27 @@ def load_nemo(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
-    """Load the model and the processor of a `.nemo` file without NeMo.
+    """Load the model and the processor from a `.nemo` file, without NeMo.
 
-    Weights are private views of the mapped file: they are read when they are first used, and processes that load the
-    same file share the memory. A gzip archive is uncompressed into memory.
+    The weights are copy-on-write views of the memory-mapped file. The system reads them on first use, and processes
+    that load the same file share the memory. A gzip archive is decompressed into memory.
 
     Args:
-        path: a `.nemo` file (plain or gzip tar), or a folder or Hub id `org/name` with such a file. A folder or
-            repository with safetensors is loaded by `from_pretrained` instead.
-        dtype: type of the weights; None for the type in the file.
-        revision: branch, tag or commit of a Hub repository; None for the default branch.
-        token: as in `from_pretrained`.
-        cache_dir: as in `from_pretrained`.
-        local_files_only: do not access the Hub, use the cache only.
+        path: path of a `.nemo` file (plain or gzip tar), or a folder or Hub id `org/name` that contains a `.nemo` file.
+            A folder or repository that contains safetensors is loaded by `from_pretrained` instead.
+        dtype: dtype of the weights; None to keep the dtype in the file.
+        revision: branch, tag or commit of the Hub repository; None for the default branch.
+        token: access token for the Hub, as in `from_pretrained`.
+        cache_dir: folder of the Hub cache, as in `from_pretrained`.
+        local_files_only: whether to use only the cache, without a request to the Hub.
 
     Returns:
-        The model in evaluation mode (`ParakeetForCTC`, `ParakeetForRNNT` or `ParakeetForTDT`; a hybrid is one of the
-        last two with a CTC head), and its processor.
+        The model in eval mode and its processor. The model is a `ParakeetForCTC`, `ParakeetForRNNT` or
+        `ParakeetForTDT`; a hybrid is a `ParakeetForRNNT` or `ParakeetForTDT` with a CTC head.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        NemoError: the file is damaged, or has a setting or a weight that is not implemented.
+        NemoError: the file is damaged, or contains an unsupported setting or weight.
         OSError: the Hub refuses the request or cannot be reached.
     """
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -82,131 +82,143 @@ def load_nemo(
 def load_folder(
     source: str | Path, *, dtype: torch.dtype | None = None, **hub: Any
 ) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
-    """Load the model and the processor of a folder or Hub repository in the format of transformers.
+    """Load the model and the processor from a folder or Hub repository in the format of transformers.
 
     Args:
-        source: the folder or Hub id.
-        dtype: type of the weights; None for the type in the files.
+        source: path of the folder, or Hub id `org/name`.
+        dtype: dtype of the weights; None to keep the dtype in the files.
         **hub: `revision`, `token`, `cache_dir` and `local_files_only`, as in `load_nemo`.
 
     Returns:
-        The model in evaluation mode, and its processor.
+        The model in eval mode and its processor.
 
     Raises:
-        NemoError: the folder does not contain a Parakeet model with a head.
+        NemoError: the checkpoint is not a Parakeet model with a CTC, RNN-T or TDT head.
     """
     source = Path(source).as_posix()
     config = AutoConfig.from_pretrained(source, **hub)
-    kind = get_head_type(config)
-    if kind not in MODELS:
-        raise NemoError(f"{source} must contain a Parakeet model with a head, its model type is {config.model_type!r}")
-    model: ParakeetPreTrainedModel = MODELS[kind].from_pretrained(source, config=config, dtype=dtype or "auto", **hub)
+    head_type = get_head_type(config)
+    if head_type not in MODEL_CLASS_BY_HEAD_TYPE:
+        raise NemoError(
+            f"{source} must contain a Parakeet model with a head, but the model type is {config.model_type!r}"
+        )
+    model_class = MODEL_CLASS_BY_HEAD_TYPE[head_type]
+    # "auto" keeps the dtype in the files
+    model: ParakeetPreTrainedModel = model_class.from_pretrained(source, config=config, dtype=dtype or "auto", **hub)
     return model.eval(), ParakeetProcessor.from_pretrained(source, **hub)
 
 
 def load_archive(
     archive: Archive, dtype: torch.dtype | None = None
 ) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
-    """Load the model and the processor of an open `.nemo` file, and raise every error with the name of the file.
+    """Load the model and the processor from an open `.nemo` file, and name the file in every error message.
 
     Args:
-        archive: the file.
-        dtype: type of the weights; None for the type in the file.
+        archive: open `.nemo` file.
+        dtype: dtype of the weights; None to keep the dtype in the file.
 
     Returns:
-        The model in evaluation mode, and its processor.
+        The model in eval mode and its processor.
 
     Raises:
-        NemoError: the file is damaged, or has a setting or a weight that is not implemented.
+        NemoError: the file is damaged, or contains an unsupported setting or weight.
     """
     path = archive.path
     try:
         return build_from_archive(archive, dtype)
     except KeyError as error:
-        raise NemoError(f"{SETTINGS} of {path} lacks the setting {error}") from error
+        raise NemoError(f"{SETTINGS_FILE} of {path} has no setting {error}") from error
     except NemoError as error:
         raise NemoError(f"{error} (in {path})" if path.name not in str(error) else str(error)) from error
     except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise NemoError(f"a setting in {SETTINGS} of {path} has an invalid value: {error}") from error
+        raise NemoError(f"a setting in {SETTINGS_FILE} of {path} has an invalid value: {error}") from error
 
 
 def build_from_archive(
     archive: Archive, dtype: torch.dtype | None
 ) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
-    """Build the model and the processor of an open `.nemo` file.
+    """Build the model and the processor from the settings, weights and tokenizer files of an open `.nemo` file.
 
     Args:
-        archive: the file.
-        dtype: type of the weights; None for the type in the file.
+        archive: open `.nemo` file.
+        dtype: dtype of the weights; None to keep the dtype in the file.
+
+    Returns:
+        The model in eval mode and its processor.
 
     Raises:
-        NemoError: the file is damaged, or has a setting or a weight that is not implemented.
-        KeyError: a setting without default is missing; like other errors, it is translated by `load_archive`.
+        NemoError: the file is damaged, or contains an unsupported setting or weight.
+        KeyError: a setting that has no default is missing. `load_archive` converts this error to NemoError.
     """
-    raw_settings = parse_settings(archive.read(SETTINGS))
+    raw_settings = parse_settings(archive.read(SETTINGS_FILE))
     nemo_weights = archive.read_weights()
     settings = resolve_interpolations(raw_settings)
-    kind = find_kind(settings)
-    hybrid = kind != "ctc" and has_ctc_head(settings, nemo_weights)
-    unknown = check_settings(settings, is_transducer=kind != "ctc", has_ctc_head=hybrid)
-    if unknown:
+    head_type = detect_head_type(settings)
+    is_hybrid = head_type != "ctc" and has_ctc_head(settings, nemo_weights)
+    unknown_settings = check_settings(settings, is_transducer=head_type != "ctc", has_ctc_head=is_hybrid)
+    if unknown_settings:
         logger.warning(
             "%s has unknown settings. They cannot change the result of inference and are ignored: %s",
             archive.path,
-            ", ".join(unknown),
+            ", ".join(unknown_settings),
         )
     settings = fill_missing_sizes(settings, {name: tensor.shape for name, tensor in nemo_weights.items()})
-    tokenizer = read_tokenizer(settings, archive.read_artifact, kind)
+    tokenizer = read_tokenizer(settings, archive.read_artifact, head_type)
     check_vocabulary(settings, len(tokenizer) - 1)
-    config = build_config(settings, raw_settings, tokenizer, kind, hybrid)
+    config = build_config(settings, raw_settings, tokenizer, head_type, is_hybrid)
     try:
+        # parameters on the meta device need no memory; `load_weights` replaces them
         with torch.device("meta"):
-            model = MODELS[kind](config)
+            model = MODEL_CLASS_BY_HEAD_TYPE[head_type](config)
     except RuntimeError as error:
-        raise NemoError(f"a size in {SETTINGS} is too large for any model: {error}") from error
+        raise NemoError(f"a size in {SETTINGS_FILE} is too large: {error}") from error
     load_weights(model, nemo_weights, archive, dtype)
-    # after the weights: `preprocessor.features` is then known to have the size of a weight
-    extractor = ParakeetFeatureExtractor(**read_extractor_fields(settings))
-    return model.eval(), ParakeetProcessor(extractor, tokenizer, decoder_type=kind)
+    # `load_weights` has checked the number of mel bins, so a damaged file cannot request a huge filter bank here
+    feature_extractor = ParakeetFeatureExtractor(**read_extractor_fields(settings))
+    return model.eval(), ParakeetProcessor(feature_extractor, tokenizer, decoder_type=head_type)
 
 
 def build_config(
-    settings: Settings, raw_settings: Settings, tokenizer: ParakeetTokenizer, kind: str, hybrid: bool
+    settings: Settings, raw_settings: Settings, tokenizer: ParakeetTokenizer, head_type: str, is_hybrid: bool
 ) -> Any:
-    """Build the configuration of a model from the settings of its `.nemo` file.
+    """Build the model configuration from the settings of a `.nemo` file.
 
     Args:
-        settings: the resolved and checked settings, with the sizes of the weights.
-        raw_settings: the settings before interpolations are resolved, which an export writes back.
-        tokenizer: the tokenizer, whose last token is the blank.
-        kind: `"ctc"`, `"rnnt"` or `"tdt"`.
-        hybrid: the model is a transducer with a CTC head.
+        settings: resolved and checked settings, in which `fill_missing_sizes` has replaced placeholders.
+        raw_settings: settings with unresolved interpolations. The configuration stores them for `export_nemo`.
+        tokenizer: tokenizer whose last token is the blank.
+        head_type: `"ctc"`, `"rnnt"` or `"tdt"`.
+        is_hybrid: whether the model is a transducer that also has a CTC head.
 
     Raises:
-        NemoError: a value is not implemented.
+        NemoError: a value is not supported.
         KeyError: a setting that has no default is missing.
     """
-    labels = len(tokenizer) - 1
-    return MODELS[kind].config_class(
+    # the labels have the ids 0 to num_labels - 1, and the blank has the id num_labels
+    num_labels = len(tokenizer) - 1
+    # `forced_blanks`: after the maximum number of labels on one frame, decoding emits a blank step, as in NeMo
+    return MODEL_CLASS_BY_HEAD_TYPE[head_type].config_class(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
-        nemo_config=dump_without_pieces(raw_settings, tokenizer.convert_ids_to_tokens(range(labels))),
-        **({} if kind == "ctc" else {"blank_token_id": labels, "forced_blanks": True}),
-        **read_config_fields(settings, kind, hybrid),
+        nemo_config=dump_without_pieces(raw_settings, tokenizer.convert_ids_to_tokens(range(num_labels))),
+        **({} if head_type == "ctc" else {"blank_token_id": num_labels, "forced_blanks": True}),
+        **read_config_fields(settings, head_type, is_hybrid),
     )
 
 
-def read_tokenizer(settings: Settings, read_artifact: Callable[[str], bytes], kind: str) -> ParakeetTokenizer:
-    """Build the tokenizer from the SentencePiece model in a `.nemo` file, or from one model per language.
+def read_tokenizer(settings: Settings, read_artifact: Callable[[str], bytes], head_type: str) -> ParakeetTokenizer:
+    """Build the tokenizer from the SentencePiece models in a `.nemo` file.
+
+    An aggregate tokenizer (`tokenizer.type: agg`) has one SentencePiece model per language; other tokenizers have one.
 
     Args:
-        settings: the resolved settings.
-        read_artifact: `read_artifact(reference)` returns the file that a setting names.
-        kind: `"ctc"`, `"rnnt"` or `"tdt"`.
+        settings: resolved settings of the `.nemo` file.
+        read_artifact: `read_artifact(reference)` returns the content of the file that a setting refers to.
+        head_type: `"ctc"`, `"rnnt"` or `"tdt"`.
 
     Raises:
-        NemoError: a setting is not implemented, or a model is missing or damaged.
-        KeyError: the section `tokenizer` is incomplete.
+        NemoError: a setting is not supported, or a SentencePiece model is missing or damaged.
+        KeyError: a setting in the section `tokenizer` is missing.
     """
     section = settings["tokenizer"]
     language_sections = [section]
@@ -216,27 +228,27 @@ def read_tokenizer(settings: Settings, read_artifact: Callable[[str], bytes], ki
             check_section(language_section, f"tokenizer.langs.{language}", SECTIONS["tokenizer"])
         language_sections = list(languages.values())
     if not language_sections:
-        raise NemoError("`tokenizer.langs` must have at least one language, it has none: save the file again")
-    models = [read_artifact(language_section["model_path"]) for language_section in language_sections]
-    return build_tokenizer(models, kind)
+        raise NemoError("`tokenizer.langs` must have at least one language, but it is empty: save the file again")
+    serialized_models = [read_artifact(language_section["model_path"]) for language_section in language_sections]
+    return build_tokenizer(serialized_models, head_type)
 
 
 def dump_without_pieces(raw_settings: Settings, pieces: list[str]) -> str:
-    """Return the settings as YAML for `config.nemo_config`, without the lists that repeat the tokenizer's pieces.
+    """Convert the settings to YAML text for `config.nemo_config`, with a placeholder for each list of all pieces.
 
-    The configuration stores text, because JSON would sort the keys.
+    The configuration stores the settings as text because JSON would sort the keys.
 
     Args:
-        raw_settings: the settings before interpolations are resolved.
-        pieces: the tokens before the blank, in the order of their ids.
+        raw_settings: settings with unresolved interpolations.
+        pieces: tokens of the tokenizer in the order of their ids, without the blank.
     """
-    nemo_pieces = remove_duplicate_marks(pieces)
+    nemo_pieces = strip_duplicate_suffixes(pieces)
 
     def replace_pieces(value: Any, path: str) -> Any:
-        """Return a part of the settings, given its dotted path, with `PIECES` in place of the lists."""
+        """Copy the setting or section at a dotted path, and replace each list of all pieces by the placeholder."""
         if isinstance(value, dict):
             return {key: replace_pieces(item, f"{path}.{key}" if path else str(key)) for key, item in value.items()}
-        return PIECES if path in VOCABULARY_LISTS and value == nemo_pieces else value
+        return PIECES_PLACEHOLDER if path in VOCABULARY_LISTS and value == nemo_pieces else value
 
     return dump_settings(replace_pieces(raw_settings, "")).decode()
 
@@ -247,28 +259,29 @@ def load_weights(
     archive: Archive,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Put the weights of a `.nemo` file into a model; every weight must have a parameter, and every parameter a weight.
+    """Load the weights of a `.nemo` file into a model, and check that they match the model's state dict.
 
     Args:
-        model: a model on the meta device; changed in place.
-        nemo_weights: the weights under NeMo's names, views of the mapped file.
-        archive: the file; the memory of each weight is released after it is checked, and read again when it is used.
-        dtype: type of the weights; None for the type in the file.
+        model: model on the meta device, changed in place.
+        nemo_weights: weights with NeMo's names, views of the memory-mapped file.
+        archive: open `.nemo` file. The memory pages of each weight are released after the check for NaN and infinity;
+            the system reads them again on the next use.
+        dtype: dtype of the weights; None to keep the dtype in the file.
 
     Raises:
-        NemoError: names, shapes or types do not match, or a weight is not finite.
+        NemoError: names, shapes or dtypes do not match, or a weight contains NaN or infinity.
     """
     weights = {from_nemo_name(key): tensor for key, tensor in nemo_weights.items() if key not in FEATURE_BUFFER_KEYS}
     parameters = model.state_dict()
     check_names_and_shapes(weights, parameters)
-    addresses: set[int] = set()
+    previous_addresses: set[int] = set()
     for name, tensor in weights.items():
         if tensor.is_floating_point() != parameters[name].is_floating_point():
             raise NemoError(f"{name!r} is {tensor.dtype}: quantised weights are not implemented, save them in float32")
         check_finite(name, tensor)
-        # NeMo stores tied weights once; here each parameter needs its own memory
-        is_tied = tensor.data_ptr() in addresses
-        addresses.add(tensor.data_ptr())
+        # NeMo stores tied weights once, but each parameter of the model needs separate memory
+        is_tied = tensor.data_ptr() in previous_addresses
+        previous_addresses.add(tensor.data_ptr())
         target_dtype = dtype if dtype and tensor.is_floating_point() else tensor.dtype
         weights[name] = tensor.to(target_dtype, copy=is_tied)
         archive.release_memory(tensor)
@@ -279,17 +292,20 @@ def load_weights(
 
 
 def check_names_and_shapes(weights: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Refuse weights whose names or shapes differ from those of the model's state dict.
+    """Check that the weights of a file have the names and shapes of the model's state dict.
 
     Args:
-        weights: the weights of the file under our names.
+        weights: weights of the file, with our names.
         parameters: state dict of the model.
+
+    Raises:
+        NemoError: a name or a shape differs.
     """
     missing, unexpected = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
     if missing or unexpected:
         raise NemoError(f"the weights do not match the settings: missing {missing[:5]}, unexpected {unexpected[:5]}")
     differences = [
-        f"{name}: {list(weights[name].shape)}, not {list(parameter.shape)}"
+        f"{name} has shape {list(weights[name].shape)} instead of {list(parameter.shape)}"
         for name, parameter in parameters.items()
         if weights[name].shape != parameter.shape
     ]
@@ -298,18 +314,20 @@ def check_names_and_shapes(weights: Mapping[str, Tensor], parameters: Mapping[st
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse a weight that contains NaN or infinity; both appear in its minimum or maximum."""
+    """Check that a weight contains no NaN and no infinity; raise NemoError otherwise."""
+    # the minimum or the maximum is NaN or infinite if any value is
     if tensor.is_floating_point() and not all(bool(bound.isfinite()) for bound in tensor.aminmax()):
         raise NemoError(f"the weight {name!r} contains NaN or infinity: the file is damaged, copy or save it again")
 
 
 def compute_buffers(model: ParakeetPreTrainedModel) -> None:
-    """Compute the buffers that are still on the meta device, because no checkpoint contains them."""
+    """Initialise the buffers that are still on the meta device because checkpoints do not contain them."""
     for module in model.modules():
         meta_names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in meta_names:
             setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
         if meta_names:
+            # `_init_weights` computes the values of all buffers of the module
             model._init_weights(module)
 
 

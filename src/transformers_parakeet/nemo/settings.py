@@ -1,6 +1,6 @@
 """Parses, resolves and writes the YAML settings of a `.nemo` file.
 
-What a setting means, and which field of our configuration holds it, is defined in `fields.py`.
+`fields.py` maps the settings to the fields of our configuration.
 """
 
 import re
@@ -9,85 +9,96 @@ from typing import Any
 
 import yaml
 
-from .archive import SETTINGS, NemoError
+from .archive import SETTINGS_FILE, NemoError
 
 Settings = Mapping[str, Any]
 
-# limits on the settings after interpolations are resolved: nodes of the tree, characters of a string, levels
-MAX_NODES, MAX_STRING, MAX_DEPTH = 1_000_000, 100_000, 100
+# limits on the settings after interpolations are resolved: number of values, length of a string, nesting depth
+MAX_NODES, MAX_STRING_CHARS, MAX_DEPTH = 1_000_000, 100_000, 100
 
-# `${a.b}`, without another interpolation inside
-INTERPOLATION = re.compile(r"\$\{([^${}]+)\}")
+# an interpolation such as `${a.b}` that contains no other interpolation
+INTERPOLATION_PATTERN = re.compile(r"\$\{([^${}]+)\}")
 
-# floats of YAML 1.2 without a decimal point: https://yaml.org/spec/1.2.2/#10214-floating-point
-EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+# floats with an exponent as in YAML 1.2, such as `1e-5`: https://yaml.org/spec/1.2.2/#10214-floating-point
+EXPONENT_FLOAT_PATTERN = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
 
 class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # chosen at run time
-    """Safe YAML loader with the scalars of OmegaConf, which NeMo uses: `1e-5` is a number, a date is text."""
+    """Safe YAML loader that reads scalars as OmegaConf does, which NeMo uses: `1e-5` is a number, a date is text."""
 
 
 class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]  # chosen at run time
-    """Writes YAML that `Loader` and OmegaConf read back: text that looks like a number is quoted."""
+    """YAML dumper whose output `Loader` and OmegaConf read back; it quotes text that looks like a number."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Return True: equal lists are written in full, as NeMo writes them."""
+        """Return True, so a list that occurs twice is written twice instead of as a YAML alias, as in NeMo."""
         return True
 
 
-def use_omegaconf_scalars(yaml_class: Any) -> None:
-    """Make a YAML loader or dumper class read dates as text and numbers such as `1e-5` as floats."""
+def use_omegaconf_scalar_rules(yaml_class: Any) -> None:
+    """Make a YAML loader or dumper class treat dates as text and numbers such as `1e-5` as floats, as in OmegaConf.
+
+    Args:
+        yaml_class: subclass of a PyYAML loader or dumper, changed in place.
+    """
+    # copy the rules, because PyYAML shares them with the base class
     yaml_class.yaml_implicit_resolvers = {
         first_character: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
         for first_character, rules in yaml_class.yaml_implicit_resolvers.items()
     }
-    yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
+    yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT_FLOAT_PATTERN, list("-+0123456789"))
 
 
-use_omegaconf_scalars(Loader)
-use_omegaconf_scalars(Dumper)
-# `y` and `n` are text here, but YAML 1.1 reads them as booleans, so OmegaConf quotes them
+use_omegaconf_scalar_rules(Loader)
+use_omegaconf_scalar_rules(Dumper)
+# write the text `y` or `n` in quotes as OmegaConf does, because YAML 1.1 reads them as booleans
 Dumper.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("[yYnN]$"), list("yYnN"))
 
 
 def parse_settings(content: bytes) -> dict[str, Any]:
-    """Parse `model_config.yaml` with a safe loader.
+    """Parse the YAML text of `model_config.yaml`, and convert old layouts to the current layout.
+
+    Old layouts have a root key `model`, or `cls` and `params` instead of `_target_` (NeMo before version 1.0).
 
     Args:
-        content: the YAML text.
+        content: YAML text, UTF-8.
 
     Returns:
-        The settings of the model in NeMo's present layout; interpolations are not resolved. Files with a root `model:`
-        and files with `cls` and `params`, which NeMo wrote before version 1.0, are converted.
+        Settings of the model with unresolved interpolations.
 
     Raises:
-        NemoError: the content is not valid YAML, or not a mapping.
+        NemoError: the text is not valid YAML, or not a mapping.
     """
     try:
-        # `Loader` is a subclass of a safe loader
+        # safe, because `Loader` is a subclass of PyYAML's safe loader
         settings = yaml.load(content, Loader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise NemoError(f"{SETTINGS} is not valid YAML: {error}") from error
+        raise NemoError(f"{SETTINGS_FILE} is not valid YAML: {error}") from error
     if not isinstance(settings, dict):
-        raise NemoError(f"{SETTINGS} must be a mapping of settings, got {type(settings).__name__}")
+        raise NemoError(f"{SETTINGS_FILE} must be a mapping of settings, got {type(settings).__name__}")
     root = settings if "encoder" in settings else settings.get("model", settings)
     if not isinstance(root, dict):
-        raise NemoError(f"`model` in {SETTINGS} must be a mapping of settings, got {type(root).__name__}")
+        raise NemoError(f"`model` in {SETTINGS_FILE} must be a mapping of settings, got {type(root).__name__}")
     return modernise_layout(root)
 
 
 def modernise_layout(section: dict[str, Any], depth: int = 0) -> dict[str, Any]:
-    """Replace `cls` and `params`, which NeMo wrote before version 1.0, by `_target_` and its parameters.
+    """Convert the layout of NeMo before version 1.0 to the current layout.
+
+    `{cls: NAME, params: {key: value}}` becomes `{_target_: NAME, key: value}`, in the section and all its sub-sections.
 
     Args:
-        section: a section of the settings.
-        depth: number of sections around it.
+        section: section of the settings.
+        depth: nesting depth of the section; 0 for the root.
+
+    Returns:
+        A converted copy of the section.
 
     Raises:
-        NemoError: the sections are nested more than `MAX_DEPTH` deep.
+        NemoError: sections are nested more than `MAX_DEPTH` levels deep.
     """
     if depth > MAX_DEPTH:
-        raise NemoError(f"{SETTINGS} is nested more than {MAX_DEPTH} levels deep")
+        raise NemoError(f"{SETTINGS_FILE} is nested more than {MAX_DEPTH} levels deep")
     if isinstance(section.get("params"), dict) and "cls" in section:
         other_settings = {key: value for key, value in section.items() if key not in ("cls", "params")}
         section = {"_target_": section["cls"], **section["params"], **other_settings}
@@ -97,104 +108,122 @@ def modernise_layout(section: dict[str, Any], depth: int = 0) -> dict[str, Any]:
 
 
 def dump_settings(settings: Settings) -> bytes:
-    """Return settings as the YAML text that NeMo reads."""
+    """Convert settings to YAML text, UTF-8, with the keys in their original order."""
     return bytes(yaml.dump(dict(settings), None, Dumper, allow_unicode=True, sort_keys=False, encoding="utf-8"))
 
 
 def resolve_interpolations(settings: Settings) -> dict[str, Any]:
-    """Return a copy of the settings in which interpolations such as `${model_defaults.enc_hidden}` are replaced.
+    """Return a copy of the settings in which each interpolation is replaced by the value that it points to.
 
-    An interpolation is replaced by the value that it points to in the same file. One that points outside the file,
-    such as `${oc.env:HOME}`, stays as text.
+    For example, `${model_defaults.enc_hidden}` becomes the value of the setting `model_defaults.enc_hidden`. An
+    interpolation that points outside the file, such as `${oc.env:HOME}`, remains as text.
 
     Args:
-        settings: all settings of the file.
+        settings: all settings of the `.nemo` file.
 
     Raises:
-        NemoError: an interpolation refers to itself, or the result is too large.
+        NemoError: an interpolation refers to itself, or the resolved settings are too large.
     """
     resolved: dict[str, Any] = Resolver(settings).resolve(settings, (), ())
     return resolved
 
 
 class Resolver:
-    """Replaces interpolations by the values that they point to, and limits the size of the result.
+    """Replaces interpolations by the values that they point to, and limits the total number of values.
 
     Args:
-        settings: all settings of the file.
+        settings: all settings of the `.nemo` file.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.num_nodes = 0
 
-    def resolve(self, value: Any, path: tuple[str, ...], pending: tuple[str, ...]) -> Any:
-        """Return a copy of a part of the settings without interpolations.
+    def resolve(self, value: Any, setting_keys: tuple[str, ...], pending_paths: tuple[str, ...]) -> Any:
+        """Return a copy of a value in which all interpolations are replaced, including those in nested sections.
+
+        `self.num_nodes` counts the values of all calls, because nested interpolations can grow exponentially.
 
         Args:
-            value: a mapping, a list or a scalar.
-            path: the keys that lead to it from the root.
-            pending: dotted paths of the interpolations that are being resolved, to detect a cycle.
+            value: mapping, list or scalar.
+            setting_keys: keys from the root of the settings to the value.
+            pending_paths: dotted paths of the interpolations that are being resolved, to detect cycles.
 
         Raises:
-            NemoError: an interpolation refers to itself, or the result is too large.
+            NemoError: an interpolation refers to itself, or the resolved settings are too large.
         """
         self.num_nodes += 1
-        if self.num_nodes > MAX_NODES or len(path) + len(pending) > MAX_DEPTH:
-            raise NemoError(f"{SETTINGS} is too large or too deep after its aliases and interpolations are resolved")
+        if self.num_nodes > MAX_NODES or len(setting_keys) + len(pending_paths) > MAX_DEPTH:
+            raise NemoError(
+                f"{SETTINGS_FILE} is too large or too deep after its aliases and interpolations are resolved"
+            )
         if isinstance(value, dict):
-            return {key: self.resolve(item, (*path, str(key)), pending) for key, item in value.items()}
+            return {key: self.resolve(item, (*setting_keys, str(key)), pending_paths) for key, item in value.items()}
         if isinstance(value, list):
-            return [self.resolve(item, (*path, str(index)), pending) for index, item in enumerate(value)]
+            return [self.resolve(item, (*setting_keys, str(index)), pending_paths) for index, item in enumerate(value)]
         if not isinstance(value, str) or "${" not in value:
             return value
-        match = INTERPOLATION.fullmatch(value)
+        match = INTERPOLATION_PATTERN.fullmatch(value)
         if match:
-            return self._resolve_reference(match, path, pending)
-        text = INTERPOLATION.sub(lambda match: str(self._resolve_reference(match, path, pending)), value)
-        if len(text) > MAX_STRING:
-            raise NemoError(f"`{'.'.join(path)}` in {SETTINGS} is too long after its interpolations are resolved")
+            # the whole string is one interpolation, so the result keeps its type, such as a number or a section
+            return self._resolve_reference(match, setting_keys, pending_paths)
+        text = INTERPOLATION_PATTERN.sub(
+            lambda match: str(self._resolve_reference(match, setting_keys, pending_paths)), value
+        )
+        if len(text) > MAX_STRING_CHARS:
+            raise NemoError(
+                f"`{'.'.join(setting_keys)}` in {SETTINGS_FILE} is too long after its interpolations are resolved"
+            )
         return text
 
-    def _resolve_reference(self, match: re.Match[str], path: tuple[str, ...], pending: tuple[str, ...]) -> Any:
-        """Return the value that an interpolation points to, or its text if the file has no such setting.
+    def _resolve_reference(
+        self, match: re.Match[str], setting_keys: tuple[str, ...], pending_paths: tuple[str, ...]
+    ) -> Any:
+        """Return the resolved value that an interpolation points to, or the original text if the key does not exist.
 
         Args:
-            match: a match of `INTERPOLATION`.
-            path: keys of the setting that contains the interpolation.
-            pending: dotted paths of the interpolations that are being resolved.
+            match: match of `INTERPOLATION_PATTERN`; group 1 is the path between the braces.
+            setting_keys: keys from the root of the settings to the setting that contains the interpolation.
+            pending_paths: dotted paths of the interpolations that are being resolved, to detect cycles.
+
+        Raises:
+            NemoError: the interpolation refers to itself.
         """
-        keys = self._absolute_path(match[1].strip(), path)
-        name = ".".join(keys)
-        if name in pending:
-            raise NemoError(f"`{'.'.join(path)}` in {SETTINGS} refers to itself by `{match[0]}`: write its value there")
+        target_keys = self._to_absolute_keys(match[1].strip(), setting_keys)
+        target_path = ".".join(target_keys)
+        if target_path in pending_paths:
+            raise NemoError(
+                f"`{'.'.join(setting_keys)}` in {SETTINGS_FILE} refers to itself by `{match[0]}`: replace it by a value"
+            )
         value: Any = self.settings
-        for depth, key in enumerate(keys):
+        for depth, key in enumerate(target_keys):
             if isinstance(value, str):
-                # the section is an interpolation itself
-                value = self.resolve(value, keys[:depth], (*pending, name))
+                # a section on the way to the target can be an interpolation
+                value = self.resolve(value, target_keys[:depth], (*pending_paths, target_path))
             if not isinstance(value, dict) or key not in value:
                 return match[0]
             value = value[key]
-        return self.resolve(value, keys, (*pending, name))
+        return self.resolve(value, target_keys, (*pending_paths, target_path))
 
-    def _absolute_path(self, reference: str, path: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the keys of an interpolation from the root of the settings.
+    def _to_absolute_keys(self, reference: str, setting_keys: tuple[str, ...]) -> tuple[str, ...]:
+        """Convert the path in an interpolation to keys from the root of the settings.
 
         Args:
-            reference: `a.b` from the root, `.b` for a sibling, `..b` for a sibling of the parent, and so on.
-            path: keys of the setting that contains the interpolation.
+            reference: `a.b` is relative to the root, `.b` to the section that contains the interpolation, and `..b` to
+                the parent of that section.
+            setting_keys: keys from the root of the settings to the setting that contains the interpolation.
         """
         keys = tuple(reference.lstrip(".").split("."))
         num_dots = len(reference) - len(reference.lstrip("."))
         if num_dots:
-            keys = (*path[: max(len(path) - num_dots, 0)], *keys)
-        # `parse_settings` has removed the root `model`
+            # one dot removes the key of the setting, two dots also remove the key of the section, and so on
+            keys = (*setting_keys[: max(len(setting_keys) - num_dots, 0)], *keys)
+        # `parse_settings` has removed the root key `model`, but interpolations may still start with it
         return keys[1:] if keys[0] == "model" and "model" not in self.settings else keys
 
 
 def find_setting(settings: Settings, path: str, default: Any = None) -> Any:
-    """Return a setting by its dotted path, or `default` if the file does not have it. An empty path is the root."""
+    """Look up a setting by its dotted path; return `default` if it does not exist, and the root for an empty path."""
     value: Any = settings
     for key in path.split(".") if path else ():
         if not isinstance(value, Mapping) or key not in value:
@@ -204,19 +233,19 @@ def find_setting(settings: Settings, path: str, default: Any = None) -> Any:
 
 
 def find_section(settings: Settings, path: str) -> dict[str, Any]:
-    """Return a section by its dotted path, or an empty dict if the file does not have it."""
+    """Look up a section by its dotted path; return an empty dict if it does not exist."""
     section = find_setting(settings, path)
     return section if isinstance(section, dict) else {}
 
 
 def put_setting(settings: dict[str, Any], path: str, value: Any, *, create: bool = True) -> None:
-    """Write a setting in place.
+    """Change the value of a setting.
 
     Args:
-        settings: the tree to change.
+        settings: nested settings, changed in place.
         path: dotted path of the setting.
-        value: its new value.
-        create: add the setting and its sections if the file does not have them; otherwise leave the file as it is.
+        value: new value of the setting.
+        create: whether to add a missing setting and its sections. If False, a missing setting is ignored.
     """
     *section_names, key = path.split(".")
     section = settings

@@ -1,6 +1,6 @@
-"""Translates names of weights between NeMo and this package, and reads missing sizes from the shapes of the weights.
+"""Translates names of weights between NeMo and this package, and infers missing sizes from the shapes of the weights.
 
-The weights are read by `archive.py` and put into a model by `reader.py`.
+`archive.py` reads the weights, and `reader.py` loads them into a model.
 """
 
 import copy
@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from .archive import SETTINGS, NemoError
-from .fields import MULTI_TALKER, NEEDS_NEMO, PROMPT
+from .archive import SETTINGS_FILE, NemoError
+from .fields import MULTI_TALKER_MODEL, NEEDS_NEMO, PROMPT_MODEL
 from .settings import Settings, find_setting
 
-# NeMo's name of a weight, and ours. A placeholder stands for the same text in both. Two occur in NeMo's names only:
-# {ctc} is `ctc_` in a hybrid, and {head} is the index of the output layer, which follows an optional dropout layer
-NAMES = (
+# Pairs of NeMo's name and our name. A placeholder stands for the same text in both names. Two placeholders occur only
+# in NeMo's names: {ctc} is `ctc_` in a hybrid and empty otherwise; {head} is the index of the output layer in
+# `joint_net`, which is 2 if a dropout layer precedes the output layer, and 1 otherwise.
+NAME_TEMPLATES = (
     ("encoder.pre_encode.conv.{n}.{w}", "encoder.subsampling.layers.{n}.{w}"),
     ("encoder.pre_encode.out.{w}", "encoder.subsampling.linear.{w}"),
     ("encoder.layers.{n}.norm_{name}.{w}", "encoder.layers.{n}.norm_{name}.{w}"),
@@ -35,20 +36,24 @@ NAMES = (
     ("joint.joint_net.{head}.{w}", "joint.head.{w}"),
     ("{ctc}decoder.decoder_layers.0.{w}", "ctc_head.{w}"),
 )
-# placeholder -> regular expression of the text that it stands for
-PLACEHOLDERS = {
+# placeholder -> regular expression that matches the text of the placeholder
+PLACEHOLDER_PATTERNS = {
     "n": r"\d+", "w": "weight|bias", "name": r"\w+", "i": "[12]", "j": "[12]", "qkv": "[qkv]", "uv": "[uv]",
     "point": "pointwise", "head": "[12]", "ctc": "(?:ctc_)?",
 }  # fmt: skip
 
-# buffers of NeMo's feature extractor, which ours computes: the window, then the mel filters
+# buffers of NeMo's feature extractor: the window and the mel filters; our feature extractor computes them
 FEATURE_BUFFER_KEYS = ("preprocessor.featurizer.window", "preprocessor.featurizer.fb")
 
-# prefix of a weight's name -> description of the model that it belongs to
-UNSUPPORTED_WEIGHTS = {"spk_kernels.": MULTI_TALKER, "bg_spk_kernels.": MULTI_TALKER, "prompt_kernel.": PROMPT}
+# prefix of the name of an unsupported weight -> description of the models that have the weight
+UNSUPPORTED_WEIGHTS = {
+    "spk_kernels.": MULTI_TALKER_MODEL,
+    "bg_spk_kernels.": MULTI_TALKER_MODEL,
+    "prompt_kernel.": PROMPT_MODEL,
+}
 
-# setting of a size -> weight and axis that have this size
-SIZES = {
+# setting that contains a size -> name of a weight and the axis that has the size
+SIZE_SOURCES = {
     "encoder.d_model": ("encoder.pre_encode.out.weight", 0),
     "encoder.feat_in": ("preprocessor.featurizer.fb", 1),
     "encoder.subsampling_conv_channels": ("encoder.pre_encode.conv.0.weight", 0),
@@ -57,89 +62,109 @@ SIZES = {
     "decoder.prednet.pred_hidden": ("decoder.prediction.embed.weight", 1),
     "joint.jointnet.joint_hidden": ("joint.enc.weight", 0),
 }
-# setting of a number of layers -> weights that have the index of the layer in their name
-LAYERS = {
+# setting that contains a number of layers -> pattern of weight names; group 1 is the index of the layer
+LAYER_NAME_PATTERNS = {
     "encoder.n_layers": r"encoder\.layers\.(\d+)\..*",
     "decoder.prednet.pred_rnn_layers": r"decoder\.prediction\.dec_rnn\.lstm\.weight_ih_l(\d+)",
 }
 
 
 @cache
-def name_pattern(template: str) -> re.Pattern[str]:
-    r"""Return the regular expression that matches the names of a template, with one named group per placeholder.
+def compile_name_pattern(template: str) -> re.Pattern[str]:
+    r"""Compile a name template to a regular expression with one named group per placeholder.
 
-    `joint.enc.{w}` becomes `joint\.enc\.(?P<w>weight|bias)`.
+    For example, `joint.enc.{w}` becomes `joint\.enc\.(?P<w>weight|bias)`.
     """
     pattern = ""
-    # with a group in the pattern, `re.split` returns text and placeholders in turn
-    for index, part in enumerate(re.split(r"\{(\w+)\}", template)):
+    # `re.split` with a group alternates between literal text and the name of a placeholder
+    for index, token in enumerate(re.split(r"\{(\w+)\}", template)):
         is_placeholder = index % 2 == 1
-        pattern += f"(?P<{part}>{PLACEHOLDERS[part]})" if is_placeholder else re.escape(part)
+        pattern += f"(?P<{token}>{PLACEHOLDER_PATTERNS[token]})" if is_placeholder else re.escape(token)
     return re.compile(pattern)
 
 
 def from_nemo_name(nemo_name: str) -> str:
-    """Return our name of a weight for NeMo's name.
+    """Translate NeMo's name of a weight to our name.
 
     Raises:
-        NemoError: the weight belongs to a part that is not implemented.
+        NemoError: the weight is not part of a supported model.
     """
-    for nemo_template, template in NAMES:
-        match = name_pattern(nemo_template).fullmatch(nemo_name)
+    for nemo_template, template in NAME_TEMPLATES:
+        match = compile_name_pattern(nemo_template).fullmatch(nemo_name)
         if match:
             return template.format(**match.groupdict())
     for prefix, description in UNSUPPORTED_WEIGHTS.items():
         if nemo_name.startswith(prefix):
             raise NemoError(f"the weight {nemo_name!r} belongs to {description}: {NEEDS_NEMO}")
     advice = "merge or remove the adapters in NeMo and save again" if "adapter" in nemo_name else NEEDS_NEMO
-    raise NemoError(f"the weight {nemo_name!r} belongs to no part that is implemented here: {advice}")
+    raise NemoError(f"the weight {nemo_name!r} is not part of a supported model: {advice}")
 
 
 def to_nemo_name(name: str, *, is_transducer: bool, has_joint_dropout: bool) -> str:
-    """Return NeMo's name of a weight for our name.
+    """Translate our name of a weight to NeMo's name.
 
     Args:
-        name: key of our state dict.
-        is_transducer: `decoder` is the prediction network of the model, so NeMo calls its CTC head `ctc_decoder`.
-        has_joint_dropout: the joint network has a dropout layer, which moves the index of its output layer by one.
+        name: our name, a key of the model's state dict.
+        is_transducer: whether the model is a transducer. NeMo calls the CTC head `ctc_decoder` in a transducer, and
+            `decoder` in a CTC model.
+        has_joint_dropout: whether the joint network has a dropout layer, which increases the index of the output layer
+            from 1 to 2.
 
     Raises:
-        NemoError: NeMo has no such weight.
+        NemoError: NeMo has no corresponding weight.
     """
     ctc, head = "ctc_" if is_transducer else "", "2" if has_joint_dropout else "1"
-    for nemo_template, template in NAMES:
-        match = name_pattern(template).fullmatch(name)
+    for nemo_template, template in NAME_TEMPLATES:
+        match = compile_name_pattern(template).fullmatch(name)
         if match:
             return nemo_template.format(**match.groupdict(), ctc=ctc, head=head)
     raise NemoError(f"NeMo has no weight for {name!r}: merge adapters (PEFT: `merge_and_unload()`) first")
 
 
 def fill_missing_sizes(settings: Settings, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Return a copy of the settings with every size that the weights determine.
+    """Return a copy of the settings in which missing sizes are inferred from the shapes of the weights.
 
-    Sizes are compared with the weights before a model is built, so that a damaged file cannot exhaust the memory.
+    A size in the settings must agree with the weights. The check runs before the model is built, so a damaged file
+    cannot exhaust the memory.
 
     Args:
-        settings: the resolved settings.
-        shapes: shapes of the weights by NeMo's names.
+        settings: resolved settings of the `.nemo` file.
+        shapes: NeMo's name of each weight -> shape of the weight.
 
     Raises:
-        NemoError: a size in the settings differs from the size of the weights.
+        NemoError: a size in the settings differs from the shape of a weight.
     """
-    sizes = {setting: shapes[key][axis] for setting, (key, axis) in SIZES.items() if len(shapes.get(key, ())) > axis}
-    for setting, pattern in LAYERS.items():
-        layer_indices = {match[1] for key in shapes if (match := re.fullmatch(pattern, key))}
-        sizes[setting] = len(layer_indices)
-    filled = copy.deepcopy(dict(settings))
+    sizes = infer_sizes(shapes)
+    filled_settings = copy.deepcopy(dict(settings))
     for setting, size in sizes.items():
         section_name, _, key = setting.rpartition(".")
-        section = find_setting(filled, section_name)
+        section = find_setting(filled_settings, section_name)
         if not isinstance(section, dict):
             continue
         value = section.get(key)
-        # NeMo's templates have 0 or -1 for a size that is not known yet
+        # NeMo uses the placeholders 0 and -1 for an unknown size
         if value is None or value in (0, -1):
             section[key] = size
         elif value != size:
-            raise NemoError(f"`{setting}` is {value!r}, but the weights have {size}: correct it in {SETTINGS}")
-    return filled
+            raise NemoError(f"`{setting}` is {value!r}, but the weights have {size}: correct it in {SETTINGS_FILE}")
+    return filled_settings
+
+
+def infer_sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Infer layer widths and numbers of layers from the weights.
+
+    Args:
+        shapes: NeMo's name of each weight -> shape of the weight.
+
+    Returns:
+        Dotted path of the setting -> size. Sizes of weights that do not exist are omitted.
+    """
+    sizes = {
+        setting: shapes[weight_name][axis]
+        for setting, (weight_name, axis) in SIZE_SOURCES.items()
+        if len(shapes.get(weight_name, ())) > axis
+    }
+    for setting, pattern in LAYER_NAME_PATTERNS.items():
+        layer_indices = {match[1] for weight_name in shapes if (match := re.fullmatch(pattern, weight_name))}
+        sizes[setting] = len(layer_indices)
+    return sizes

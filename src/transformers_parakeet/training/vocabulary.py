@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration_parakeet import get_blank_id, get_head_type
-from ..nemo import build_tokenizer, parse_sentencepiece, sentencepiece_models
+from ..nemo import build_tokenizer, get_sentencepiece_models, parse_sentencepiece
 from ..processing_parakeet import ParakeetProcessor
 from ..tokenization_parakeet import BLANK, WORD_START, ParakeetTokenizer
 
@@ -38,7 +38,7 @@ def extend_vocabulary(model: Any, processor: ParakeetProcessor, new_tokens: Sequ
     """
     num_labels = check_vocabulary(model, processor)
     check_new_tokens(new_tokens, processor.tokenizer.convert_ids_to_tokens(range(num_labels + 1)))
-    models = sentencepiece_models(processor.tokenizer, num_labels)
+    models = get_sentencepiece_models(processor.tokenizer, num_labels)
     if len(models) > 1:
         raise ValueError(
             "an aggregate tokenizer cannot be extended: use `replace_tokenizer` with one SentencePiece model"
