@@ -190,14 +190,14 @@ class ParakeetEncoderConfig(PreTrainedConfig):
     def _check_stochastic_depth(self) -> None:
         """Raise a ValueError if the stochastic-depth fields are invalid or inconsistent."""
         mode = self.stochastic_depth_mode
-        start_layer, num_blocks = self.stochastic_depth_start_layer, self.num_hidden_layers
+        start_layer, num_layers = self.stochastic_depth_start_layer, self.num_hidden_layers
         _require(mode in (None, "linear", "uniform"), "stochastic_depth_mode", mode, "None, 'linear' or 'uniform'")
         if mode is None:
             return
         layerdrop_rule = "in [0, 1) when `stochastic_depth_mode` is set"
-        start_rule = f"from 1 to `num_hidden_layers` ({num_blocks})"
+        start_rule = f"from 1 to `num_hidden_layers` ({num_layers})"
         _require(0 <= self.layerdrop < 1, "layerdrop", self.layerdrop, layerdrop_rule)
-        _require(1 <= start_layer <= num_blocks, "stochastic_depth_start_layer", start_layer, start_rule)
+        _require(1 <= start_layer <= num_layers, "stochastic_depth_start_layer", start_layer, start_rule)
 
 
 def check_attention_context(context_style: str, context_size: Sequence[int], attention_model: str) -> None:
@@ -228,7 +228,7 @@ def check_attention_context(context_style: str, context_size: Sequence[int], att
 
 
 def change_attention_context(config: Any, left: int, right: int, chunk: int | None) -> None:
-    """Change the attention context of an encoder configuration, with a warning if it differs from the training.
+    """Change the attention context of an encoder configuration; warn if the model was not trained with it.
 
     Args:
         config: configuration of the encoder; changed in place.
@@ -243,9 +243,9 @@ def change_attention_context(config: Any, left: int, right: int, chunk: int | No
     needs_chunk = style == "chunked_limited_with_rc"
     if needs_chunk and chunk is None and (left, right) == (-1, -1):
         chunk = -1
-    if needs_chunk is (chunk is None):
+    if needs_chunk != (chunk is not None):
         raise ValueError(
-            "`chunk` must be given only for the context style chunked_limited_with_rc, "
+            "`chunk` must be given if and only if the context style is chunked_limited_with_rc, "
             f"got {chunk!r} for the style {style}: {'pass' if needs_chunk else 'omit'} `chunk`"
         )
     context_size = [left, right] if chunk is None else [left, chunk, right]
@@ -256,7 +256,7 @@ def change_attention_context(config: Any, left: int, right: int, chunk: int | No
             f"The model was not trained with the attention context {context_size}, only with {trained_sizes}: the "
             "word error rate may increase."
         )
-    # remember the context of the training
+    # keep a record of the context used in training
     if config.attention_context_sizes is None and context_size != config.attention_context_size:
         config.attention_context_sizes = [config.attention_context_size]
     config.attention_context_size = context_size

@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 FORWARD_ARGUMENTS = {"output_attentions", "output_hidden_states", "output_attention_mask", "return_dict"}
 
 # arguments of transformers' `generate` that do not change the result of a CTC head, with any value
-NEUTRAL_ARGUMENTS = {
+SILENTLY_ACCEPTED_ARGUMENTS = {
     "synced_gpus", "use_cache", "cache_implementation", "cache_config", "transformers_version", "_from_model_config",
     "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "output_logits", "tokenizer",
 }  # fmt: skip
@@ -29,7 +29,7 @@ GREEDY_VALUES = {
     "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
 }  # fmt: skip
 # arguments for sampling, beam search and length limits: a CTC head returns one token per frame in a single step
-ARGUMENTS_WITHOUT_EFFECT = {
+ARGUMENTS_IGNORED_WITH_WARNING = {
     "max_new_tokens", "max_length", "min_new_tokens", "min_length", "max_time", "stop_strings", "stopping_criteria",
     "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "length_penalty",
     "early_stopping",
@@ -84,16 +84,22 @@ def parse_ctc_arguments(kwargs: dict[str, Any], generation_config: GenerationCon
     settings = {} if generation_config is None else generation_config.to_diff_dict()
     arguments = {**settings, **drop_training_inputs(kwargs)}
     forward_kwargs = {name: arguments[name] for name in FORWARD_ARGUMENTS if arguments.get(name) is not None}
-    supported = {*FORWARD_ARGUMENTS, *NEUTRAL_ARGUMENTS, "streamer", "output_scores", "return_dict_in_generate"}
+    supported = {
+        *FORWARD_ARGUMENTS,
+        *SILENTLY_ACCEPTED_ARGUMENTS,
+        "streamer",
+        "output_scores",
+        "return_dict_in_generate",
+    }
     unsupported = {
         name for name, value in arguments.items() if name not in supported and not allows_greedy_decoding(name, value)
     }
-    ignored = sorted(unsupported & ARGUMENTS_WITHOUT_EFFECT)
+    ignored = sorted(unsupported & ARGUMENTS_IGNORED_WITH_WARNING)
     if ignored:
         logger.warning_once(
             f"{', '.join(ignored)}: no effect on a CTC model, which returns one token per frame in a single step."
         )
-    refused = sorted(unsupported - ARGUMENTS_WITHOUT_EFFECT)
+    refused = sorted(unsupported - ARGUMENTS_IGNORED_WITH_WARNING)
     if refused:
         raise ValueError(
             f"CTC decoding selects the best token of every frame and does not support {', '.join(refused)}: "

@@ -198,8 +198,8 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
             **kwargs: unused.
 
         Returns:
-            `text`; `chunks` if timestamps were requested; `confidence` if only confidence was requested; the additional
-            keys of the input, each with a list of one value per window.
+            `text`; `chunks` if `return_timestamps` is set; otherwise `confidence`, if the hypotheses have it; the
+            additional keys of the input, each with a list of one value per window.
         """
         config = self.model.config
         windows: list[Window] = [output["window"] for output in model_outputs]

@@ -70,8 +70,8 @@ def _override_transformers_classes() -> None:
     classes = [ParakeetFeatureExtractor, ParakeetPreTrainedModel, ParakeetProcessor, ParakeetTokenizer]
     for config_class, model_class, _ in MODEL_CLASSES:
         classes += [config_class, model_class]
-    # do not use a top-level `import transformers` here: it can be stale, because transformers replaces its entry in
-    # `sys.modules` when some of its submodules are imported
+    # transformers replaces the top-level module in `sys.modules` while its submodules are imported, so a reference from
+    # `import transformers` can be stale; submodules such as `transformers.models.parakeet` are not replaced
     for module in (sys.modules["transformers"], transformers.models.parakeet):
         for cls in classes:
             setattr(module, cls.__name__, cls)

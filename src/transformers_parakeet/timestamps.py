@@ -138,14 +138,14 @@ def compute_token_spans(
     - RNN-T: one frame.
     - CTC: from the frame of the previous token to the frame of the token.
 
-    Punctuation has length 0 in TDT and CTC, unless it is the first token. In TDT it is placed at the end of the
+    Punctuation has zero duration in TDT and CTC, unless it is the first token. In TDT it is placed at the end of the
     previous token.
 
     Args:
         head_type: `"ctc"`, `"rnnt"` or `"tdt"`.
         emissions: the tokens of the clip.
         texts: text of each token.
-        punctuation: the punctuation that the vocabulary can attach to a word.
+        punctuation: the punctuation tokens of the vocabulary.
 
     Returns:
         One span per token.
@@ -159,7 +159,7 @@ def compute_token_spans(
         else:
             # the first token starts one frame before its own frame
             start, end = (emissions.frames[index - 1] if index else max(0, frame - 1)), frame
-        # punctuation has length 0, unless it is the first token
+        # punctuation has zero duration, unless it is the first token
         if index and texts[index] in punctuation:
             if head_type == "tdt":
                 start = end = token_spans[-1].end
@@ -188,7 +188,7 @@ def group_into_words(
         tokens: id of each token.
         pieces: vocabulary entry of each token.
         decode: function that converts a list of token ids to text.
-        punctuation: the punctuation that the vocabulary can attach to a word.
+        punctuation: the punctuation tokens of the vocabulary.
         aggregation: how to compute the confidence of a word from the confidences of its tokens: `"mean"`, `"min"` or
             `"prod"`.
 

@@ -247,7 +247,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, warnings):
     monkeypatch.setattr(backend, "load_layer", no_triton)
     assert type(select("auto", CUDA_STATES)) is TransducerLoss
     assert len(warnings) == 1
-    assert "No module named 'triton'; the extra `kernels` installs" in warnings[0]
+    assert "No module named 'triton'; install the packages of the extra `kernels`" in warnings[0]
 
 
 @needs_triton

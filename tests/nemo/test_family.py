@@ -236,9 +236,9 @@ def test_contexts_that_do_not_fit_the_style_are_refused():
     model = golden("nemotron").model
     with pytest.raises(ValueError, match=r"`left` a multiple of `right \+ 1`"):
         model.set_attention_context(70, 12)
-    with pytest.raises(ValueError, match="`chunk` must be given only for"):
+    with pytest.raises(ValueError, match="`chunk` must be given if and only if"):
         model.set_attention_context(70, 6, chunk=2)
-    with pytest.raises(ValueError, match="`chunk` must be given only for"):
+    with pytest.raises(ValueError, match="`chunk` must be given if and only if"):
         golden("unified").model.set_attention_context(70, 6)
     assert model.config.encoder_config.attention_context_size == [70, 13]
 

@@ -8,7 +8,7 @@ from nemo_files import members
 from transformers_parakeet import NemoError
 from transformers_parakeet.nemo.archive import Archive
 from transformers_parakeet.nemo.settings import find_setting, parse_settings, resolve_interpolations
-from transformers_parakeet.nemo.weights import FEATURE_BUFFER_KEYS, fill_missing_sizes, from_nemo_name, to_nemo_name
+from transformers_parakeet.nemo.weights import FEATURE_BUFFER_KEYS, convert_nemo_name, fill_missing_sizes, to_nemo_name
 
 GOLDEN = TESTS / "golden"
 FILES = [GOLDEN / name / "model.nemo" for name in ("ctc", "rnnt", "tdt", "hybrid_tdt_ctc")]
@@ -29,7 +29,7 @@ def test_every_name_is_translated_and_translated_back(path):
         "has_joint_dropout": bool(find_setting(settings, "joint.jointnet.dropout")),
     }
     nemo_names = [name for name in Archive(path).read_weights() if name not in FEATURE_BUFFER_KEYS]
-    names = [from_nemo_name(name) for name in nemo_names]
+    names = [convert_nemo_name(name) for name in nemo_names]
     assert len(set(names)) == len(names)
     assert [to_nemo_name(name, **options) for name in names] == nemo_names
 
@@ -37,7 +37,7 @@ def test_every_name_is_translated_and_translated_back(path):
 @pytest.mark.parametrize("name", ["encoder.layers.0.unknown.weight", "encoder.layers.x.norm_out.weight", "joint.enc"])
 def test_an_unknown_name_is_refused_in_both_directions(name):
     with pytest.raises(NemoError, match="is not part of a supported model"):
-        from_nemo_name(name)
+        convert_nemo_name(name)
     with pytest.raises(NemoError, match="NeMo has no weight for"):
         to_nemo_name(name, is_transducer=True, has_joint_dropout=False)
 

@@ -82,7 +82,7 @@ class Hypotheses:
         )
 
     def cpu(self) -> Hypotheses:
-        """Copy the hypotheses, without `steps`, to the CPU."""
+        """Copy the hypotheses to the CPU, without `steps`, which only `generate` needs."""
         return Hypotheses(
             tokens=self.tokens.cpu(),
             frames=self.frames.cpu(),

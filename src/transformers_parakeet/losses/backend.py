@@ -213,7 +213,7 @@ def check_kernel_once(repository: str, settings: JointSettings, pytorch_loss: nn
 
 
 def check_kernel(repository: str, settings: JointSettings, pytorch_loss: nn.Module) -> CheckedKernel:
-    """Load a kernel and compare it with PyTorch.
+    """Load a transducer-loss kernel and compare its results with the PyTorch loss.
 
     Args:
         repository: Hub id of the kernel; empty for the kernel in this package.
@@ -221,8 +221,8 @@ def check_kernel(repository: str, settings: JointSettings, pytorch_loss: nn.Modu
         pytorch_loss: layer that computes the loss in PyTorch.
 
     Returns:
-        The layer of the kernel, or the reason why the kernel cannot be used. Errors of loading and compiling are not
-        raised; they become the reason.
+        The layer of the kernel, or the reason why the kernel cannot be used. Loading and compilation errors are
+        returned as the reason, not raised.
     """
     problem = describe_unsupported_setting(settings)
     if problem is not None:
@@ -232,28 +232,28 @@ def check_kernel(repository: str, settings: JointSettings, pytorch_loss: nn.Modu
         # the comparison calls the kernel for the first time, which compiles it
         problem = describe_difference(layer, pytorch_loss, settings)
     except ImportError as error:
-        return CheckedKernel(
-            None, f"{type(error).__name__}: {error}; the extra `kernels` installs the packages of the kernel"
-        )
+        return CheckedKernel(None, f"{type(error).__name__}: {error}; install the packages of the extra `kernels`")
     except Exception as error:  # noqa: BLE001  loading and compiling can raise any error
         return CheckedKernel(None, f"{type(error).__name__}: {error}".strip())
     return CheckedKernel(layer) if problem is None else CheckedKernel(None, problem)
 
 
 def describe_unsupported_setting(settings: JointSettings) -> str | None:
-    """Describe the setting of a joint network that no kernel supports.
+    """Explain why the kernels do not support a joint network.
 
     Args:
         settings: settings of the joint network.
 
     Returns:
-        Reason why a kernel cannot be used; None if the kernels support all settings.
+        The reason; None if the kernels support the joint network.
     """
     if settings.activation not in KERNEL_ACTIVATIONS:
         supported = ", ".join(KERNEL_ACTIVATIONS)
-        return f"it supports the activations {supported}, the joint network has {settings.activation!r}"
+        return (
+            f"the kernels support only the activations {supported}, but the joint network has {settings.activation!r}"
+        )
     if settings.dtype not in KERNEL_DTYPES:
-        return f"it supports float32, float16 and bfloat16, the inputs are {settings.dtype}"
+        return f"the kernels support only float32, float16 and bfloat16, but the inputs are {settings.dtype}"
     return None
 
 

@@ -273,10 +273,10 @@ class _FusedLoss(torch.autograd.Function):
             `joint_settings`.
         """
         refuse_second_derivative()
-        encoder_states, predictor_states, head_weight, head_bias, blank, label, durations = ctx.saved_tensors
+        encoder_states, predictor_states, head_weight, head_bias, *arc_posteriors = ctx.saved_tensors
         # This pass overwrites the cached chunks. A second backward pass (after `retain_graph=True`) recomputes them.
         cached_log_probs, ctx.cached_log_probs = ctx.cached_log_probs, []
-        posteriors = ArcPosteriors(blank, label, durations)
+        posteriors = ArcPosteriors(*arc_posteriors)
         with torch.autocast(loss_grad.device.type, enabled=False):
             joint = ChunkedJoint(
                 encoder_states, predictor_states, head_weight, head_bias, ctx.lattice, ctx.joint_settings
@@ -343,9 +343,9 @@ class _LogitsLoss(torch.autograd.Function):
             `lattice`.
         """
         refuse_second_derivative()
-        token_logits, duration_logits, blank, label, durations = ctx.saved_tensors
+        token_logits, duration_logits, *arc_posteriors = ctx.saved_tensors
         lattice: Lattice = ctx.lattice
-        posteriors = scale_posteriors(lattice, ArcPosteriors(blank, label, durations), loss_grad)
+        posteriors = scale_posteriors(lattice, ArcPosteriors(*arc_posteriors), loss_grad)
         token_grad = duration_grad = None
         if ctx.needs_input_grad[0]:
             token_grad = _compute_token_logits_gradient(token_logits, lattice, posteriors)

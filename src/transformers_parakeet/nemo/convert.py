@@ -1,4 +1,4 @@
-"""Converts checkpoints between `.nemo` files and folders in the format of transformers, and verifies the result.
+"""Converts checkpoints between `.nemo` files and transformers checkpoint folders, and verifies the result.
 
 `reader.py` reads and `writer.py` writes the `.nemo` files.
 """
@@ -38,13 +38,13 @@ DTYPES_BY_NAME = {"float32": torch.float32, "float16": torch.float16, "bfloat16"
 def convert_checkpoint(
     source: str | Path, target: str | Path, *, dtype: str | None = None, push_to_hub: bool = False, **hub: Any
 ) -> Path:
-    """Convert a `.nemo` file to a folder in the format of transformers, or such a folder to a `.nemo` file.
+    """Convert a `.nemo` file to a transformers checkpoint folder, or a folder to a `.nemo` file.
 
     Before the result gets its final name, it is loaded and compared with the source: the weights must be bit-identical,
     and both models must produce the same tokens and logits for random noise.
 
     Args:
-        source: path of a `.nemo` file, path of a folder in the format of transformers, or Hub id `org/name`.
+        source: path of a `.nemo` file, path of a transformers checkpoint folder, or Hub id `org/name`.
         target: path to write. If it ends in `.nemo`, a `.nemo` file is written, otherwise a folder, which must be empty
             or must not exist. With `push_to_hub` it may be a Hub id `org/name`; the folder `name` is then written to
             the working directory.
@@ -78,7 +78,7 @@ def convert_checkpoint(
 
 
 def write_folder(source: str | Path, folder: Path, dtype: torch.dtype | None, hub_options: dict[str, Any]) -> None:
-    """Convert a `.nemo` file to a folder in the format of transformers, and verify the result.
+    """Convert a `.nemo` file to a transformers checkpoint folder, and verify the result.
 
     Args:
         source: path of the `.nemo` file, or a folder or Hub id that contains a `.nemo` file.
@@ -93,7 +93,7 @@ def write_folder(source: str | Path, folder: Path, dtype: torch.dtype | None, hu
         raise NemoError(f"{folder} exists: give an empty folder or a folder that does not exist")
     checkpoint = find_checkpoint(source, **hub_options)
     if not checkpoint.is_file():
-        raise NemoError(f"{source} is already in the format of transformers: give a .nemo file as the target")
+        raise NemoError(f"{source} is already a transformers checkpoint: give a .nemo file as the target")
     model, processor = load_archive(Archive(checkpoint), dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
@@ -106,7 +106,7 @@ def write_folder(source: str | Path, folder: Path, dtype: torch.dtype | None, hu
 
 
 def write_nemo_file(source: str | Path, path: Path, dtype: torch.dtype | None, hub_options: dict[str, Any]) -> None:
-    """Convert a folder in the format of transformers to a `.nemo` file, and verify the result.
+    """Convert a transformers checkpoint folder to a `.nemo` file, and verify the result.
 
     Args:
         source: path of the folder, or Hub id `org/name`.
@@ -115,7 +115,7 @@ def write_nemo_file(source: str | Path, path: Path, dtype: torch.dtype | None, h
         hub_options: keyword arguments of `find_checkpoint`.
 
     Raises:
-        NemoError: the source cannot be converted, or the comparison failed.
+        NemoError: the source cannot be converted, or the written checkpoint does not match the source.
     """
     checkpoint = find_checkpoint(source, **hub_options)
     if checkpoint.is_file():
@@ -126,7 +126,8 @@ def write_nemo_file(source: str | Path, path: Path, dtype: torch.dtype | None, h
         export_nemo(model, processor, temporary_file)
         weights = model.state_dict()
         digests = {key: compute_digest(weight) for key, weight in weights.items()}
-        # free the memory of the weights before the file is loaded; `check_equal` gives the model the loaded weights
+        # free the memory of the weights before the file is loaded; `check_equal` later loads the weights of the file
+        # into `model`, to compare the outputs
         model.load_state_dict({key: weight.to("meta") for key, weight in weights.items()}, assign=True)
         del weights
         # `torch.save` leaves reference cycles that keep the weights in memory

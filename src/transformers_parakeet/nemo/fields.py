@@ -383,8 +383,9 @@ def select_model_fields(head_type: str, has_ctc_head: bool) -> list[Field]:
         head_type: `"ctc"`, `"rnnt"` or `"tdt"`.
         has_ctc_head: whether the transducer also has a CTC head.
     """
-    heads = {head_type, "hybrid"} if has_ctc_head else {head_type}
-    return [field for field in MODEL_FIELDS if heads & set(field.heads)]
+    # "hybrid" marks the fields of the additional CTC head
+    model_kinds = {head_type, "hybrid"} if has_ctc_head else {head_type}
+    return [field for field in MODEL_FIELDS if model_kinds & set(field.heads)]
 
 
 def read_config_fields(settings: Settings, head_type: str, has_ctc_head: bool) -> dict[str, Any]:

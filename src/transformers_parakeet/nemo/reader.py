@@ -1,4 +1,4 @@
-"""Loads models and processors from `.nemo` files, without NeMo, and from folders in the format of transformers.
+"""Loads models and processors from `.nemo` files, without NeMo, and from transformers checkpoint folders.
 
 `hub.py` finds the files, `archive.py` opens them, `fields.py` and `keys.py` interpret the settings, `weights.py`
 translates the names of weights, and `sentencepiece.py` converts tokenizers. `writer.py` writes `.nemo` files.
@@ -25,7 +25,7 @@ from .hub import find_checkpoint
 from .keys import SECTIONS, check_section, check_settings, check_vocabulary, detect_head_type, has_ctc_head
 from .sentencepiece import build_tokenizer, strip_duplicate_suffixes
 from .settings import Settings, dump_settings, parse_settings, resolve_interpolations
-from .weights import FEATURE_BUFFER_KEYS, fill_missing_sizes, from_nemo_name
+from .weights import FEATURE_BUFFER_KEYS, convert_nemo_name, fill_missing_sizes
 
 logger = logging.get_logger(__name__)
 
@@ -82,7 +82,7 @@ def load_nemo(
 def load_folder(
     source: str | Path, *, dtype: torch.dtype | None = None, **hub: Any
 ) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
-    """Load the model and the processor from a folder or Hub repository in the format of transformers.
+    """Load the model and the processor from a transformers checkpoint folder or Hub repository.
 
     Args:
         source: path of the folder, or Hub id `org/name`.
@@ -158,13 +158,14 @@ def build_from_archive(
     unknown_settings = check_settings(settings, is_transducer=head_type != "ctc", has_ctc_head=is_hybrid)
     if unknown_settings:
         logger.warning(
-            "%s has unknown settings. They cannot change the result of inference and are ignored: %s",
+            "%s has unknown settings in sections that inference does not use. They are ignored: %s",
             archive.path,
             ", ".join(unknown_settings),
         )
     settings = fill_missing_sizes(settings, {name: tensor.shape for name, tensor in nemo_weights.items()})
     tokenizer = read_tokenizer(settings, archive.read_artifact, head_type)
-    check_vocabulary(settings, len(tokenizer) - 1)
+    num_labels = len(tokenizer) - 1
+    check_vocabulary(settings, num_labels)
     config = build_config(settings, raw_settings, tokenizer, head_type, is_hybrid)
     try:
         # parameters on the meta device need no memory; `load_weights` replaces them
@@ -184,7 +185,7 @@ def build_config(
     """Build the model configuration from the settings of a `.nemo` file.
 
     Args:
-        settings: resolved and checked settings, in which `fill_missing_sizes` has replaced placeholders.
+        settings: checked settings, with interpolations resolved and missing sizes filled in.
         raw_settings: settings with unresolved interpolations. The configuration stores them for `export_nemo`.
         tokenizer: tokenizer whose last token is the blank.
         head_type: `"ctc"`, `"rnnt"` or `"tdt"`.
@@ -196,7 +197,8 @@ def build_config(
     """
     # the labels have the ids 0 to num_labels - 1, and the blank has the id num_labels
     num_labels = len(tokenizer) - 1
-    # `forced_blanks`: after the maximum number of labels on one frame, decoding emits a blank step, as in NeMo
+    # after `max_symbols_per_step` labels on one frame, decoding moves to the next frame; with `forced_blanks`, the
+    # output of `generate` contains this move as a blank, as in NeMo
     return MODEL_CLASS_BY_HEAD_TYPE[head_type].config_class(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
@@ -271,7 +273,7 @@ def load_weights(
     Raises:
         NemoError: names, shapes or dtypes do not match, or a weight contains NaN or infinity.
     """
-    weights = {from_nemo_name(key): tensor for key, tensor in nemo_weights.items() if key not in FEATURE_BUFFER_KEYS}
+    weights = {convert_nemo_name(key): tensor for key, tensor in nemo_weights.items() if key not in FEATURE_BUFFER_KEYS}
     parameters = model.state_dict()
     check_names_and_shapes(weights, parameters)
     previous_addresses: set[int] = set()

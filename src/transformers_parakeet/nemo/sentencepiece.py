@@ -45,9 +45,9 @@ def build_tokenizer(serialized_models: Sequence[bytes], head_type: str) -> Parak
         NemoError: a model is damaged, or two pieces of a model are equal.
     """
     protos = [parse_sentencepiece(serialized_model) for serialized_model in serialized_models]
-    further_pieces = [piece.piece for proto in protos[1:] for piece in proto.pieces]
+    extra_pieces = [piece.piece for proto in protos[1:] for piece in proto.pieces]
     try:
-        backend = build_backend(protos[0], further_pieces)
+        backend = build_backend(protos[0], extra_pieces)
     except Exception as error:  # the tokenizers library raises plain `Exception`
         raise NemoError(f"the SentencePiece model cannot be used: {error}") from error
     # as in stock transformers, the blank of a CTC tokenizer is named `<pad>` and serves as padding
@@ -55,7 +55,7 @@ def build_tokenizer(serialized_models: Sequence[bytes], head_type: str) -> Parak
     blank = "<pad>" if head_type == "ctc" and not has_pad_piece else BLANK
     pad = "<pad>" if head_type != "ctc" and has_pad_piece else blank
     backend.add_special_tokens([AddedToken(blank, special=True, normalized=False)])
-    num_pieces = len(protos[0].pieces) + len(further_pieces)
+    num_pieces = len(protos[0].pieces) + len(extra_pieces)
     if backend.token_to_id(blank) != num_pieces:
         raise NemoError(
             f"the {num_pieces} pieces of the SentencePiece model must be distinct and not include {blank!r}"
@@ -93,19 +93,20 @@ def parse_sentencepiece(serialized_model: bytes) -> Any:
     return proto
 
 
-def build_backend(proto: Any, further_pieces: Sequence[str]) -> Tokenizer:
+def build_backend(proto: Any, extra_pieces: Sequence[str]) -> Tokenizer:
     """Build a tokenizer of the tokenizers library that tokenizes text identically to a SentencePiece model.
 
     Args:
         proto: SentencePiece model, a `ModelProto`.
-        further_pieces: pieces of further languages; they are used in decoding, but not in encoding.
+        extra_pieces: pieces of the other languages of an aggregate tokenizer, appended after the pieces of `proto`.
+            They are used in decoding, but not in encoding.
     """
     spec = proto.trainer_spec
     # control and user-defined pieces are matched before the model runs; a single character needs no rule
     fixed_pieces = [p.piece for p in proto.pieces if p.type in (p.CONTROL, p.USER_DEFINED) and len(p.piece) > 1]
     fixed_words = [piece for piece in fixed_pieces if not re.fullmatch(MARKUP_PATTERN, piece)]
     markup_pieces = [piece for piece in fixed_pieces if re.fullmatch(MARKUP_PATTERN, piece)]
-    tokenizer = Tokenizer(build_model(proto, further_pieces, ignore_merges=bool(fixed_words)))
+    tokenizer = Tokenizer(build_model(proto, extra_pieces, ignore_merges=bool(fixed_words)))
     tokenizer.normalizer = build_normalizer(proto.normalizer_spec)
     tokenizer.decoder = build_decoder(spec.byte_fallback)
     # Text is split at added tokens before normalisation, which then strips the spaces at both ends of each part. This
@@ -118,18 +119,19 @@ def build_backend(proto: Any, further_pieces: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
-def build_model(proto: Any, further_pieces: Sequence[str], *, ignore_merges: bool) -> BPE | Unigram:
+def build_model(proto: Any, extra_pieces: Sequence[str], *, ignore_merges: bool) -> BPE | Unigram:
     """Build the BPE or unigram model of a tokenizer from a SentencePiece model.
 
     Args:
         proto: SentencePiece model, a `ModelProto`.
-        further_pieces: pieces of further languages; they are used in decoding, but not in encoding.
-        ignore_merges: whether BPE emits a word that is a piece directly. User-defined words need this, because no
-            sequence of merges produces them.
+        extra_pieces: pieces of the other languages of an aggregate tokenizer, appended after the pieces of `proto`.
+            They are used in decoding, but not in encoding.
+        ignore_merges: whether BPE emits a whole word that is in the vocabulary without applying merges. User-defined
+            words need this, because no sequence of merges produces them.
     """
     spec = proto.trainer_spec
     scored_pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    distinct_pieces = add_duplicate_suffixes([piece for piece, _ in scored_pieces], further_pieces)
+    distinct_pieces = add_duplicate_suffixes([piece for piece, _ in scored_pieces], extra_pieces)
     # a score of -inf prevents the use of a piece in encoding
     scored_pieces += [(piece, float("-inf")) for piece in distinct_pieces]
     if spec.model_type != spec.BPE:
@@ -144,19 +146,19 @@ def build_model(proto: Any, further_pieces: Sequence[str], *, ignore_merges: boo
     )
 
 
-def add_duplicate_suffixes(first_pieces: Sequence[str], further_pieces: Sequence[str]) -> list[str]:
+def add_duplicate_suffixes(first_pieces: Sequence[str], extra_pieces: Sequence[str]) -> list[str]:
     """Make the pieces of several languages distinct by appending `DUPLICATE_SUFFIX` to repeated pieces.
 
     Args:
         first_pieces: pieces of the first language, which are not changed.
-        further_pieces: pieces of the second and all further languages, in the order of their ids.
+        extra_pieces: pieces of the second and all further languages, in the order of their ids.
 
     Returns:
-        `further_pieces` with suffixes. A piece that occurs for the third time has two suffixes, and so on.
+        `extra_pieces` with suffixes. A piece that occurs for the third time has two suffixes, and so on.
     """
     previous_pieces = set(first_pieces)
     distinct_pieces = []
-    for piece in further_pieces:
+    for piece in extra_pieces:
         while piece in previous_pieces:
             piece += DUPLICATE_SUFFIX
         previous_pieces.add(piece)

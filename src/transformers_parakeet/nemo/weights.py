@@ -83,8 +83,8 @@ def compile_name_pattern(template: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-def from_nemo_name(nemo_name: str) -> str:
-    """Translate NeMo's name of a weight to our name.
+def convert_nemo_name(nemo_name: str) -> str:
+    """Convert the name of a weight in NeMo to the name in this package.
 
     Raises:
         NemoError: the weight is not part of a supported model.

@@ -73,9 +73,9 @@ def export_nemo(model: Any, processor: Any, path: str | Path) -> None:
     pieces = processor.tokenizer.convert_ids_to_tokens(range(num_labels))
     serialized_models = get_sentencepiece_models(processor.tokenizer, num_labels)
     settings = make_initial_settings(config)
-    tokenizer_files = put_tokenizer(settings, serialized_models)
-    put_pieces(settings, pieces, has_ctc_head(config))
-    put_fields(settings, config, feature_extractor)
+    tokenizer_files = add_tokenizer_settings(settings, serialized_models)
+    add_pieces(settings, pieces, has_ctc_head(config))
+    add_fields(settings, config, feature_extractor)
     files = {SETTINGS_FILE: dump_settings(settings), **tokenizer_files}
     write_archive(path, files, to_nemo_state_dict(model, feature_extractor, settings))
 
@@ -145,7 +145,7 @@ def make_initial_settings(config: Any) -> dict[str, Any]:
 
     If the checkpoint came from a `.nemo` file, these are the original settings, which `config.nemo_config` contains as
     YAML text. Otherwise they are default settings for the type of head. Sizes of 0 or -1 in the default settings are
-    placeholders, which `put_pieces` and `put_fields` replace.
+    placeholders, which `add_pieces` and `add_fields` replace.
 
     Args:
         config: model configuration.
@@ -174,7 +174,7 @@ def build_common_settings(encoder_config: Any) -> dict[str, Any]:
     """Build the default settings that CTC, RNN-T and TDT models have in common.
 
     Values that correspond to a field of the encoder configuration or of the feature extractor, such as `n_layers`, are
-    placeholders. `put_fields` replaces each value that differs from the field.
+    placeholders. `add_fields` replaces each value that differs from the field.
 
     Args:
         encoder_config: configuration of the encoder.
@@ -213,7 +213,7 @@ def build_common_settings(encoder_config: Any) -> dict[str, Any]:
 def build_transducer_settings(head_type: str, hidden_size: int) -> dict[str, Any]:
     """Build the default settings that a transducer has in addition to the common settings.
 
-    Sizes of 0 or -1 and the durations [0] are placeholders: `put_pieces` writes the vocabulary size, and `put_fields`
+    Sizes of 0 or -1 and the durations [0] are placeholders: `add_pieces` writes the vocabulary size, and `add_fields`
     writes the widths, the numbers of layers and the durations.
 
     Args:
@@ -254,7 +254,7 @@ def build_transducer_settings(head_type: str, hidden_size: int) -> dict[str, Any
     }  # fmt: skip
 
 
-def put_tokenizer(settings: dict[str, Any], serialized_models: list[bytes]) -> dict[str, bytes]:
+def add_tokenizer_settings(settings: dict[str, Any], serialized_models: list[bytes]) -> dict[str, bytes]:
     """Write the section `tokenizer` of the settings, and build the tokenizer files that it refers to.
 
     Args:
@@ -322,7 +322,7 @@ def choose_artifact_name(reference: str | None, serialized_model: bytes, key: st
     return f"{digest}_{TOKENIZER_FILE_NAMES[key]}"
 
 
-def put_pieces(settings: dict[str, Any], pieces: list[str], is_hybrid: bool) -> None:
+def add_pieces(settings: dict[str, Any], pieces: list[str], is_hybrid: bool) -> None:
     """Write the vocabulary and its size into all settings that contain them.
 
     Args:
@@ -346,7 +346,7 @@ def put_pieces(settings: dict[str, Any], pieces: list[str], is_hybrid: bool) -> 
             put_setting(settings, path, len(nemo_pieces))
 
 
-def put_fields(settings: dict[str, Any], config: Any, feature_extractor: Any) -> None:
+def add_fields(settings: dict[str, Any], config: Any, feature_extractor: Any) -> None:
     """Write the fields of the model configuration and of the feature extractor into the settings.
 
     A setting that already has the value of the field is not changed, so interpolations in the original file are kept.

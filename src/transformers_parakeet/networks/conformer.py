@@ -270,13 +270,14 @@ class ParakeetEncoderConvolutionModule(nn.Module):
             # pad the frame axis of (B, N, H) only
             hidden = F.pad(hidden, (0, 0, *self.asymmetric_padding))
         conv, norm = self.depthwise_conv, self.norm
-        # batch statistics are known only after the convolution, and modified modules must be called
+        # batch statistics are known only after the convolution; a module with hooks or its own `forward` must be called
         can_fold = not uses_batch_statistics and is_unmodified(conv, nn.Conv1d) and is_unmodified(norm, nn.BatchNorm1d)
         if can_fold:
             weight, bias = fold_batch_norm(conv, norm)
             hidden = apply_depthwise_conv(hidden, weight, bias, int(conv.padding[0]))
         else:
             hidden = self._apply_norm(self._convolve_over_time(hidden), is_recomputation)
+        # `norm` computed `hidden`
         return apply_pointwise_conv(self.pointwise_conv2, activate(self.activation, hidden, norm))
 
     def _convolve_over_time(self, hidden: Tensor) -> Tensor:
@@ -325,26 +326,26 @@ def fold_batch_norm(conv: nn.Conv1d, norm: Any) -> tuple[Tensor, Tensor]:
     return (weight.float() * scale[:, None, None]).to(weight.dtype), bias.to(weight.dtype)
 
 
-def activate(activation: nn.Module, hidden: Tensor, source: nn.Module) -> Tensor:
+def activate(activation: nn.Module, hidden: Tensor, previous_module: nn.Module) -> Tensor:
     """Compute `activation(hidden)`; overwrite `hidden` if this is safe.
 
-    An unmodified SiLU may overwrite its input if no hook of the previous module can have stored the input, and if no
-    gradients are computed, because autograd saves the input of SiLU.
+    Overwriting is safe only if both modules are unmodified (no hook can have stored the tensor) and gradients are
+    disabled (autograd saves the input of SiLU).
 
     Args:
         activation: activation module, such as a SiLU.
         hidden: input of the activation, of any shape.
-        source: module that computed `hidden`.
+        previous_module: module that computed `hidden`.
 
     Returns:
         Output of the activation, in the shape of `hidden`.
     """
-    # a module of another class may keep or share its output
-    source_class = type(source)
-    is_source_unmodified = source_class in (nn.Linear, nn.BatchNorm1d, nn.LayerNorm) and is_unmodified(
-        source, source_class
+    # a module of any other class may store its output, or return its input
+    previous_class = type(previous_module)
+    is_previous_unmodified = previous_class in (nn.Linear, nn.BatchNorm1d, nn.LayerNorm) and is_unmodified(
+        previous_module, previous_class
     )
-    if is_source_unmodified and is_unmodified(activation, SILU_CLASS) and not torch.is_grad_enabled():
+    if is_previous_unmodified and is_unmodified(activation, SILU_CLASS) and not torch.is_grad_enabled():
         return F.silu(hidden, inplace=True)
     activated: Tensor = activation(hidden)
     return activated

@@ -267,12 +267,12 @@ class Bfloat16Search:
         )
 
     def argmax(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Find the largest output of each row, with the same result as `full_argmax(hidden, weight, bias)`.
+        """Find the index of the largest output of the linear layer in each row, as `full_argmax` does.
 
         Args:
             hidden: (R, J) float32 batch of R rows.
-            weight: (V, J) float32 weight, from which the rounded copy was made.
-            bias: (V,) float32 bias, from which the rounded copy was made.
+            weight: (V, J) float32 weight of the layer. This object holds only a bfloat16 copy of it.
+            bias: (V,) float32 bias of the layer. This object holds only a bfloat16 copy of it.
 
         Returns:
             (R,) indices; the first index if several outputs are equal.

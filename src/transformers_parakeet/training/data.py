@@ -38,7 +38,7 @@ def load_speech(
             folder of audio with a `metadata.csv` or `metadata.jsonl`; or the name of a dataset on the Hub.
         split: name of the split to open; None for `default_split`. Data without splits, such as a manifest, is treated
             as the split `"train"`.
-        name: configuration name of a Hub dataset; None for the default configuration.
+        config_name: configuration name of a Hub dataset; None for the default configuration.
         streaming: whether to read the data during training instead of downloading it first.
         audio_column: column of the audio; None for the first of `AUDIO_COLUMNS` that the data has.
         text_column: column of the transcripts; None for the first of `TEXT_COLUMNS` that the data has.
@@ -59,19 +59,19 @@ def load_speech(
         if Path(source).suffix in MANIFEST_SUFFIXES and not streaming and find_spec("datasets") is None:
             request.check_single_split(source)
             return ClipRows(read_manifest(Path(source)))
-        dataset = open_path(source, request, name, streaming)
+        dataset = open_dataset(source, request, name, streaming)
     else:
         dataset = select_split(source, f"the {type(source).__name__}", request)
     return rename_columns(dataset, audio_column, text_column)
 
 
-def open_path(source: str | Path, split: SplitRequest, name: str | None, streaming: bool) -> Any:
+def open_dataset(source: str | Path, split: SplitRequest, config_name: str | None, streaming: bool) -> Any:
     """Open a manifest, a folder or a Hub dataset as a `datasets` dataset.
 
     Args:
         source: path of a manifest or folder, or name of a dataset on the Hub.
         split: the requested split.
-        name: configuration name of a Hub dataset; None for the default configuration.
+        config_name: configuration name of a Hub dataset; None for the default configuration.
         streaming: whether to return an `IterableDataset`; ignored for folders written by `save_to_disk`.
 
     Raises:
@@ -80,6 +80,7 @@ def open_path(source: str | Path, split: SplitRequest, name: str | None, streami
     datasets = import_optional("datasets", "this data")
     path = Path(source)
     if path.suffix in MANIFEST_SUFFIXES:
+        # a manifest has no splits
         split.check_single_split(path)
         rows = read_manifest(path)
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
@@ -87,7 +88,7 @@ def open_path(source: str | Path, split: SplitRequest, name: str | None, streami
     elif path.is_dir():
         rows = read_audio_folder(path, split)
     else:
-        return datasets.load_dataset(str(source), name, split=split.name, streaming=streaming)
+        return datasets.load_dataset(str(source), config_name, split=split.name, streaming=streaming)
     dataset = datasets.Dataset.from_list(rows)
     return dataset.to_iterable_dataset() if streaming else dataset
 

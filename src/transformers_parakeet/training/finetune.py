@@ -211,25 +211,26 @@ def create_trainer(options: FinetuneArguments, arguments: Any) -> ParakeetTraine
     )
 
 
-def run_finetuning(options: FinetuneArguments, arguments: Any) -> dict[str, float]:
+def run_finetuning(options: FinetuneArguments, training_arguments: Any) -> dict[str, float]:
     """Train a model, evaluate it, and save it to `output_dir` in a form that `pipeline` can load.
 
     Args:
         options: options of `parakeet finetune` for the model and the data.
-        arguments: the `TrainingArguments`. `resume_from_checkpoint="last"` resumes from the newest checkpoint in
-            `output_dir`.
+        training_arguments: the `TrainingArguments`. `resume_from_checkpoint="last"` resumes from the newest checkpoint
+            in `output_dir`.
 
     Returns:
-        The metrics of the final evaluation; without evaluation data, the metrics of the training.
+        The metrics of the final evaluation, or the training metrics if there is no evaluation data.
 
     Raises:
         ValueError: an option is not valid for the model or the data.
     """
-    set_seed(arguments.seed)
-    trainer = create_trainer(options, arguments)
-    checkpoint = arguments.resume_from_checkpoint
+    set_seed(training_arguments.seed)
+    trainer = create_trainer(options, training_arguments)
+    checkpoint = training_arguments.resume_from_checkpoint
+    # on the command line, `--resume_from_checkpoint True` is the text "True"
     if checkpoint in ("last", "True", "true"):
-        checkpoint = get_last_checkpoint(arguments.output_dir)
+        checkpoint = get_last_checkpoint(training_arguments.output_dir)
     metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
@@ -265,8 +266,8 @@ def finetune_main(arguments: Sequence[str] | None = None) -> None:
     """Run the program `parakeet finetune`.
 
     Args:
-        arguments: command-line arguments, or the path of a JSON or YAML file with options as the only argument; None
-            to use `sys.argv`.
+        arguments: command-line options, or a single path of a JSON or YAML file that contains the options; None to
+            read the options from `sys.argv`.
 
     Raises:
         ImportError: the package `accelerate` is not installed.

@@ -61,7 +61,7 @@ class NonFiniteGuard(TrainerCallback):
         self.saved_buffers: list[Tensor] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the running statistics of the batch-norm layers before the first batch of an update.
+        """Save the running statistics of the batch-norm layers, so that a skipped update can restore them.
 
         Args:
             args: the `TrainingArguments`.
