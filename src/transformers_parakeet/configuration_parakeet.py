@@ -232,9 +232,10 @@ def change_attention_context(config: Any, left: int, right: int, chunk: int | No
 
     Args:
         config: configuration of the encoder; changed in place.
-        left: number of frames before a frame or before its chunk; -1 for no limit.
-        right: number of frames after a frame or after its chunk; -1 for no limit.
-        chunk: number of frames in a chunk for the style `chunked_limited_with_rc`; `None` for the other styles.
+        left: left context in frames, counted from the frame or from its chunk; -1 for no limit.
+        right: right context in frames, counted from the frame or from its chunk; -1 for no limit.
+        chunk: number of frames in a chunk for the style `chunked_limited_with_rc`, -1 for no limit; `None` for
+            the other styles.
 
     Raises:
         ValueError: `config.attention_context_style` does not allow these numbers.

@@ -158,8 +158,8 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(
                 f"`sampling_rate` must be {self.sampling_rate} Hz, the rate of the model, but the audio has "
                 f"{sampling_rate} Hz: resample it with "
-                f"transformers_parakeet.load_audio(audio, sampling_rate={sampling_rate}), where `sampling_rate` is the "
-                "present rate of the audio"
+                f"transformers_parakeet.load_audio(audio, sampling_rate={sampling_rate}), in which "
+                "`sampling_rate` is the rate of `audio`"
             )
 
     def _pad_clips(

@@ -177,8 +177,8 @@ class ParakeetProcessor(ProcessorMixin):
     def batch_decode(self, sequences: Any, **kwargs: Any) -> list[str]:
         """Decode a batch of generated sequences to text.
 
-        Repeats are merged for CTC and kept for transducers. For a hybrid, the type `CTCTokens` of a tensor marks the
-        output of the CTC head; pass `group_tokens=True` if you convert the tensor to a list.
+        Repeats are merged for CTC and kept for transducers. In a hybrid model, CTC output is recognised by
+        its tensor type `CTCTokens`. A list loses this type, so pass `group_tokens=True` with a list to merge repeats.
 
         Args:
             sequences: (B, sequence length) token ids from `generate`.

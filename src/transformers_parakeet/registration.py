@@ -78,7 +78,7 @@ def _override_transformers_classes() -> None:
 
 
 def _replace_pipeline() -> None:
-    """Replace `transformers.pipeline` with a function that also loads `.nemo` files, and set the pipeline class.
+    """Replace `transformers.pipeline` with a function that also loads `.nemo` files.
 
     The task `automatic-speech-recognition` gets the class `ParakeetASRPipeline`.
     """

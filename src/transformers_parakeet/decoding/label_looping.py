@@ -374,7 +374,7 @@ class FrameScorer:
 
 
 def follow_blanks(durations: Sequence[int], num_offsets: int) -> list[int]:
-    """List the frame offsets that a clip visits while it emits only blanks.
+    """List the frame offsets that the decoder visits while it emits only blanks.
 
     A blank advances by its predicted duration, but by at least one frame: durations 2 1 0 1 and `num_offsets` 3 give
     the offsets 0, 2, 3.

@@ -322,13 +322,14 @@ def compute_joint_gradients(
     Args:
         joint: the joint network.
         posteriors: posteriors of the arcs that leave each valid node.
-        loss_grad: (B,) gradient with respect to the loss of each clip.
+        loss_grad: (B,) upstream gradient of the loss of each clip.
         cached_log_probs: (chunk_size, padded V) token log-probabilities of the first chunks; they are overwritten.
-        needs_gradient: whether each of the four tensors needs a gradient; further values are ignored.
+        needs_gradient: whether each of the four tensors needs a gradient. Only the first four values are used.
 
     Returns:
         Four gradients; None for a tensor that needs no gradient.
     """
+    # nodes whose gradient is not negligible
     active_nodes = find_active_nodes(joint.lattice, posteriors, loss_grad)
     scaled_posteriors = scale_posteriors(joint.lattice, posteriors, loss_grad)
     accumulator = GradientAccumulator(joint, scaled_posteriors, needs_gradient)

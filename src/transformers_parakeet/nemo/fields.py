@@ -122,12 +122,13 @@ def get_stochastic_depth_mode(encoder_config: Any) -> str:
 
 
 def list_contexts(value: Any, settings: Settings) -> list[list[int]]:
-    """Read `att_context_size` as a list of attention contexts, with the default context first.
+    """Read `att_context_size` as a list of attention contexts; the first one is the default.
 
     Args:
         value: one context [left, right] in encoder frames, a list of contexts, or None for unlimited attention.
         settings: resolved settings of the `.nemo` file.
     """
+    # NeMo ignores `att_context_size` in this style and starts with an unlimited context
     if find_setting(settings, "encoder.att_context_style") == "chunked_limited_with_rc":
         return [list(UNLIMITED_CHUNK_CONTEXT)]
     contexts = value or [[-1, -1]]

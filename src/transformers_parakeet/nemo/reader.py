@@ -198,7 +198,7 @@ def build_config(
     # the labels have the ids 0 to num_labels - 1, and the blank has the id num_labels
     num_labels = len(tokenizer) - 1
     # after `max_symbols_per_step` labels on one frame, decoding moves to the next frame; with `forced_blanks`, the
-    # output of `generate` contains this move as a blank, as in NeMo
+    # output of `generate` contains a blank for this move, as in NeMo
     return MODEL_CLASS_BY_HEAD_TYPE[head_type].config_class(
         vocab_size=len(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
@@ -230,7 +230,10 @@ def read_tokenizer(settings: Settings, read_artifact: Callable[[str], bytes], he
             check_section(language_section, f"tokenizer.langs.{language}", SECTIONS["tokenizer"])
         language_sections = list(languages.values())
     if not language_sections:
-        raise NemoError("`tokenizer.langs` must have at least one language, but it is empty: save the file again")
+        raise NemoError(
+            "`tokenizer.langs` must have at least one language, but it is empty: export the model from "
+            "NeMo again, with its tokenizers"
+        )
     serialized_models = [read_artifact(language_section["model_path"]) for language_section in language_sections]
     return build_tokenizer(serialized_models, head_type)
 

@@ -113,11 +113,12 @@ def to_nemo_name(name: str, *, is_transducer: bool, has_joint_dropout: bool) -> 
     Raises:
         NemoError: NeMo has no corresponding weight.
     """
-    ctc, head = "ctc_" if is_transducer else "", "2" if has_joint_dropout else "1"
+    ctc_prefix = "ctc_" if is_transducer else ""
+    output_layer_index = "2" if has_joint_dropout else "1"
     for nemo_template, template in NAME_TEMPLATES:
         match = compile_name_pattern(template).fullmatch(name)
         if match:
-            return nemo_template.format(**match.groupdict(), ctc=ctc, head=head)
+            return nemo_template.format(**match.groupdict(), ctc=ctc_prefix, head=output_layer_index)
     raise NemoError(f"NeMo has no weight for {name!r}: merge adapters (PEFT: `merge_and_unload()`) first")
 
 

@@ -93,7 +93,7 @@ def check_config(config: Any) -> None:
     """
     head_type, blank_id = get_head_type(config), get_blank_id(config)
     if head_type not in ("ctc", "rnnt", "tdt"):
-        raise NemoError(f"the model must have a CTC, RNN-T or TDT head, got {config.model_type!r}: export such a model")
+        raise NemoError(f"only models with a CTC, RNN-T or TDT head can be exported, got {config.model_type!r}")
     if blank_id != config.vocab_size - 1:
         raise NemoError(
             f"the blank must be the last token in NeMo, with the id {config.vocab_size - 1}, got the id {blank_id}"

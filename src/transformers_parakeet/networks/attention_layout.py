@@ -85,7 +85,9 @@ class BlockLayout:
         return padded.unflatten(1, (-1, self.block_size)).flatten(0, 1)
 
     def split_keys(self, keys: Tensor) -> Tensor:
-        """Copy the keys that each block reads; keys before the first and after the last frame are zeros.
+        """Gather the keys that the queries of each block attend to; a single block is returned unchanged.
+
+        Keys before the first and after the last frame are zeros.
 
         Args:
             keys: (B, N, ...) one key per frame.
@@ -101,7 +103,7 @@ class BlockLayout:
         return overlapping.movedim(-1, 2).flatten(0, 1)
 
     def join_blocks(self, blocks: Tensor) -> Tensor:
-        """Undo `split_queries`: concatenate the blocks of each clip and remove the frames that filled the last block.
+        """Undo `split_queries`: concatenate the blocks of each clip and remove the padding frames of the last block.
 
         Args:
             blocks: (B * num_blocks, c, ...) blocks of c frames.

@@ -149,11 +149,11 @@ def add_gate_products(gates: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
 
     The product is computed as a batch of four products, one per gate, because the BLAS library distributes a batch over
     all threads. With a small batch the product is memory-bandwidth-bound: reading the weight takes most of the time.
-    For very few float32 rows, the weight is read fastest as the left factor.
+    For very few float32 rows, it is fastest to make the weight the left operand.
 
     Args:
-        gates: (4, R, P) gates before their activation, for R rows and P LSTM cells; (4, 1, P) if they are equal for all
-            rows.
+        gates: (4, R, P) inputs of the gate activations, for R rows and P, the hidden size of the LSTM; (4, 1, P) if
+            they are equal for all rows.
         hidden: (R, P) input of the product.
         weight: (4 * P, P) weights of the four gates, in PyTorch's order.
 

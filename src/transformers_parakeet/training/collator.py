@@ -260,7 +260,7 @@ class SpeechCollator:
             has_ctc_loss = self.processor._decoder_type == "ctc"
         if not has_ctc_loss or example.labels is None:
             return
-        required_frames = count_ctc_frames(example.labels)
+        required_frames = count_required_ctc_frames(example.labels)
         encoder_frames = -(-len(example.features) // SUBSAMPLING_FACTOR)
         if required_frames > encoder_frames:
             num_too_long = increment(self.counts.transcripts_too_long)
@@ -296,7 +296,7 @@ def get_transcript(row: Mapping[str, Any], position: int) -> str | None:
     return transcript
 
 
-def count_ctc_frames(labels: Tensor) -> int:
+def count_required_ctc_frames(labels: Tensor) -> int:
     """Return the minimum number of frames that a CTC alignment of the labels needs.
 
     CTC needs one frame per label, and one frame for the blank between two equal neighbouring labels.

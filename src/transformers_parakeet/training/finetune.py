@@ -243,8 +243,8 @@ def save_model(trainer: Any, merge_adapters: bool) -> None:
 
     Args:
         trainer: the `ParakeetTrainer` after training.
-        merge_adapters: whether the model is a `PeftModel`. If True, the adapters are saved in the subfolder `adapter`,
-            and the model with merged adapters is saved in `output_dir`.
+        merge_adapters: whether to merge the adapters; requires a `PeftModel`. If True, the adapters are saved
+            in the subfolder `adapter`, and the model with merged adapters is saved in `output_dir`.
     """
     arguments = trainer.args
     output_dir = Path(arguments.output_dir)

@@ -220,7 +220,7 @@ def extract_tokens(output: Any, config: Any) -> Tensor:
 
     Args:
         output: (B, L) token ids, or an output object with the attribute `sequences` (B, L). If the object has
-            `durations`, L counts the decoding steps of a transducer; otherwise L counts the frames of a CTC head.
+            `durations`, L is the number of decoding steps (transducer); otherwise it is the number of CTC frames.
         config: configuration of the model.
 
     Returns:

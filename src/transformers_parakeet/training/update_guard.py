@@ -86,7 +86,7 @@ class NonFiniteGuard(TrainerCallback):
         model = kwargs["model"]
         if args.fp16:
             # in fp16 the `GradScaler` itself skips updates with non-finite gradients, also routinely to calibrate the
-            # loss scale; the statistics are restored only if they are not finite either
+            # loss scale; the statistics are restored only if they are non-finite themselves
             if not all(buffer.isfinite().all() for buffer in iterate_batch_norm_buffers(model)):
                 self.restore_batch_norm_buffers(model)
             return
