@@ -111,7 +111,10 @@ def check_without_extras(python, folder):
     printed = run(python, "-W", "ignore", "-c", code, folder=folder)
     if "text: one two three" not in printed:
         raise SystemExit("the wheel without extras must transcribe the demo clip")
-    printed = run(python.with_name("parakeet"), "demo", folder=folder, status=1)
+    # other packages may install typer and rich, but not jiwer: then the demo runs and computes no error rate
+    installed = run(python, "-c", "import importlib.util as u; print(u.find_spec('typer') is not None)", folder=folder)
+    status = 0 if "True" in installed else 1
+    printed = run(python.with_name("parakeet"), "demo", folder=folder, status=status)
     if "extra `cli`" not in printed:
         raise SystemExit("the command without its packages must name the extra `cli`")
 
