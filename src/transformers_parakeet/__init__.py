@@ -3,7 +3,6 @@
 Importing this package registers its classes with transformers, so that the Auto classes and `pipeline` use them.
 """
 
-from pathlib import Path
 from typing import Any
 
 from .audio import AudioError, load_audio
@@ -21,7 +20,7 @@ from .modeling_parakeet import (
     ParakeetForTDT,
     ParakeetPreTrainedModel,
 )
-from .nemo import NemoError, export_nemo, load_nemo
+from .nemo import NemoError, demo_model_path, export_nemo, load_nemo
 from .pipeline_parakeet import ParakeetASRPipeline
 from .processing_parakeet import ParakeetProcessor
 from .registration import register
@@ -30,11 +29,6 @@ from .tokenization_parakeet import ParakeetTokenizer
 __version__ = "0.1.0"
 
 register()
-
-
-def demo_model_path() -> Path:
-    """Return the folder of the bundled demo model, which recognises spoken English digits."""
-    return Path(__file__).parent / "demo_model"
 
 
 def __getattr__(name: str) -> Any:

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from transformers.utils import logging
 
-from .. import ParakeetASRPipeline, demo_model_path, load_nemo
-from ..nemo import convert_checkpoint
+from ..nemo import convert_checkpoint, demo_model_path, load_nemo
+from ..pipeline_parakeet import ParakeetASRPipeline
 
 logger = logging.get_logger(__name__)
 

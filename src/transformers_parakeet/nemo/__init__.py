@@ -2,6 +2,7 @@
 
 from .archive import NemoError
 from .convert import convert_checkpoint
+from .hub import demo_model_path
 from .pipeline import add_nemo_support
 from .reader import load_nemo
 from .sentencepiece import build_tokenizer, get_sentencepiece_models, parse_sentencepiece
@@ -12,6 +13,7 @@ __all__ = [
     "add_nemo_support",
     "build_tokenizer",
     "convert_checkpoint",
+    "demo_model_path",
     "export_nemo",
     "get_sentencepiece_models",
     "load_nemo",

@@ -25,6 +25,11 @@ HUB_TIMEOUT_S = 10.0
 REQUEST_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 
 
+def demo_model_path() -> Path:
+    """Return the folder of the bundled demo model, which recognises spoken English digits."""
+    return Path(__file__).parents[1] / "demo_model"
+
+
 def find_checkpoint(path: str | Path, **hub: Any) -> Path:
     """Locate a checkpoint, and download the `.nemo` file of a Hub repository if necessary.
 
