@@ -132,7 +132,7 @@ def test_conversions_without_a_valid_source_or_target_are_refused(tmp_path):
     convert_checkpoint(GOLDEN / "ctc" / "model.nemo", folder)
     for source, target, words in (
         (GOLDEN / "ctc" / "model.nemo", folder, "exists: give an empty folder"),
-        (folder, tmp_path / "other", "already in the format of transformers"),
+        (folder, tmp_path / "other", "already a transformers checkpoint"),
         (GOLDEN / "ctc" / "model.nemo", tmp_path / "x.nemo", "is already a .nemo file"),
     ):
         result = run("convert", source, target)

@@ -83,7 +83,7 @@ def test_the_random_settings_cover_the_sections():
         ({"target": "nemo.x.EncDecHybridRNNTCTCBPEModelWithPrompt"}, "takes a prompt"),
         ({"target": "nemo.x.EncDecMultiTalkerRNNTBPEModel"}, "multi-talker"),
         ({"target": "nemo.x.EncDecMultiTaskModel"}, "multitask model such as Canary"),
-        ({"target": "nemo.x.EncDecCTCModel"}, "characters without a tokenizer"),
+        ({"target": "nemo.x.EncDecCTCModel"}, "character model without a tokenizer"),
         ({"target": "nemo.x.SomethingElse"}, "must be EncDecCTCModelBPE or"),
         ({"num_prompts": 128}, "takes a prompt"),
         ({"spk_kernel_type": "ff"}, "multi-talker"),

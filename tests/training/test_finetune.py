@@ -185,7 +185,7 @@ def test_a_model_of_another_type_is_refused(tmp_path):
     (tmp_path / "model.safetensors").touch()
     result = finetune(tmp_path / "out", model=tmp_path)
     assert result.exit_code == 1
-    assert "must contain a Parakeet model with a head, its model type is 'whisper'" in result.stderr
+    assert "must contain a Parakeet model with a head, but the model type is 'whisper'" in result.stderr
 
 
 def test_added_tokens_leave_the_rows_of_existing_tokens_unchanged(golden, tmp_path):
