@@ -9,6 +9,7 @@ ROOT = TESTS.parent
 SOURCE = ROOT / "src"
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 KERNEL_PACKAGE = "transformers_parakeet.losses.transducer_kernel"
+DATA_PACKAGES = {"transformers_parakeet.demo_model", "transformers_parakeet.demo_model.clips"}
 
 
 def read_list(name):
@@ -24,7 +25,8 @@ def read_extra(name):
 
 def test_every_package_is_installed():
     folders = {path.parent.relative_to(SOURCE) for path in SOURCE.rglob("__init__.py")}
-    assert {*(".".join(folder.parts) for folder in folders), KERNEL_PACKAGE} == set(read_list("packages"))
+    packages = {".".join(folder.parts) for folder in folders}
+    assert packages | DATA_PACKAGES | {KERNEL_PACKAGE} == set(read_list("packages"))
 
 
 def test_the_kernel_is_mapped_to_its_only_source():
