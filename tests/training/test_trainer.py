@@ -13,8 +13,7 @@ from training_helpers import (
 )
 from transformers import pipeline
 
-import transformers_parakeet as tp
-from transformers_parakeet.generation_parakeet import ParakeetCTCGenerateOutput, ParakeetRNNTGenerateOutput
+from transformers_parakeet.decoding.hypotheses import ClipSteps, collapse_ctc, collect_hypotheses
 from transformers_parakeet.training import ErrorRates, ParakeetTrainer, SpeechCollator, error_rates
 from transformers_parakeet.training.trainer import extract_tokens
 
@@ -158,17 +157,19 @@ def test_metrics_get_the_tokens_of_the_pipeline(head, decoder, tmp_path):
 
 
 def test_tokens_of_ctc_frames_have_no_blanks_and_no_repetitions():
-    config = tp.ParakeetCTCConfig(vocab_size=5, pad_token_id=4)
     frames = torch.tensor([[4, 1, 1, 4, 1, 2], [4, 4, 4, 4, 4, 4]])
     expected = [[1, 1, 2], [-100] * 3]
-    assert extract_tokens(frames, config).tolist() == expected
-    assert extract_tokens(ParakeetCTCGenerateOutput(sequences=frames), config).tolist() == expected
+    assert extract_tokens(collapse_ctc(frames, blank_id=4)).tolist() == expected
+    # a batch of silence has one column
+    assert extract_tokens(collapse_ctc(frames[1:], blank_id=4)).tolist() == [[-100]]
 
 
 def test_tokens_of_transducer_steps_have_no_blanks_and_keep_repetitions():
-    config = tp.ParakeetRNNTConfig(vocab_size=5, pad_token_id=0, blank_token_id=4)
-    steps = ParakeetRNNTGenerateOutput(sequences=torch.tensor([[4, 1, 1, 4, 2, 0]]), durations=torch.zeros(1, 6))
-    assert extract_tokens(steps, config).tolist() == [[1, 1, 2]]
+    steps = ClipSteps()
+    for frame, token in enumerate([1, 1, 4, 2]):
+        steps.append(token, frame, 1, is_forced_advance=False)
+    hypotheses = collect_hypotheses([steps, ClipSteps()], 4, 0, torch.device("cpu"), False, False)
+    assert extract_tokens(hypotheses).tolist() == [[1, 1, 2], [-100] * 3]
 
 
 @pytest.mark.parametrize("head", ["ctc", "hybrid"])

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from ..configuration_parakeet import get_blank_id
-from ..losses import compact_labels
+from ..decoding import Hypotheses
 from .adapters import freeze_batch_norm_statistics
 from .batching import DurationBatchSampler
 from .clips import get_durations
@@ -169,9 +168,9 @@ class ParakeetTrainer(Trainer):
                 output = unwrapped_model.generate(
                     input_features=inputs["input_features"],
                     attention_mask=inputs.get("attention_mask"),
-                    **self.generate_kwargs,
+                    **{**self.generate_kwargs, "return_dict_in_generate": True},
                 )
-        return loss, extract_tokens(output, unwrapped_model.config), labels
+        return loss, extract_tokens(output.hypotheses), labels
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log values, together with the nonzero counts of data problems and of skipped updates.
@@ -215,28 +214,17 @@ def prepare_arguments(arguments: Any) -> Any:
     return arguments
 
 
-def extract_tokens(output: Any, config: Any) -> Tensor:
-    """Extract the recognised token ids from the output of `generate`.
+def extract_tokens(hypotheses: Hypotheses) -> Tensor:
+    """Extract the recognised token ids of a batch in the form of padded labels.
 
     Args:
-        output: (B, L) token ids, or an output object with the attribute `sequences` (B, L). If the object has
-            `durations`, L is the number of decoding steps (transducer); otherwise it is the number of CTC frames.
-        config: configuration of the model.
+        hypotheses: hypotheses of a batch, as `generate` returns them in the field `hypotheses`.
 
     Returns:
-        (B, U) token ids without blanks and CTC repetitions, padded with -100; U is at least 1.
+        (B, U) token ids padded with -100; U is at least 1.
     """
-    sequences = output if isinstance(output, Tensor) else output.sequences
-    is_token = sequences != get_blank_id(config)
-    if getattr(output, "durations", None) is None:
-        # CTC: drop frames that repeat the token of the previous frame
-        is_token[:, 1:] &= sequences[:, 1:] != sequences[:, :-1]
-    else:
-        # transducer: finished rows are padded with the pad token
-        is_token &= sequences != config.pad_token_id
-    tokens, token_lengths = compact_labels(sequences, is_token)
-    tokens = tokens[:, : max(1, int(token_lengths.max()))]
-    is_padding = torch.arange(tokens.shape[1], device=tokens.device) >= token_lengths[:, None]
+    tokens = hypotheses.tokens[:, : max(1, int(hypotheses.lengths.max()))]
+    is_padding = torch.arange(tokens.shape[1], device=tokens.device) >= hypotheses.lengths[:, None]
     return tokens.masked_fill(is_padding, IGNORED_LABEL)
 
 
