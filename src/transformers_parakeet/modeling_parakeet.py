@@ -99,12 +99,21 @@ class ParakeetPreTrainedModel(PreTrainedModel):
             left: number of frames before a frame (with chunks, before the chunk of the frame); -1 for no limit.
             right: number of frames after a frame; -1 for no limit. With the style `chunked_limited`, chunks have
                 `right + 1` frames. With `chunked_limited_with_rc`, `right` counts the frames after the chunk.
-            chunk: number of frames in a chunk for the style `chunked_limited_with_rc`; `None` for the other styles.
+            chunk: number of frames in a chunk for the style `chunked_limited_with_rc`, -1 for no limit; `None` for the
+                other styles.
 
         Raises:
             ValueError: the context style of the model does not allow these numbers.
         """
         change_attention_context(self._encoder_config, left, right, chunk)
+
+    def ctc_logits(self, hidden: Tensor) -> Tensor:
+        """Compute the (B, N, V) logits of the CTC head, which CTC models and hybrid models have.
+
+        Args:
+            hidden: (B, N, H) encoder frames.
+        """
+        return apply_pointwise_conv(self.ctc_head, hidden)
 
     def _augment(self, features: Any, attention_mask: Tensor | None) -> Any:
         """Apply SpecAugment in training mode, if `config.spec_augment` is set.
@@ -226,10 +235,6 @@ class ParakeetForCTC(ParakeetPreTrainedModel, ParakeetCTCGenerationMixin):
         self.ctc_head = nn.Conv1d(config.encoder_config.hidden_size, config.vocab_size, kernel_size=1)
         self.post_init()
 
-    def ctc_logits(self, hidden: Tensor) -> Tensor:
-        """Compute the (B, N, V) logits of the CTC head from (B, N, H) encoder frames."""
-        return apply_pointwise_conv(self.ctc_head, hidden)
-
     @can_return_tuple
     def forward(
         self,
@@ -293,10 +298,6 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
     def _num_joint_outputs(self) -> int:
         """Number of outputs of the joint network: one per token."""
         return self.config.vocab_size
-
-    def ctc_logits(self, hidden: Tensor) -> Tensor:
-        """Compute the (B, N, V) logits of the CTC head of a hybrid model from (B, N, H) encoder frames."""
-        return apply_pointwise_conv(self.ctc_head, hidden)
 
     @can_return_tuple
     def get_audio_features(
