@@ -179,6 +179,31 @@ def test_git_holds_no_link_and_no_build_output():
     assert [path for *_, path in rows if outputs.search(path)] == []
 
 
+def is_subcommand(function):
+    """Return whether a function is a subcommand of `parakeet`, whose options have help texts instead of `Args`."""
+    return any(ast.unparse(decorator).startswith("app.command") for decorator in function.decorator_list)
+
+
+def find_public_functions(tree):
+    """Yield the functions of a module and the methods of its classes whose names have no underscore at the start."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield from find_public_functions(node)
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and not is_subcommand(node):
+            yield node
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_every_public_function_documents_its_arguments(module):
+    undocumented = []
+    for function in find_public_functions(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        has_arguments = bool({argument.arg for argument in arguments} - {"self", "cls"})
+        if has_arguments and "Args:" not in (ast.get_docstring(function) or ""):
+            undocumented.append(function.name)
+    assert undocumented == []
+
+
 def test_the_version_is_the_same_everywhere():
     declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert declared.group(1) == tp.__version__

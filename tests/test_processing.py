@@ -90,10 +90,10 @@ def test_the_space_before_punctuation_is_removed():
 
 
 def test_unknown_levels_are_refused():
-    from transformers_parakeet.timestamps import Emissions
+    from transformers_parakeet.timestamps import EmittedTokens
 
     with pytest.raises(ValueError, match="char, word, segment"):
-        processor("ctc").chunks(Emissions([], [], []), "phone")
+        processor("ctc").chunks(EmittedTokens([], [], []), "phone")
 
 
 def test_character_offsets_for_stock_tools():

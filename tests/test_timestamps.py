@@ -11,13 +11,13 @@ import torch
 from transformers_parakeet import ParakeetFeatureExtractor, ParakeetProcessor, load_nemo
 from transformers_parakeet.decoding import collapse_ctc
 from transformers_parakeet.nemo.sentencepiece import build_tokenizer
-from transformers_parakeet.processing_parakeet import to_emissions
+from transformers_parakeet.processing_parakeet import to_emitted_tokens
 from transformers_parakeet.timestamps import (
     AGGREGATIONS,
-    Emissions,
+    EmittedTokens,
     Span,
     aggregate_confidence,
-    collect_emissions,
+    collect_emitted_tokens,
     compute_token_spans,
     find_supported_punctuation,
     group_into_segments,
@@ -51,13 +51,13 @@ def processor(name: str, kind: str) -> ParakeetProcessor:
     return ParakeetProcessor(ParakeetFeatureExtractor(), tokenizer(name, kind), decoder_type=kind)
 
 
-def emissions_of(case: dict[str, Any]) -> Emissions:
+def emissions_of(case: dict[str, Any]) -> EmittedTokens:
     """Return the tokens of a golden case."""
     if case["kind"] == "ctc":
         # the blank is the last token of the vocabulary
         blank_id = 128 if case["tokenizer"] == "trained" else 8192
-        return to_emissions(collapse_ctc(torch.tensor([case["raw_argmax"]]), blank_id))
-    return Emissions(case["ids"], case["frames"], case.get("durations") or [0] * len(case["ids"]))
+        return to_emitted_tokens(collapse_ctc(torch.tensor([case["raw_argmax"]]), blank_id))
+    return EmittedTokens(case["ids"], case["frames"], case.get("durations") or [0] * len(case["ids"]))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -87,23 +87,23 @@ def test_the_real_vocabulary_has_the_punctuation_of_nemo():
 
 def test_unknown_levels_are_refused():
     with pytest.raises(ValueError, match="must be one of char, word, segment, got 'sentence'"):
-        processor("trained", "ctc").chunks(Emissions([1], [0], [1]), "sentence")
+        processor("trained", "ctc").chunks(EmittedTokens([1], [0], [1]), "sentence")
 
 
 def test_ctc_emissions_are_runs_of_tokens_with_their_smallest_confidence():
     ids = [9, 4, 4, 9, 4, 5, 5, 5, 9]
     confidence = [0.0, 0.875, 0.75, 0.125, 0.5, 0.375, 0.25, 0.625, 0.0]
 
-    def emissions(ids: list[int], confidence: list[float] | None = None) -> Emissions:
+    def emissions(ids: list[int], confidence: list[float] | None = None) -> EmittedTokens:
         frame_confidence = None if confidence is None else torch.tensor([confidence])
-        return to_emissions(collapse_ctc(torch.tensor([ids], dtype=torch.long), 9, frame_confidence))
+        return to_emitted_tokens(collapse_ctc(torch.tensor([ids], dtype=torch.long), 9, frame_confidence))
 
-    assert emissions(ids, confidence) == Emissions([4, 4, 5], [1, 4, 5], [2, 1, 3], [0.75, 0.5, 0.25])
+    assert emissions(ids, confidence) == EmittedTokens([4, 4, 5], [1, 4, 5], [2, 1, 3], [0.75, 0.5, 0.25])
     assert emissions(ids).confidence is None
-    assert emissions([9, 9], [0.5, 0.5]) == Emissions([], [], [], [])
-    assert emissions([]) == Emissions([], [], [])
+    assert emissions([9, 9], [0.5, 0.5]) == EmittedTokens([], [], [], [])
+    assert emissions([]) == EmittedTokens([], [], [])
     # one token on all frames
-    assert emissions([3, 3]) == Emissions([3], [0], [2])
+    assert emissions([3, 3]) == EmittedTokens([3], [0], [2])
 
 
 def test_ctc_runs_keep_blanks():
@@ -114,14 +114,14 @@ def test_ctc_runs_keep_blanks():
 def test_the_frame_of_a_transducer_step_is_the_sum_of_earlier_durations():
     # start, label that stays, label that advances, blank, label, then padding
     ids, durations = [9, 4, 5, 9, 4, 2, 2], [0, 0, 3, 1, 2, 0, 0]
-    assert collect_emissions(ids, durations, {9, 2}) == Emissions([4, 5, 4], [0, 0, 4], [0, 3, 2])
-    assert collect_emissions(ids, durations, {9, 2}).confidence is None
-    assert collect_emissions([], [], {9}) == Emissions([], [], [])
+    assert collect_emitted_tokens(ids, durations, {9, 2}) == EmittedTokens([4, 5, 4], [0, 0, 4], [0, 3, 2])
+    assert collect_emitted_tokens(ids, durations, {9, 2}).confidence is None
+    assert collect_emitted_tokens([], [], {9}) == EmittedTokens([], [], [])
 
 
 def test_every_transducer_step_needs_a_duration():
     with pytest.raises(ValueError, match="zip"):
-        collect_emissions([1, 2], [1], {9})
+        collect_emitted_tokens([1, 2], [1], {9})
 
 
 def test_word_starts_and_special_tokens_have_no_supported_punctuation():
@@ -139,7 +139,7 @@ def test_is_special(piece: str, special: bool):
     assert is_special_token(piece) is special
 
 
-LETTERS = Emissions([7, 8, 9], [2, 5, 6], [1, 0, 4], [0.5, 0.25, 0.75])
+LETTERS = EmittedTokens([7, 8, 9], [2, 5, 6], [1, 0, 4], [0.5, 0.25, 0.75])
 
 
 def test_times_of_tokens_by_hand():
@@ -154,9 +154,9 @@ def test_times_of_tokens_by_hand():
 
 
 def test_punctuation_at_the_start_of_a_clip_keeps_its_time():
-    first = Emissions([8], [3], [2])
+    first = EmittedTokens([8], [3], [2])
     assert compute_token_spans("tdt", first, ["?"], {"?"}) == [Span("?", 3, 5)]
-    assert compute_token_spans("ctc", Emissions([8], [0], [2]), ["?"], {"?"}) == [Span("?", 0, 0)]
+    assert compute_token_spans("ctc", EmittedTokens([8], [0], [2]), ["?"], {"?"}) == [Span("?", 0, 0)]
 
 
 def test_words_start_with_pieces_that_differ_from_their_text():

@@ -80,6 +80,9 @@ class _SampleBuffer:
     def append(self, block: FloatArray) -> None:
         """Append a block of (S,) mono samples.
 
+        Args:
+            block: (S,) mono samples.
+
         Raises:
             _TooManySamplesError: The total number of samples exceeds `MAX_SAMPLES`.
         """

@@ -458,12 +458,20 @@ class ParakeetTDTConfig(ParakeetRNNTConfig):
 
 
 def get_head_type(config: Any) -> str:
-    """Return the head type of a Parakeet configuration: `"ctc"`, `"rnnt"` or `"tdt"`."""
+    """Return the head type of a Parakeet configuration: `"ctc"`, `"rnnt"` or `"tdt"`.
+
+    Args:
+        config: configuration of a model with a head.
+    """
     return str(config.model_type).removeprefix("parakeet_")
 
 
 def get_blank_id(config: Any) -> int:
-    """Return the id of the blank token, which a CTC configuration stores as `pad_token_id`."""
+    """Return the id of the blank token, which a CTC configuration stores as `pad_token_id`.
+
+    Args:
+        config: configuration of a model with a head.
+    """
     return int(config.pad_token_id if get_head_type(config) == "ctc" else config.blank_token_id)
 
 

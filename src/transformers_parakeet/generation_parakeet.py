@@ -346,8 +346,10 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         check_logits_processors(logits_processor, self.config.vocab_size)
         encoder_outputs = model_kwargs["encoder_outputs"]
         criteria = [criterion for criterion in stopping_criteria if not isinstance(criterion, MaxLengthCriteria)]
-        is_observed = bool(criteria) or streamer is not None
-        options = self._build_decoding_options(generation_config, model_kwargs.get("output_confidence"), is_observed)
+        needs_every_step = bool(criteria) or streamer is not None
+        options = self._build_decoding_options(
+            generation_config, model_kwargs.get("output_confidence"), needs_every_step
+        )
         hypotheses = greedy_decode_transducer(
             # encoder states after the projection to the joint width
             encoder_outputs.pooler_output,
@@ -357,7 +359,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             options=options,
             pad_id=self.config.pad_token_id,
             shortcuts=Shortcuts(*self.joint.build_argmax_functions(options.vocab_size)),
-            on_step=StepObserver(input_ids, self.config.pad_token_id, criteria, streamer) if is_observed else None,
+            on_step=StepObserver(input_ids, self.config.pad_token_id, criteria, streamer) if needs_every_step else None,
         )
         if streamer is not None:
             streamer.end()
@@ -366,14 +368,14 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         )
 
     def _build_decoding_options(
-        self, generation_config: Any, output_confidence: bool | str | None, is_observed: bool
+        self, generation_config: Any, output_confidence: bool | str | None, needs_every_step: bool
     ) -> TransducerOptions:
         """Build the settings of the search from the model config and the arguments of `generate`.
 
         Args:
             generation_config: the generation config of this call.
             output_confidence: `True` for `"max_prob"`, the name of a method, or `False` or `None` for no confidence.
-            is_observed: whether a streamer or stopping criterion must receive every step before the next step.
+            needs_every_step: whether a streamer or stopping criterion must receive every step before the next step.
         """
         config = self.config
         return TransducerOptions(
@@ -383,8 +385,8 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             max_symbols=config.max_symbols_per_step,
             # `max_length` includes the start token
             max_steps=None if generation_config.max_length >= UNLIMITED_LENGTH else generation_config.max_length - 1,
-            # 1: one step at a time; 0: the search chooses
-            lookahead=1 if is_observed else 0,
+            # 1: the search takes one step at a time; 0: it chooses how many frames one call scores
+            lookahead=1 if needs_every_step else 0,
             confidence=get_confidence_method(output_confidence),
             keep_logits=bool(generation_config.output_logits or generation_config.output_scores),
         )

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .audio import load_audio
 from .configuration_parakeet import get_head_type
 from .long_audio import Window, cut_windows, merge_windows
-from .processing_parakeet import HEAD_TYPES, TIMESTAMP_LEVELS, ParakeetProcessor, to_emissions
+from .processing_parakeet import HEAD_TYPES, TIMESTAMP_LEVELS, ParakeetProcessor, to_emitted_tokens
 from .timestamps import DEFAULT_AGGREGATION
 
 logger = logging.get_logger(__name__)
@@ -204,11 +204,11 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
         config = self.model.config
         windows: list[Window] = [output["window"] for output in model_outputs]
         hypotheses = [output["hypotheses"] for output in model_outputs]
-        emissions = to_emissions(merge_windows(hypotheses, windows, config.inputs_to_logits_ratio))
-        result: dict[str, Any] = {"text": self.processor.to_text(emissions)}
+        emitted_tokens = to_emitted_tokens(merge_windows(hypotheses, windows, config.inputs_to_logits_ratio))
+        result: dict[str, Any] = {"text": self.processor.to_text(emitted_tokens)}
         if return_timestamps:
             result["chunks"] = self.processor.chunks(
-                emissions,
+                emitted_tokens,
                 return_timestamps,
                 head_type or get_head_type(config),
                 config.inputs_to_logits_ratio / self.processor.feature_extractor.sampling_rate,
@@ -216,8 +216,8 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
                 config.segment_gap_threshold,
                 confidence_aggregation,
             )
-        elif emissions.confidence is not None:
-            result["confidence"] = self.processor.overall_confidence(emissions, confidence_aggregation)
+        elif emitted_tokens.confidence is not None:
+            result["confidence"] = self.processor.overall_confidence(emitted_tokens, confidence_aggregation)
         metadata_keys = model_outputs[0].keys() - WINDOW_KEYS
         for key in metadata_keys:
             result[key] = [output[key] for output in model_outputs]

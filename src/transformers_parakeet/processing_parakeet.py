@@ -18,10 +18,10 @@ from .configuration_parakeet import get_head_type
 from .decoding import Hypotheses
 from .timestamps import (
     DEFAULT_AGGREGATION,
-    Emissions,
+    EmittedTokens,
     Span,
     aggregate_confidence,
-    collect_emissions,
+    collect_emitted_tokens,
     compute_token_spans,
     find_supported_punctuation,
     group_into_segments,
@@ -254,30 +254,30 @@ class ParakeetProcessor(ProcessorMixin):
             `{"token", "start", "end"}` in seconds for every token with text.
         """
         ignored_ids = {self.tokenizer.pad_token_id, self.blank_token_id}
-        emissions = collect_emissions(step_tokens, durations, ignored_ids)
+        emitted_tokens = collect_emitted_tokens(step_tokens, durations, ignored_ids)
         # only transducers have durations: treat the steps as TDT if the processor belongs to a CTC model
         head_type = "tdt" if self._decoder_type == "ctc" else self._decoder_type
         times = []
-        for chunk in self.chunks(emissions, "char", head_type):
+        for chunk in self.chunks(emitted_tokens, "char", head_type):
             if chunk["text"]:
                 start, end = chunk["timestamp"]
                 times.append({"token": chunk["text"], "start": start, "end": end})
         return times
 
-    def to_text(self, emissions: Emissions) -> str:
+    def to_text(self, emitted_tokens: EmittedTokens) -> str:
         """Convert the tokens of a clip to text as NeMo does, without a space before punctuation.
 
         Args:
-            emissions: the tokens of the clip.
+            emitted_tokens: the tokens of the clip.
 
         Returns:
             The text of the clip.
         """
-        return self._join_punctuation(self._ids_to_text(emissions.tokens))
+        return self._join_punctuation(self._ids_to_text(emitted_tokens.tokens))
 
     def chunks(
         self,
-        emissions: Emissions,
+        emitted_tokens: EmittedTokens,
         level: str,
         head_type: str | None = None,
         frame_duration_s: float | None = None,
@@ -288,7 +288,7 @@ class ParakeetProcessor(ProcessorMixin):
         """Compute text, times and confidence of the tokens, words or segments of a clip as NeMo does.
 
         Args:
-            emissions: the tokens of the clip.
+            emitted_tokens: the tokens of the clip.
             level: `"char"` (one entry per token), `"word"` or `"segment"`.
             head_type: `"ctc"`, `"rnnt"` or `"tdt"`; `None` for the `decoder_type` of the processor.
             frame_duration_s: seconds per encoder frame; `None` for `self.frame_duration_s`.
@@ -304,10 +304,10 @@ class ParakeetProcessor(ProcessorMixin):
         """
         if level not in TIMESTAMP_LEVELS:
             raise ValueError(f"the level of timestamps must be one of {', '.join(TIMESTAMP_LEVELS)}, got {level!r}")
-        tokens = emissions.tokens
+        tokens = emitted_tokens.tokens
         pieces = self.tokenizer.convert_ids_to_tokens(tokens)
         texts = [self._ids_to_text([token]) for token in tokens]
-        spans = compute_token_spans(head_type or self._decoder_type, emissions, texts, self.punctuation)
+        spans = compute_token_spans(head_type or self._decoder_type, emitted_tokens, texts, self.punctuation)
         if level == "char":
             spans = restore_spaces(spans, pieces)
         else:
@@ -316,11 +316,11 @@ class ParakeetProcessor(ProcessorMixin):
             spans = group_into_segments(spans, separators, gap_threshold, aggregation)
         return [to_chunk(span, frame_duration_s or self.frame_duration_s) for span in spans]
 
-    def overall_confidence(self, emissions: Emissions, aggregation: str = DEFAULT_AGGREGATION) -> float | None:
+    def overall_confidence(self, emitted_tokens: EmittedTokens, aggregation: str = DEFAULT_AGGREGATION) -> float | None:
         """Combine the confidences of all tokens of a clip to one number.
 
         Args:
-            emissions: the tokens of the clip.
+            emitted_tokens: the tokens of the clip.
             aggregation: `"mean"`, `"min"` or `"prod"`.
 
         Returns:
@@ -330,7 +330,7 @@ class ParakeetProcessor(ProcessorMixin):
             ValueError: `aggregation` is not one of these.
         """
         # `aggregate_confidence` uses only the confidence of a span
-        spans = [Span("", 0, 0, confidence) for confidence in emissions.confidence or []]
+        spans = [Span("", 0, 0, confidence) for confidence in emitted_tokens.confidence or []]
         return aggregate_confidence(spans, aggregation)
 
     @property
@@ -360,7 +360,7 @@ class ParakeetProcessor(ProcessorMixin):
         return str(self.tokenizer.decode(token_ids, group_tokens=False))
 
 
-def to_emissions(hypotheses: Hypotheses, clip_index: int = 0) -> Emissions:
+def to_emitted_tokens(hypotheses: Hypotheses, clip_index: int = 0) -> EmittedTokens:
     """Convert the hypothesis of one clip to Python lists.
 
     Args:
@@ -370,7 +370,7 @@ def to_emissions(hypotheses: Hypotheses, clip_index: int = 0) -> Emissions:
     Returns:
         The tokens of the clip with their frames, durations and confidence.
     """
-    return Emissions(**hypotheses.to_lists(clip_index))
+    return EmittedTokens(**hypotheses.to_lists(clip_index))
 
 
 def find_blank_id(tokenizer: Any, blank_token: str) -> int:

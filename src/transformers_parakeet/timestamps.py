@@ -22,7 +22,7 @@ DEFAULT_AGGREGATION = "min"
 
 
 @dataclass(frozen=True)
-class Emissions:
+class EmittedTokens:
     """The tokens that a model emitted for one clip, without blanks; every list has one entry per token.
 
     Args:
@@ -75,7 +75,9 @@ def merge_repeats(frame_tokens: Sequence[int]) -> list[tuple[int, int, int]]:
     return runs
 
 
-def collect_emissions(step_tokens: Sequence[int], durations: Sequence[int], ignored_ids: Collection[int]) -> Emissions:
+def collect_emitted_tokens(
+    step_tokens: Sequence[int], durations: Sequence[int], ignored_ids: Collection[int]
+) -> EmittedTokens:
     """Collect the labels and their frames from the steps of a transducer, as stock transformers' `generate` lists them.
 
     The frame of a step is the sum of the durations of all earlier steps.
@@ -96,7 +98,7 @@ def collect_emissions(step_tokens: Sequence[int], durations: Sequence[int], igno
             label_frames.append(frame)
             label_durations.append(duration)
         frame += duration
-    return Emissions(labels, label_frames, label_durations)
+    return EmittedTokens(labels, label_frames, label_durations)
 
 
 def find_supported_punctuation(vocabulary: Iterable[str], blank_token: str | None = None) -> frozenset[str]:
@@ -130,7 +132,7 @@ def is_special_token(piece: str) -> bool:
 
 
 def compute_token_spans(
-    head_type: str, emissions: Emissions, texts: Sequence[str], punctuation: Collection[str] = frozenset()
+    head_type: str, emitted_tokens: EmittedTokens, texts: Sequence[str], punctuation: Collection[str] = frozenset()
 ) -> list[Span]:
     """Compute the start and end frame of every token as NeMo does.
 
@@ -143,7 +145,7 @@ def compute_token_spans(
 
     Args:
         head_type: `"ctc"`, `"rnnt"` or `"tdt"`.
-        emissions: the tokens of the clip.
+        emitted_tokens: the tokens of the clip.
         texts: text of each token.
         punctuation: the punctuation tokens of the vocabulary.
 
@@ -151,28 +153,28 @@ def compute_token_spans(
         One span per token.
     """
     token_spans: list[Span] = []
-    for index, (frame, duration) in enumerate(zip(emissions.frames, emissions.durations, strict=True)):
+    for index, (frame, duration) in enumerate(zip(emitted_tokens.frames, emitted_tokens.durations, strict=True)):
         if head_type == "tdt":
             start, end = frame, frame + duration
         elif head_type == "rnnt":
             start, end = frame, frame + 1
         else:
             # the first token starts one frame before its own frame
-            start, end = (emissions.frames[index - 1] if index else max(0, frame - 1)), frame
+            start, end = (emitted_tokens.frames[index - 1] if index else max(0, frame - 1)), frame
         # punctuation has zero duration, unless it is the first token
         if index and texts[index] in punctuation:
             if head_type == "tdt":
                 start = end = token_spans[-1].end
             elif head_type == "ctc":
                 end = start
-        confidence = None if emissions.confidence is None else emissions.confidence[index]
+        confidence = None if emitted_tokens.confidence is None else emitted_tokens.confidence[index]
         token_spans.append(Span(texts[index], start, end, confidence))
     return token_spans
 
 
 def group_into_words(
     token_spans: Sequence[Span],
-    tokens: Sequence[int],
+    token_ids: Sequence[int],
     pieces: Sequence[str],
     decode: Callable[[list[int]], str],
     punctuation: Collection[str],
@@ -185,7 +187,7 @@ def group_into_words(
 
     Args:
         token_spans: text and frames of each token, see `compute_token_spans`.
-        tokens: id of each token.
+        token_ids: id of each token.
         pieces: vocabulary entry of each token.
         decode: function that converts a list of token ids to text.
         punctuation: the punctuation tokens of the vocabulary.
@@ -205,7 +207,7 @@ def group_into_words(
     words = []
     for indices in word_indices:
         spans = [token_spans[index] for index in indices]
-        text = decode([tokens[index] for index in indices])
+        text = decode([token_ids[index] for index in indices])
         words.append(Span(text, spans[0].start, spans[-1].end, aggregate_confidence(spans, aggregation)))
     return words
 

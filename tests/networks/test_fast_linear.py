@@ -385,7 +385,7 @@ def test_a_search_does_not_keep_the_weight_alive():
     layer_storages = (layer.weight.untyped_storage().data_ptr(), layer.bias.untyped_storage().data_ptr())
     assert not any(storage.data_ptr() in layer_storages for storage in storages.values())
     # in bfloat16, with rows that fill the last group of 64
-    assert storages["rounded_weight"].nbytes() == 320 * 64 * 2
+    assert storages["bfloat16_weight"].nbytes() == 320 * 64 * 2
     assert storages["weight_sample"].nbytes() == 300 * fast_linear.SAMPLE_WIDTH * 4
 
 

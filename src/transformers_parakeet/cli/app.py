@@ -37,7 +37,11 @@ class Format(str, Enum):
 
 
 def print_error(message: str) -> None:
-    """Print an error message in red to stderr, without line wrapping, because another program may read the output."""
+    """Print an error message in red to stderr, without line wrapping, because another program may read the output.
+
+    Args:
+        message: the text, without a line break at the end.
+    """
     error_console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -94,6 +98,7 @@ def transcribe(
     """
     with print_error_and_exit():
         pipeline = load_pipeline(model)
+    # `transcribe_files` is a generator, which appends to this list while its results are printed
     failed_files: list[str] = []
     results = transcribe_files(pipeline, files, failed_files)
     if output_format is Format.json:
@@ -129,7 +134,11 @@ def transcribe_files(pipeline: Any, files: list[str], failed_files: list[str]) -
 
 
 def to_word_entry(chunk: dict[str, Any]) -> dict[str, Any]:
-    """Convert a word of the pipeline output to a dict `{"text", "start", "end"}` with times in seconds."""
+    """Convert a word of the pipeline output to a dict `{"text", "start", "end"}` with times in seconds.
+
+    Args:
+        chunk: a dict `{"text", "timestamp"}`, with start and end in seconds.
+    """
     start, end = chunk["timestamp"]
     return {"text": chunk["text"], "start": start, "end": end}
 
@@ -194,13 +203,22 @@ def print_demo_table(
 
 
 def format_word(chunk: dict[str, Any]) -> str:
-    """Format a word of the pipeline output with start and end in seconds and the confidence."""
+    """Format a word of the pipeline output with start and end in seconds and the confidence.
+
+    Args:
+        chunk: a dict `{"text", "timestamp", "confidence"}`, with start and end in seconds.
+    """
     start, end = chunk["timestamp"]
     return f"{chunk['text'].strip():5} {start:.2f}-{end:.2f}  {chunk['confidence']:.2f}"
 
 
 def compute_word_error_rate(references: list[str], hypotheses: list[str]) -> float | None:
-    """Compute the word error rate over all clips; return None if jiwer is not installed."""
+    """Compute the word error rate over all clips; return None if jiwer is not installed.
+
+    Args:
+        references: the correct text of each clip.
+        hypotheses: the recognised text of each clip.
+    """
     try:
         import jiwer
     except ImportError:
@@ -265,7 +283,12 @@ def evaluate(
 
 
 def print_text(text: str, end: str = "\n") -> None:
-    """Print text without buffering, colours or line wrapping, because another program may read the output."""
+    """Print text without buffering, colours or line wrapping, because another program may read the output.
+
+    Args:
+        text: the text.
+        end: text that is printed after `text`.
+    """
     typer.echo(text + end, nl=False)
 
 

@@ -141,8 +141,8 @@ def select_loss(
     if requested == "off" or (requested == "auto" and encoder_states.device.type != "cuda"):
         return pytorch_loss
     settings = read_joint_settings(encoder_states, head_weight, durations, activation)
-    repository = requested if is_hub_id else read_local_override()
-    kernel = check_kernel_once(repository, settings, pytorch_loss)
+    repo_id = requested if is_hub_id else read_local_override()
+    kernel = check_kernel_once(repo_id, settings, pytorch_loss)
     if kernel.layer is not None:
         return kernel.layer
     if requested != "auto":
@@ -194,29 +194,29 @@ def read_local_override() -> str:
     return KERNEL_ID if KERNEL_ID in mapped_ids else ""
 
 
-def check_kernel_once(repository: str, settings: JointSettings, pytorch_loss: nn.Module) -> CheckedKernel:
+def check_kernel_once(repo_id: str, settings: JointSettings, pytorch_loss: nn.Module) -> CheckedKernel:
     """Load a kernel and compare it with PyTorch, or return the result of an earlier call for the same joint network.
 
     Args:
-        repository: Hub id of the kernel; empty for the kernel in this package.
+        repo_id: Hub id of the kernel; empty for the kernel in this package.
         settings: settings of the joint network.
         pytorch_loss: layer that computes the loss in PyTorch.
 
     Returns:
         The layer of the kernel, or the reason why the kernel cannot be used.
     """
-    key = (repository, settings)
+    key = (repo_id, settings)
     with _check_lock:
         if key not in _checked_kernels:
-            _checked_kernels[key] = check_kernel(repository, settings, pytorch_loss)
+            _checked_kernels[key] = check_kernel(repo_id, settings, pytorch_loss)
         return _checked_kernels[key]
 
 
-def check_kernel(repository: str, settings: JointSettings, pytorch_loss: nn.Module) -> CheckedKernel:
+def check_kernel(repo_id: str, settings: JointSettings, pytorch_loss: nn.Module) -> CheckedKernel:
     """Load a transducer-loss kernel and compare its results with the PyTorch loss.
 
     Args:
-        repository: Hub id of the kernel; empty for the kernel in this package.
+        repo_id: Hub id of the kernel; empty for the kernel in this package.
         settings: settings of the joint network.
         pytorch_loss: layer that computes the loss in PyTorch.
 
@@ -228,7 +228,7 @@ def check_kernel(repository: str, settings: JointSettings, pytorch_loss: nn.Modu
     if problem is not None:
         return CheckedKernel(None, problem)
     try:
-        layer = load_layer(repository)
+        layer = load_layer(repo_id)
         # the comparison calls the kernel for the first time, which compiles it
         problem = describe_difference(layer, pytorch_loss, settings)
     except ImportError as error:
@@ -257,11 +257,11 @@ def describe_unsupported_setting(settings: JointSettings) -> str | None:
     return None
 
 
-def load_layer(repository: str) -> nn.Module:
+def load_layer(repo_id: str) -> nn.Module:
     """Load a kernel and create its layer `TransducerLoss`.
 
     Args:
-        repository: Hub id of the kernel, which is loaded with the library `kernels`; empty for the kernel in this
+        repo_id: Hub id of the kernel, which is loaded with the library `kernels`; empty for the kernel in this
             package, which needs only Triton.
 
     Returns:
@@ -270,12 +270,12 @@ def load_layer(repository: str) -> nn.Module:
     Raises:
         ImportError: Triton is not installed, or the library `kernels` is needed and not installed.
     """
-    if not repository:
+    if not repo_id:
         kernel = load_bundled_kernel()
     else:
         import kernels
 
-        kernel = kernels.get_kernel(repository, version=KERNEL_VERSION)
+        kernel = kernels.get_kernel(repo_id, version=KERNEL_VERSION)
     layer: nn.Module = kernel.layers.TransducerLoss()
     return layer
 

@@ -179,7 +179,11 @@ class ChunkedJoint:
         return self.head_weight.new_empty(self.plan.chunk_size, self.settings.padded_vocab_size, dtype=dtype)
 
     def add_states(self, inputs: NodeInputs) -> Tensor:
-        """Add the encoder state and the predictor state of each node; returns (chunk_nodes, J)."""
+        """Add the encoder state and the predictor state of each node; returns (chunk_nodes, J).
+
+        Args:
+            inputs: rows of the encoder state and the predictor state of each node.
+        """
         return self.flat_encoder_states[inputs.encoder_rows] + self.flat_predictor_states[inputs.predictor_rows]
 
     def activate(self, state_sums: Tensor, nodes: Tensor) -> Tensor:
@@ -220,7 +224,11 @@ class ChunkedJoint:
         return logits
 
     def compute_duration_logits(self, hidden: Tensor) -> Tensor:
-        """Compute (chunk_nodes, D) duration logits from the (chunk_nodes, J) inputs of the output layer."""
+        """Compute (chunk_nodes, D) duration logits from the (chunk_nodes, J) inputs of the output layer.
+
+        Args:
+            hidden: (chunk_nodes, J) inputs of the output layer.
+        """
         vocab_size = self.settings.vocab_size
         logits = F.linear(hidden, self.head_weight[vocab_size:], self.head_bias[vocab_size:])
         return logits.to(get_accumulation_dtype(self.settings.dtype))
@@ -251,7 +259,12 @@ def draw_dropout_mask(nodes: Tensor, joint_width: int, dropout: float, seed: int
 
 
 def choose_dtype(encoder_states: Tensor, head_weight: Tensor) -> torch.dtype:
-    """Choose the dtype of the matrix products: autocast's dtype under autocast, otherwise the dtype of the inputs."""
+    """Choose the dtype of the matrix products: autocast's dtype under autocast, otherwise the dtype of the inputs.
+
+    Args:
+        encoder_states: (B, T, J) encoder states.
+        head_weight: weight of the output layer.
+    """
     device_type = encoder_states.device.type
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)

@@ -104,7 +104,11 @@ class ArcPosteriors:
     durations: Tensor
 
     def to(self, dtype: torch.dtype) -> ArcPosteriors:
-        """Return a copy of the posteriors in another dtype."""
+        """Return a copy of the posteriors in another dtype.
+
+        Args:
+            dtype: dtype of the copy.
+        """
         return ArcPosteriors(self.blank.to(dtype), self.label.to(dtype), self.durations.to(dtype))
 
 
@@ -206,7 +210,11 @@ def _check_labels(valid_labels: Tensor, vocab_size: int, blank_id: int) -> None:
 
 
 def compute_node_coordinates(lattice: Lattice) -> NodeCoordinates:
-    """Compute clip index, frame and label position of each valid node from its index in the (B, T, U+1) grid."""
+    """Compute clip index, frame and label position of each valid node from its index in the (B, T, U+1) grid.
+
+    Args:
+        lattice: the lattices of the batch.
+    """
     _, num_frames, num_positions = lattice.grid_shape
     nodes = lattice.nodes
     return NodeCoordinates(
@@ -217,13 +225,22 @@ def compute_node_coordinates(lattice: Lattice) -> NodeCoordinates:
 
 
 def repeat_per_node(lattice: Lattice, clip_values: Tensor) -> Tensor:
-    """Repeat one value per clip, shape (B,), for each valid node of the clip, shape (num_nodes,)."""
+    """Repeat one value per clip, shape (B,), for each valid node of the clip, shape (num_nodes,).
+
+    Args:
+        lattice: the lattices of the batch.
+        clip_values: (B,) one value per clip.
+    """
     _, num_frames, num_positions = lattice.grid_shape
     return clip_values[lattice.nodes // (num_frames * num_positions)]
 
 
 def get_accumulation_dtype(input_dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of log-probabilities and of gradient sums: float64 for float64 inputs, otherwise float32."""
+    """Return the dtype of log-probabilities and of gradient sums: float64 for float64 inputs, otherwise float32.
+
+    Args:
+        input_dtype: dtype of the inputs of the loss.
+    """
     return torch.double if input_dtype == torch.double else torch.float32
 
 

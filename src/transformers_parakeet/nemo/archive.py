@@ -262,7 +262,11 @@ class MemoryFile(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        """Copy the next bytes into `buffer`, a writable bytes-like object, and return the number of copied bytes."""
+        """Copy the next bytes into `buffer`, a writable bytes-like object, and return the number of copied bytes.
+
+        Args:
+            buffer: writable bytes-like object.
+        """
         chunk = self.content[self.position : self.position + len(buffer)]
         buffer[: len(chunk)] = chunk
         self.position += len(chunk)
@@ -271,6 +275,9 @@ class MemoryFile(io.RawIOBase):
 
 def open_buffer(path: Path) -> mmap.mmap | io.BytesIO:
     """Open a plain or gzip-compressed tar archive as bytes in memory.
+
+    Args:
+        path: path of the `.nemo` file.
 
     Returns:
         The memory-mapped file if it is not compressed, otherwise a buffer with the decompressed content.
@@ -322,7 +329,11 @@ def list_zip_records(file: Any) -> dict[int, int]:
 
 
 def get_checkpoint_offset(fake: Tensor) -> int | None:
-    """Return the offset in bytes of a fake tensor's storage in the checkpoint file; None before torch 2.7."""
+    """Return the offset in bytes of a fake tensor's storage in the checkpoint file; None before torch 2.7.
+
+    Args:
+        fake: tensor that `torch.load` created under `FakeTensorMode`.
+    """
     return getattr(fake.untyped_storage(), "_checkpoint_offset", None)
 
 
@@ -392,13 +403,22 @@ def write_weights(output: BinaryIO, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def build_tar_header(name: str, size: int) -> bytes:
-    """Build the tar header of a member with this name and size in bytes."""
+    """Build the tar header of a member with this name and size in bytes.
+
+    Args:
+        name: name of the member.
+        size: size of the member in bytes.
+    """
     info = tarfile.TarInfo(f"./{name}")
     info.size = size
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
 def pad_to_block(output: BinaryIO) -> None:
-    """Pad a tar archive with zeros to a multiple of 512 bytes, the size of a tar block."""
+    """Pad a tar archive with zeros to a multiple of 512 bytes, the size of a tar block.
+
+    Args:
+        output: the archive, open for writing; its position is the end of the last member.
+    """
     # `-n % 512` is the number of bytes from n to the next multiple of 512
     output.write(bytes(-output.tell() % tarfile.BLOCKSIZE))

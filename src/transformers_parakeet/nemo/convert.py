@@ -139,15 +139,25 @@ def write_nemo_file(source: str | Path, path: Path, dtype: torch.dtype | None, h
 
 
 def compute_digest(tensor: Tensor) -> bytes:
-    """Compute the SHA-256 digest of the dtype, shape and values of a tensor."""
+    """Compute the SHA-256 digest of the dtype, shape and values of a tensor.
+
+    Args:
+        tensor: CPU tensor of any shape.
+    """
     content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + bytes(1) + content.data).digest()
 
 
 def compute_safetensors_digests(folder: Path) -> dict[str, bytes]:
-    """Compute the digest of every weight in the safetensors files of a folder, by the name of the weight.
+    """Compute the digest of each weight in the safetensors files of a folder.
 
     Only one weight is in memory at a time.
+
+    Args:
+        folder: folder with safetensors files.
+
+    Returns:
+        Name of the weight -> digest.
     """
     digests = {}
     for path in folder.glob("*.safetensors"):
@@ -234,7 +244,13 @@ def compute_outputs_on_noise(model: Any, processor: Any) -> dict[str, Tensor]:
 
 
 def generate_sequences(model: Any, inputs: Any, **options: Any) -> Tensor:
-    """Generate (B, U) token ids, U tokens with padding for each of B clips; `options` are passed to `generate`."""
+    """Generate (B, U) token ids, U tokens with padding for each of B clips; `options` are passed to `generate`.
+
+    Args:
+        model: a model with a head.
+        inputs: features and mask, as the processor returns them.
+        **options: arguments of `generate`.
+    """
     # for CTC, `generate` returns the token ids; for transducers, it returns an object that contains them
     output = model.generate(**inputs, **options)
     return output if isinstance(output, Tensor) else output.sequences

@@ -54,11 +54,15 @@ def find_checkpoint(path: str | Path, **hub: Any) -> Path:
     if isinstance(path, Path) or not is_repo_id(path):
         raise FileNotFoundError(f"the file {path} does not exist")
     repository = HubFiles(path, **hub)
-    return choose_checkpoint(path, repository.names, repository.cache_folder or Path(path), repository.fetch)
+    return choose_checkpoint(path, repository.names, repository.snapshot_folder or Path(path), repository.fetch)
 
 
 def is_repo_id(path: str) -> bool:
-    """Return whether a string has the form of a Hub id, `org/name`."""
+    """Return whether a string has the form of a Hub id, `org/name`.
+
+    Args:
+        path: a path or a Hub id.
+    """
     try:
         validate_repo_id(path)
     except ValueError:
@@ -120,7 +124,7 @@ class HubFiles:
     ) -> None:
         self.repo_id, self.token, self.revision, self.cache_dir = repo_id, token, revision, cache_dir
         # folder of the repository in the cache; None if the Hub answered
-        self.cache_folder: Path | None = None
+        self.snapshot_folder: Path | None = None
         request_error: Exception | None = None
         if not local_files_only:
             try:
@@ -132,12 +136,14 @@ class HubFiles:
             else:
                 self.names = [file.rfilename for file in info.siblings or []]
                 return
-        self.cache_folder = self._find_cache_folder(request_error)
+        self.snapshot_folder = self._find_cached_snapshot(request_error)
         self.names = sorted(
-            file.relative_to(self.cache_folder).as_posix() for file in self.cache_folder.rglob("*") if file.is_file()
+            file.relative_to(self.snapshot_folder).as_posix()
+            for file in self.snapshot_folder.rglob("*")
+            if file.is_file()
         )
 
-    def _find_cache_folder(self, request_error: Exception | None) -> Path:
+    def _find_cached_snapshot(self, request_error: Exception | None) -> Path:
         """Find the folder of the repository in the cache.
 
         Args:
@@ -167,8 +173,8 @@ class HubFiles:
         Raises:
             OSError: the download failed.
         """
-        if self.cache_folder is not None:
-            return self.cache_folder / name
+        if self.snapshot_folder is not None:
+            return self.snapshot_folder / name
         options = {"token": self.token, "revision": self.revision, "cache_dir": self.cache_dir}
         try:
             return Path(hf_hub_download(self.repo_id, name, **options))
@@ -208,6 +214,10 @@ def explain_failure(repo_id: str, revision: str | None, error: Exception | None)
 
 
 def summarize_error(error: Exception) -> str:
-    """Format an error as the name of its class and the first line of its message."""
+    """Format an error as the name of its class and the first line of its message.
+
+    Args:
+        error: any exception.
+    """
     message = str(error).partition("\n")[0]
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -279,7 +279,11 @@ ADVICE_BY_SETTING = {
 
 
 def get_class_name(target: Any) -> str:
-    """Return the class name at the end of a dotted path such as `nemo.collections.asr.modules.ConformerEncoder`."""
+    """Return the class name at the end of a dotted path such as `nemo.collections.asr.modules.ConformerEncoder`.
+
+    Args:
+        target: value of a setting `target` or `_target_`.
+    """
     return str(target).rpartition(".")[2]
 
 
@@ -287,6 +291,9 @@ def detect_head_type(settings: Settings) -> str:
     """Return the type of head, `"ctc"`, `"rnnt"` or `"tdt"`.
 
     NeMo uses the same class names for RNN-T and TDT models, so the settings of decoding, loss and joint network decide.
+
+    Args:
+        settings: resolved settings of a `.nemo` file.
     """
     if "joint" not in settings:
         return "ctc"

@@ -319,14 +319,23 @@ def check_names_and_shapes(weights: Mapping[str, Tensor], parameters: Mapping[st
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Check that a weight contains no NaN and no infinity; raise NemoError otherwise."""
+    """Check that a weight contains no NaN and no infinity; raise NemoError otherwise.
+
+    Args:
+        name: name of the weight, used in the error message.
+        tensor: values of the weight, of any shape.
+    """
     # the minimum or the maximum is NaN or infinite if any value is
     if tensor.is_floating_point() and not all(bool(bound.isfinite()) for bound in tensor.aminmax()):
         raise NemoError(f"the weight {name!r} contains NaN or infinity: the file is damaged, copy or save it again")
 
 
 def compute_buffers(model: ParakeetPreTrainedModel) -> None:
-    """Initialise the buffers that are still on the meta device because checkpoints do not contain them."""
+    """Initialise the buffers that are still on the meta device because checkpoints do not contain them.
+
+    Args:
+        model: model whose weights are loaded; changed in place.
+    """
     for module in model.modules():
         meta_names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in meta_names:

@@ -178,7 +178,11 @@ def build_decoder(byte_fallback: bool) -> Any:
 
 
 def derive_merges(proto: Any) -> list[tuple[str, str]]:
-    """Derive the BPE merges of a SentencePiece model from its pieces and scores, in the order of application."""
+    """Derive the BPE merges of a SentencePiece model from its pieces and scores, in the order of application.
+
+    Args:
+        proto: SentencePiece model, a `ModelProto`.
+    """
     from transformers.convert_slow_tokenizer import generate_merges
 
     token_ids = {piece.piece: token_id for token_id, piece in enumerate(proto.pieces)}
@@ -206,7 +210,11 @@ def build_normalizer(spec: Any) -> Any:
 
 
 def strip_duplicate_suffixes(pieces: Sequence[str]) -> list[str]:
-    """Remove `DUPLICATE_SUFFIX` from the end of each piece, which restores the pieces of the SentencePiece models."""
+    """Remove `DUPLICATE_SUFFIX` from the end of each piece, which restores the pieces of the SentencePiece models.
+
+    Args:
+        pieces: pieces of a tokenizer, in the order of their ids.
+    """
     return [piece.rstrip(DUPLICATE_SUFFIX) for piece in pieces]
 
 
@@ -298,7 +306,11 @@ def add_pieces(proto: Any, pieces: Sequence[str], scores: Mapping[str, float], u
 
 
 def rank_merges(merges: Sequence[tuple[str, ...]]) -> dict[str, float]:
-    """Score each piece that a merge produces by the negative rank of the first such merge, as in SentencePiece."""
+    """Score each piece that a merge produces by the negative rank of the first such merge, as in SentencePiece.
+
+    Args:
+        merges: pairs of pieces, in the order of application.
+    """
     scores: dict[str, float] = {}
     for rank, pair in enumerate(merges):
         scores.setdefault("".join(pair), -float(rank))

@@ -31,7 +31,11 @@ class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[mis
     """YAML dumper whose output `Loader` and OmegaConf read back; it quotes text that looks like a number."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Return True, so a list that occurs twice is written twice instead of as a YAML alias, as in NeMo."""
+        """Return True, so a list that occurs twice is written twice instead of as a YAML alias, as in NeMo.
+
+        Args:
+            data: the value that is written; not used.
+        """
         return True
 
 
@@ -108,7 +112,11 @@ def modernise_layout(section: dict[str, Any], depth: int = 0) -> dict[str, Any]:
 
 
 def dump_settings(settings: Settings) -> bytes:
-    """Convert settings to YAML text, UTF-8, with the keys in their original order."""
+    """Convert settings to YAML text, UTF-8, with the keys in their original order.
+
+    Args:
+        settings: settings of a `.nemo` file.
+    """
     return bytes(yaml.dump(dict(settings), None, Dumper, allow_unicode=True, sort_keys=False, encoding="utf-8"))
 
 
@@ -223,7 +231,13 @@ class Resolver:
 
 
 def find_setting(settings: Settings, path: str, default: Any = None) -> Any:
-    """Look up a setting by its dotted path; return `default` if it does not exist, and the root for an empty path."""
+    """Look up a setting by its dotted path; return `default` if it does not exist, and the root for an empty path.
+
+    Args:
+        settings: settings of a `.nemo` file.
+        path: dotted path, such as `encoder.d_model`.
+        default: value for a missing setting.
+    """
     value: Any = settings
     for key in path.split(".") if path else ():
         if not isinstance(value, Mapping) or key not in value:
@@ -233,7 +247,12 @@ def find_setting(settings: Settings, path: str, default: Any = None) -> Any:
 
 
 def find_section(settings: Settings, path: str) -> dict[str, Any]:
-    """Look up a section by its dotted path; return an empty dict if it does not exist."""
+    """Look up a section by its dotted path; return an empty dict if it does not exist.
+
+    Args:
+        settings: settings of a `.nemo` file.
+        path: dotted path, such as `decoder.prednet`.
+    """
     section = find_setting(settings, path)
     return section if isinstance(section, dict) else {}
 

@@ -74,6 +74,9 @@ def compile_name_pattern(template: str) -> re.Pattern[str]:
     r"""Compile a name template to a regular expression with one named group per placeholder.
 
     For example, `joint.enc.{w}` becomes `joint\.enc\.(?P<w>weight|bias)`.
+
+    Args:
+        template: name of a weight with placeholders in braces.
     """
     pattern = ""
     # `re.split` with a group alternates between literal text and the name of a placeholder
@@ -85,6 +88,9 @@ def compile_name_pattern(template: str) -> re.Pattern[str]:
 
 def convert_nemo_name(nemo_name: str) -> str:
     """Convert the name of a weight in NeMo to the name in this package.
+
+    Args:
+        nemo_name: name of the weight in the state dict of NeMo.
 
     Raises:
         NemoError: the weight is not part of a supported model.

@@ -81,12 +81,19 @@ def export_nemo(model: Any, processor: Any, path: str | Path) -> None:
 
 
 def has_ctc_head(config: Any) -> bool:
-    """Return whether a model configuration describes a hybrid, a transducer that also has a CTC head."""
+    """Return whether a model configuration describes a hybrid, a transducer that also has a CTC head.
+
+    Args:
+        config: configuration of a model with a head.
+    """
     return bool(getattr(config, "ctc_head", False))
 
 
 def check_config(config: Any) -> None:
     """Check that NeMo can represent a model configuration.
+
+    Args:
+        config: configuration of a model with a head.
 
     Raises:
         NemoError: NeMo cannot represent the configuration.
@@ -109,6 +116,9 @@ def check_encoder_config(encoder_config: Any) -> None:
     """Check that NeMo can represent an encoder configuration.
 
     A warning is logged if a `.nemo` file cannot store the attention context.
+
+    Args:
+        encoder_config: configuration of the encoder.
 
     Raises:
         NemoError: NeMo cannot represent the configuration.
@@ -412,6 +422,9 @@ def compute_mel_filters(feature_extractor: Any) -> Tensor:
 
     NeMo rounds the triangular filters to float32 before it multiplies them by their norm.
 
+    Args:
+        feature_extractor: a `ParakeetFeatureExtractor`.
+
     Returns:
         (1, F, n_fft / 2 + 1) float32 filters, F mel bins.
     """
@@ -423,7 +436,11 @@ def compute_mel_filters(feature_extractor: Any) -> Tensor:
 
 
 def ensure_own_storage(tensor: Tensor) -> Tensor:
-    """Return a contiguous CPU tensor that fills its storage; copy the values if the tensor is a part of a storage."""
+    """Return a contiguous CPU tensor that fills its storage; copy the values if the tensor is a part of a storage.
+
+    Args:
+        tensor: tensor of any shape, on any device.
+    """
     tensor = tensor.detach().cpu().contiguous()
     fills_storage = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if fills_storage else tensor.clone()

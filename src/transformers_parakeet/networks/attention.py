@@ -44,7 +44,11 @@ class ParakeetEncoderRelPositionalEncoding(nn.Module):
 
     @staticmethod
     def compute_frequencies(config: ParakeetEncoderConfig) -> Tensor:
-        """Compute the (H/2,) angular frequencies of the sinusoids, in radians per frame."""
+        """Compute the (H/2,) angular frequencies of the sinusoids, in radians per frame.
+
+        Args:
+            config: configuration of the encoder.
+        """
         exponents = torch.arange(0, config.hidden_size, 2, dtype=torch.float32) / config.hidden_size
         return 1.0 / WAVELENGTH_BASE**exponents
 
@@ -80,6 +84,9 @@ def get_masked_score(dtype: torch.dtype) -> float:
     """Return the attention score of a masked key: the lowest number that is finite in both `dtype` and float32.
 
     A finite score avoids NaN for a query without visible keys, even if the softmax is computed in float32.
+
+    Args:
+        dtype: dtype of the attention scores.
     """
     return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
 

@@ -17,7 +17,13 @@ MIN_BLOCK_SIZE = 64
 
 
 def pad_frames(frames: Tensor, before: int, after: int) -> Tensor:
-    """Add frames of zeros before the first and after the last frame of (B, N, ...)."""
+    """Add frames of zeros before the first and after the last frame of (B, N, ...).
+
+    Args:
+        frames: (B, N, ...) frames.
+        before: number of frames to add before the first frame.
+        after: number of frames to add after the last frame.
+    """
     # `F.pad` expects pairs (before, after) from the last dimension to the first one
     return F.pad(frames, (*[0, 0] * (frames.ndim - 2), before, after))
 
@@ -164,24 +170,26 @@ def build_context_mask(
     if max(context_size) < 0:
         return None
     # frame indices relative to the first query of the block: queries as a column, keys as a row
-    query = torch.arange(layout.block_size, device=device)[:, None]
-    key = torch.arange(-layout.keys_before, layout.block_size + layout.keys_after, device=device)[None]
+    query_frames = torch.arange(layout.block_size, device=device)[:, None]
+    key_frames = torch.arange(-layout.keys_before, layout.block_size + layout.keys_after, device=device)[None]
     left, right = context_size[0], context_size[-1]
     # visible keys: from `left` frames before `first_frame` to `right` frames after `last_frame`
-    first_frame, last_frame = query, query
+    first_frame, last_frame = query_frames, query_frames
     if context_style == "chunked_limited" and right >= 0:
         chunk_size = right + 1
-        first_frame = query // chunk_size * chunk_size
+        first_frame = query_frames // chunk_size * chunk_size
+        # in this style `right` reaches to the end of the chunk and not beyond it
         last_frame, right = first_frame + chunk_size - 1, 0
     elif context_style == "chunked_limited_with_rc" and context_size[1] > 0:
+        # rc: right context, which begins after the chunk
         chunk_size = context_size[1]
-        first_frame = query // chunk_size * chunk_size
+        first_frame = query_frames // chunk_size * chunk_size
         last_frame = first_frame + chunk_size - 1
     is_visible = torch.ones(layout.block_size, layout.num_keys, dtype=torch.bool, device=device)
     if left >= 0:
-        is_visible &= key >= first_frame - left
+        is_visible &= key_frames >= first_frame - left
     if right >= 0:
-        is_visible &= key <= last_frame + right
+        is_visible &= key_frames <= last_frame + right
     return is_visible
 
 

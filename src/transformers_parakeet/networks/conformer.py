@@ -215,7 +215,11 @@ class ParakeetEncoderFeedForward(nn.Module):
         self.dropout = config.activation_dropout
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Apply linear layer, activation, dropout and linear layer to (B, N, H) frames, and keep their shape."""
+        """Apply linear layer, activation, dropout and linear layer to (B, N, H) frames, and keep their shape.
+
+        Args:
+            hidden: (B, N, H) frames.
+        """
         hidden = activate(self.activation, self.linear1(hidden), self.linear1)
         hidden = F.dropout(hidden, self.dropout, self.training)
         return self.linear2(hidden)

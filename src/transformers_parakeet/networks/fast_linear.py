@@ -91,7 +91,11 @@ def is_unmodified(module: nn.Module, module_class: type[nn.Module]) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Return whether forward or backward hooks are registered for a module, or globally for all modules."""
+    """Return whether forward or backward hooks are registered for a module, or globally for all modules.
+
+    Args:
+        module: any module.
+    """
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -218,10 +222,10 @@ class Bfloat16Search:
         num_outputs, num_inputs = weight.shape
         # outputs with the score -inf fill the last group
         num_padded_outputs = num_outputs + -num_outputs % GROUP_SIZE
-        self.rounded_weight = weight.new_zeros(num_padded_outputs, num_inputs, dtype=torch.bfloat16)
-        self.rounded_weight[:num_outputs] = weight
-        self.rounded_bias = bias.new_full((num_padded_outputs,), -torch.inf, dtype=torch.bfloat16)
-        self.rounded_bias[:num_outputs] = bias
+        self.bfloat16_weight = weight.new_zeros(num_padded_outputs, num_inputs, dtype=torch.bfloat16)
+        self.bfloat16_weight[:num_outputs] = weight
+        self.bfloat16_bias = bias.new_full((num_padded_outputs,), -torch.inf, dtype=torch.bfloat16)
+        self.bfloat16_bias[:num_outputs] = bias
         # Cauchy-Schwarz inequality: rounding weight and input changes a score by at most this factor times the norm of
         # the input
         self.error_per_norm = BFLOAT16_ERROR * (2 + BFLOAT16_ERROR) * torch.linalg.vector_norm(weight, dim=1).amax()
@@ -294,7 +298,7 @@ class Bfloat16Search:
         return best_outputs if has_all_rows else full_argmax(hidden, weight, bias)
 
     def _find_candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Find all outputs that may have the largest float32 score of their row, from bfloat16 scores.
+        """Use bfloat16 scores to find every output that could be the float32 argmax of its row.
 
         Args:
             hidden: (R, J) float32 batch of R rows.
@@ -304,21 +308,23 @@ class Bfloat16Search:
             infinite or NaN scores has no candidates.
         """
         # (R, GROUP_SIZE, num_groups): output i * num_groups + g is member i of group g
-        scores = F.linear(hidden.bfloat16(), self.rounded_weight, self.rounded_bias).unflatten(1, (GROUP_SIZE, -1))
+        scores = F.linear(hidden.bfloat16(), self.bfloat16_weight, self.bfloat16_bias).unflatten(1, (GROUP_SIZE, -1))
         num_groups = scores.shape[2]
         group_maxima = scores.amax(1)
         best_scores = group_maxima.amax(1).float()
-        # error bound of a score: rounding of weight and input, rounding of the score itself, rounding of the bias
-        error = self.error_per_norm * torch.linalg.vector_norm(hidden, dim=1)
-        error = ERROR_MARGIN * (error + BFLOAT16_ERROR * best_scores.abs() + self.bias_error)
+        # (R,) error bound of a score: rounding of weight and input (Cauchy-Schwarz), of the score, and of the bias
+        product_errors = self.error_per_norm * torch.linalg.vector_norm(hidden, dim=1)
+        error_bounds = ERROR_MARGIN * (product_errors + BFLOAT16_ERROR * best_scores.abs() + self.bias_error)
         # the best score may be too high and the score of a candidate too low, each by the error bound
-        thresholds = best_scores - 2 * error
+        thresholds = best_scores - 2 * error_bounds
         # comparisons with NaN are false
         thresholds = torch.where(thresholds.isfinite(), thresholds, torch.nan)
         # first select the groups with candidates, then the candidates in these groups
-        rows, groups = (group_maxima >= thresholds[:, None]).nonzero(as_tuple=True)
-        selected_groups, members = (scores[rows, :, groups] >= thresholds[rows, None]).nonzero(as_tuple=True)
-        return rows[selected_groups], members * num_groups + groups[selected_groups]
+        group_rows, groups = (group_maxima >= thresholds[:, None]).nonzero(as_tuple=True)
+        selected_groups, members = (scores[group_rows, :, groups] >= thresholds[group_rows, None]).nonzero(
+            as_tuple=True
+        )
+        return group_rows[selected_groups], members * num_groups + groups[selected_groups]
 
 
 # cache with one search per layer; an entry disappears when its layer is deleted. The search is not an attribute of the

@@ -46,7 +46,11 @@ class DurationBatchSampler:
         self.batch_sizes = list(compute_batch_sizes(sorted_durations, batch_duration_s))
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch number, which is part of the random seed; `Trainer` calls this method before every epoch."""
+        """Set the epoch number, which is part of the random seed; `Trainer` calls this method before every epoch.
+
+        Args:
+            epoch: number of the epoch, from 0.
+        """
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -50,7 +50,11 @@ def create_counter() -> Any:
 
 
 def increment(counter: Any) -> int:
-    """Add 1 to a shared counter and return the new value."""
+    """Add 1 to a shared counter and return the new value.
+
+    Args:
+        counter: counter that `create_counter` returned.
+    """
     with counter.get_lock():
         counter.value += 1
         return int(counter.value)

@@ -106,8 +106,9 @@ def select_split(dataset: Any, source: Any, split: SplitRequest) -> Any:
     """
     if isinstance(dataset, dict):
         if split.name not in dataset:
-            raise ValueError(f"the split must be one of {', '.join(dataset)}, got {split.name!r}: choose one of these")
+            raise ValueError(f"the data has no split {split.name!r}: choose one of {', '.join(dataset)}")
         return dataset[split.name]
+    # a dataset without a split name counts as "train"
     split.check_single_split(source, str(getattr(dataset, "split", None) or "train"))
     return dataset
 
@@ -162,7 +163,12 @@ class ClipRows(Sequence[dict[str, Any]]):
         return [row[key] for row in self.rows] if isinstance(key, str) else self.rows[key]
 
     def map(self, function: Callable[[dict[str, Any]], dict[str, Any]], **_: Any) -> ClipRows:
-        """Apply `function` to every row, and return new rows with the returned fields added."""
+        """Apply `function` to every row, and return new rows with the returned fields added.
+
+        Args:
+            function: receives a row and returns the fields to add.
+            **_: options of `datasets.Dataset.map`; not used.
+        """
         return ClipRows([{**row, **function(row)} for row in self.rows])
 
 

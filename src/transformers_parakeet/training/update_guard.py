@@ -20,7 +20,11 @@ MAX_CONSECUTIVE_SKIPS = 20
 
 
 def iterate_batch_norm_buffers(model: Any) -> Iterator[Tensor]:
-    """Yield the buffers (running statistics) of all batch-norm layers of a model, in a fixed order."""
+    """Yield the buffers (running statistics) of all batch-norm layers of a model, in a fixed order.
+
+    Args:
+        model: a Parakeet model.
+    """
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             yield from module.buffers(recurse=False)
@@ -106,7 +110,11 @@ class NonFiniteGuard(TrainerCallback):
             )
 
     def restore_batch_norm_buffers(self, model: Any) -> None:
-        """Reset the running statistics of the batch-norm layers to their values before the current update."""
+        """Reset the running statistics of the batch-norm layers to their values before the current update.
+
+        Args:
+            model: the model; its buffers are changed in place.
+        """
         with torch.no_grad():
             for buffer, saved_buffer in zip(iterate_batch_norm_buffers(model), self.saved_buffers, strict=True):
                 buffer.copy_(saved_buffer)

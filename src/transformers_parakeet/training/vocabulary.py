@@ -258,7 +258,11 @@ def set_tokenizer(model: Any, processor: ParakeetProcessor, tokenizer: ParakeetT
 
 
 def clear_cached_properties(instance: Any) -> None:
-    """Clear the cached values of all `cached_property` attributes of an object."""
+    """Clear the cached values of all `cached_property` attributes of an object.
+
+    Args:
+        instance: the object; changed in place.
+    """
     for cls in type(instance).__mro__:
         for name, attribute in vars(cls).items():
             if isinstance(attribute, cached_property):
