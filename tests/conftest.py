@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -79,6 +80,15 @@ def tiny_tokenizer(kind="ctc", size=120):
 def noise(seconds, seed=0):
     """Generate white noise at 16 kHz, (S,) float32."""
     return (0.1 * np.random.default_rng(seed).standard_normal(int(16000 * seconds))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A folder with `0.wav`, 1 s long, and `1.wav`, 2 s long."""
+    folder = tmp_path_factory.mktemp("clips")
+    for index in range(2):
+        soundfile.write(folder / f"{index}.wav", noise(1.0 + index, index), 16000)
+    return folder
 
 
 def ctc_model(seed=0, **changes):

@@ -14,15 +14,6 @@ from transformers_parakeet.training.clips import get_clip_name
 MP3 = sentence_rows()[0]["audio"]
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    """A folder with `0.wav`, 1 s long, and `1.wav`, 2 s long."""
-    folder = tmp_path_factory.mktemp("clips")
-    for index in range(2):
-        soundfile.write(folder / f"{index}.wav", noise(1.0 + index, index), 16000)
-    return folder
-
-
 @pytest.mark.parametrize("suffix", ["wav", "mp3"])
 def test_offset_and_duration_select_an_excerpt(clips, suffix):
     path = str(clips / "1.wav") if suffix == "wav" else MP3

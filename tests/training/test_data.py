@@ -13,15 +13,6 @@ from transformers_parakeet.training import get_durations, load_speech, read_clip
 ROWS = sentence_rows()
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    """A folder with `0.wav`, 1 s long, and `1.wav`, 2 s long."""
-    folder = tmp_path_factory.mktemp("clips")
-    for index in range(2):
-        soundfile.write(folder / f"{index}.wav", noise(1.0 + index, index), 16000)
-    return folder
-
-
 def write_folder(folder, text="one"):
     """Write a folder of audio with one clip; return it."""
     folder.mkdir(parents=True)
