@@ -106,7 +106,7 @@ def select_split(dataset: Any, source: Any, split: SplitRequest) -> Any:
     """
     if isinstance(dataset, dict):
         if split.name not in dataset:
-            raise ValueError(f"the data has no split {split.name!r}: choose one of {', '.join(dataset)}")
+            raise ValueError(f"the split must be one of {', '.join(dataset)}, got {split.name!r}: name another split")
         return dataset[split.name]
     # a dataset without a split name counts as "train"
     split.check_single_split(source, str(getattr(dataset, "split", None) or "train"))
