@@ -7,9 +7,10 @@ import torch
 from conftest import encoder_fields
 
 import transformers_parakeet as tp
-from transformers_parakeet.networks.attention import ParakeetEncoderAttention, ParakeetEncoderRelPositionalEncoding
+from transformers_parakeet.networks.attention import ParakeetEncoderAttention
 from transformers_parakeet.networks.attention_layout import (
     BlockLayout,
+    ParakeetEncoderRelPositionalEncoding,
     build_context_mask,
     choose_block_layout,
     map_to_nemo_local_positions,
@@ -84,9 +85,13 @@ def plain_attention(module, hidden, mask):
     return module.o_proj(torch.einsum("hij,jhd->ihd", weights, value).flatten(1))
 
 
-def one_block(style, context, frames):
-    """Return a single block of all frames; replaces `choose_block_layout`."""
-    return BlockLayout(frames, frames)
+def use_one_block(monkeypatch):
+    """Replace `choose_block_layout` by a function that returns a single block of all frames."""
+    for module in ("attention", "attention_layout"):
+        monkeypatch.setattr(
+            f"transformers_parakeet.networks.{module}.choose_block_layout",
+            lambda style, context, frames: BlockLayout(frames, frames),
+        )
 
 
 def attend(module, hidden, valid=None):
@@ -113,7 +118,7 @@ def test_attention_in_blocks_equals_attention_in_one_block(style, context, frame
     hidden = torch.randn(3, frames, 32, dtype=torch.float64)
     valid = torch.arange(frames) < torch.tensor([frames, frames // 2, 1])[:, None]
     blocked = attend(module, hidden, valid)
-    monkeypatch.setattr("transformers_parakeet.networks.attention.choose_block_layout", one_block)
+    use_one_block(monkeypatch)
     unblocked = attend(module, hidden, valid)
     torch.testing.assert_close(blocked[valid], unblocked[valid], atol=TOLERANCE, rtol=0)
     assert blocked.isfinite().all()
@@ -154,7 +159,7 @@ def test_gradients_in_blocks_equal_gradients_in_one_block(monkeypatch):
     gradients = []
     for in_one_block in (False, True):
         if in_one_block:
-            monkeypatch.setattr("transformers_parakeet.networks.attention.choose_block_layout", one_block)
+            use_one_block(monkeypatch)
         hidden = inputs.clone().requires_grad_()
         output, _ = module(hidden, ParakeetEncoderRelPositionalEncoding(module.config)(hidden))
         gradients.append(torch.autograd.grad(output.square().sum(), [hidden, *module.parameters()]))
