@@ -358,10 +358,37 @@ def test_the_site_builds_and_loads_nothing_from_other_servers(tmp_path):
         assert not re.findall(r'<link\b(?![^>]*canonical)[^>]*\bhref="?(?:https?:)?//[^>]*>', html), page.name
 
 
+def import_program(path):
+    """Import a program that is not part of the package.
+
+    Args:
+        path: path of the file in the repository.
+    """
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    program = importlib.util.module_from_spec(spec)
+    # dataclasses look up the module of a class by its name
+    sys.modules[spec.name] = program
+    spec.loader.exec_module(program)
+    return program
+
+
+def test_the_picture_of_the_speed_shows_the_tables():
+    program = import_program("benchmarks/plot_performance.py")
+    cases = program.read_cases(program.DOCS.joinpath("performance.md").read_text(encoding="utf-8"))
+    speedups = {case.name: case.speedup for case in cases}
+    # the fastest case of each table, as the README states it
+    assert len(cases) == 12
+    assert speedups["encoder, batch 8, 10 s, bfloat16"] == 1.99
+    assert speedups["greedy TDT, batch 1, 375 frames"] == 4.51
+    assert speedups["loss with joint network, B=2, T=250, U=80, V=1025"] == 3.80
+    assert program.PICTURE.read_text(encoding="utf-8") == program.draw(cases), "run benchmarks/plot_performance.py"
+    # the longest bar is 7.50 / 1.11 times as long as the shortest one, within half a pixel each
+    widths = [int(width) for width in re.findall(r'width="(\d+)" height="16"', program.draw(cases))]
+    assert max(widths) / min(widths) == pytest.approx(7.50 / 1.11, rel=0.02)
+
+
 def test_the_picture_of_the_words_shows_what_the_pipeline_returns(tmp_path):
-    spec = importlib.util.spec_from_file_location("plot_alignment", ROOT / "examples" / "plot_alignment.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = import_program("examples/plot_alignment.py")
     clip = tp.demo_model_path() / "clips" / "one_two_three.flac"
     features, frame_s, words = example.recognise(str(clip), str(tp.demo_model_path()))
     assert [word["text"].strip() for word in words] == ["one", "two", "three"]
