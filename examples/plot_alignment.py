@@ -7,6 +7,7 @@ recognition is in the pipeline; this file only draws its result.
 """
 
 import argparse
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,8 @@ def main() -> None:
     parser.add_argument("picture", help="file to write: .png, .svg or .pdf")
     parser.add_argument("--model", default=str(tp.demo_model_path()), help="Hub id, folder or .nemo file")
     arguments = parser.parse_args()
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("matplotlib must be installed, and is not: pip install matplotlib")
     draw(*recognise(arguments.audio, arguments.model), arguments.picture)
 
 

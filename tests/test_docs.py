@@ -304,7 +304,7 @@ def test_links_point_to_existing_files_and_headings():
 def read_messages():
     """Return the string literals of the source without docstrings, with `…` in place of inserted values."""
     messages = []
-    for path in sorted(SOURCE.rglob("*.py")):
+    for path in sorted((ROOT / "src").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
