@@ -332,6 +332,14 @@ def test_the_messages_that_the_docs_quote_exist_in_the_source():
     assert not missing
 
 
+def test_the_functions_that_replace_those_of_other_packages_exist():
+    names = set(tp.__all__) | set(dir(tp.ParakeetForTDT)) | {"pipeline", "pipe", "model"}
+    rows = re.findall(r"^\| .* \| (.*) \|$", (ROOT / "docs" / "moving.md").read_text(encoding="utf-8"), re.MULTILINE)
+    called = [name for row in rows for name in re.findall(r"(\w+)\(", row)]
+    assert len(called) >= 9
+    assert set(called) <= names
+
+
 def test_the_reference_describes_every_public_name():
     pages = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("parakeet.md", "functions.md"))
     described = []
