@@ -1,7 +1,7 @@
 # every target works as the first command on a fresh clone
 PYTHON ?= python3
 BIN = .venv/bin
-.PHONY: setup demo test test-slow test-gpu test-matrix wheel-test check bench kernel
+.PHONY: setup demo test test-slow test-gpu test-matrix wheel-test check docs bench kernel
 
 setup: .venv/done
 
@@ -30,8 +30,12 @@ test-matrix:
 wheel-test: setup
 	$(BIN)/python tests/wheel.py
 
-check: setup
+check: setup docs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# the pages of docs/ as a site in build/docs; a dead link is an error (not with --quiet, which hides warnings from --strict)
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup
 	$(BIN)/python benchmarks/encoder.py && $(BIN)/python benchmarks/decoding.py && $(BIN)/python benchmarks/loss.py
