@@ -83,6 +83,11 @@ def test_decode_with_durations_returns_the_times_of_tokens():
     assert "".join(t["token"] for t in times) == text
 
 
+def test_a_vocabulary_without_punctuation_leaves_the_text_unchanged(monkeypatch):
+    monkeypatch.setattr(tp.ParakeetProcessor, "punctuation", frozenset())
+    assert processor("ctc")._join_punctuation("shore , again .") == "shore , again ."
+
+
 def test_the_space_before_punctuation_is_removed():
     ctc = processor("ctc")
     assert "," in ctc.punctuation

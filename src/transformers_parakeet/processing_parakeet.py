@@ -347,8 +347,8 @@ class ParakeetProcessor(ProcessorMixin):
     def _space_before_punctuation(self) -> re.Pattern[str]:
         """Pattern of one whitespace character before punctuation, with the punctuation as its first group."""
         if not self.punctuation:
-            # never matches
-            return re.compile(r"(?!)")
+            # never matches; the empty group is the one that the replacement names
+            return re.compile(r"(?!)()")
         return re.compile(r"\s([" + "".join(map(re.escape, sorted(self.punctuation))) + "])")
 
     def _join_punctuation(self, text: str) -> str:
