@@ -10,9 +10,12 @@ from .conformer import (
     drop_block,
 )
 from .fast_linear import apply_pointwise_conv
+from .streaming_encoder import CacheAwareEncoderMixin, EncoderCache, stack_caches
 from .transducer import ParakeetRNNTDecoder, ParakeetRNNTJointNetwork
 
 __all__ = [
+    "CacheAwareEncoderMixin",
+    "EncoderCache",
     "ParakeetEncoderAttention",
     "ParakeetEncoderBlock",
     "ParakeetEncoderRelPositionalEncoding",
@@ -24,4 +27,5 @@ __all__ = [
     "compute_drop_probabilities",
     "compute_subsampled_lengths",
     "drop_block",
+    "stack_caches",
 ]
