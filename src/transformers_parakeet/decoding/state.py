@@ -39,9 +39,10 @@ class TransducerState:
             stream_index: index of the stream in the batch.
         """
         rows = slice(stream_index, stream_index + 1)
+        # copies, because views would keep the memory of the whole batch
         return TransducerState(
-            self.predictor_states[rows],
-            tuple(tensor[:, rows] for tensor in self.lstm_state),
+            self.predictor_states[rows].clone(),
+            tuple(tensor[:, rows].clone() for tensor in self.lstm_state),
             self.num_frames[rows],
             self.skipped_frames[rows],
         )

@@ -1,25 +1,24 @@
-"""Runs the steps of streams: features, encoder and decoder, for all streams of a batch that have enough samples.
+"""Runs the steps of streams: encoder, decoder and words, for all streams of a batch that have enough samples.
 
-`stream_input.py` plans the steps, `stream_words.py` builds words; the interface is in `streaming.py`.
+`stream_encoders.py` encodes, `stream_decoder.py` decodes, `stream_words.py` builds words. The interface is in
+`streaming.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..decoding import check_confidence_method
-from ..networks import stack_caches
 from .stream_decoder import DecoderState, StreamDecoder
-from .stream_input import Part, SampleBuffer, get_first_needed_sample, plan_cached_part, plan_part
-from .stream_settings import choose_decoder, choose_settings, prepare_encoder
-from .stream_words import StreamUpdate, Token, WordCollector
+from .stream_encoders import CachedEncoder, ContextEncoder, EncoderInput, EncoderResult
+from .stream_input import Part, SampleBuffer
+from .stream_settings import choose_decoder, choose_settings
+from .stream_words import StreamEvent, StreamUpdate, StreamWord, Token, WordCollector
 
 # maps (S,) samples to the ranges (first sample, end exclusive) that contain speech
 SpeechDetector = Callable[[Tensor], list[tuple[int, int]]]
@@ -39,6 +38,8 @@ class StreamState:
         samples: the samples that are still needed.
         num_decoded: number of samples that were decoded so far.
         is_finished: whether the stream has ended.
+        new_words: committed words that are not yet in an update.
+        new_events: events that are not yet in an update.
     """
 
     words: WordCollector
@@ -47,6 +48,18 @@ class StreamState:
     samples: SampleBuffer = field(default_factory=SampleBuffer)
     num_decoded: int = 0
     is_finished: bool = False
+    new_words: list[StreamWord] = field(default_factory=list)
+    new_events: list[StreamEvent] = field(default_factory=list)
+
+    def add_tokens(self, tokens: Sequence[Token]) -> None:
+        """Add decoded tokens, and store the words that they complete and the events.
+
+        Args:
+            tokens: the new tokens.
+        """
+        words, events = self.words.add(tokens, self.decoder_state.num_frames[0])
+        self.new_words += words
+        self.new_events += events
 
 
 class StreamEngine:
@@ -55,9 +68,9 @@ class StreamEngine:
     Args:
         model: a CTC, RNN-T, TDT or hybrid model in evaluation mode.
         processor: processor of the model.
-        chunk_s: duration of a chunk in seconds; see `choose_settings`.
-        left_s: left context in seconds.
-        right_s: right context in seconds.
+        chunk_s: duration of a chunk in seconds; `None` for the default, see `choose_settings`.
+        left_s: left context in seconds; `None` for the default.
+        right_s: right context in seconds; `None` for the default.
         decoder: `"transducer"`, or `"ctc"` for the CTC head of a hybrid; `None` for the transducer if there is one.
         confidence: confidence method of `compute_token_confidence`; `None` for no confidence.
         speech_detector: finds speech in samples; frames of chunks without speech count as blanks. `None` to decode all.
@@ -70,12 +83,12 @@ class StreamEngine:
         self,
         model: Any,
         processor: Any,
-        chunk_s: float | None,
-        left_s: float | None,
-        right_s: float | None,
-        decoder: str | None,
-        confidence: str | None,
-        speech_detector: SpeechDetector | None,
+        chunk_s: float | None = None,
+        left_s: float | None = None,
+        right_s: float | None = None,
+        decoder: str | None = None,
+        confidence: str | None = "max_prob",
+        speech_detector: SpeechDetector | None = None,
     ) -> None:
         if model.training:
             raise ValueError(
@@ -83,23 +96,24 @@ class StreamEngine:
             )
         if confidence is not None:
             check_confidence_method(confidence)
-        self.model, self.processor, self.speech_detector = model, processor, speech_detector
-        self.extractor = processor.feature_extractor
+        self.processor, self.speech_detector = processor, speech_detector
+        extractor = processor.feature_extractor
+        settings = choose_settings(model.encoder, extractor, chunk_s, left_s, right_s)
+        self.encoder: CachedEncoder | ContextEncoder
+        if settings.is_cache_aware:
+            context_s = DETECTOR_CONTEXT_S if speech_detector else 0.0
+            self.encoder = CachedEncoder(model.encoder, extractor, settings, context_s)
+        else:
+            self.encoder = ContextEncoder(model.encoder, extractor, settings)
         self.decoder = StreamDecoder(model, choose_decoder(model.config, decoder), confidence)
-        self.settings = choose_settings(model.encoder, self.extractor, chunk_s, left_s, right_s)
-        self.encoder = prepare_encoder(model.encoder, self.settings)
-        self.attention_context = list(self.encoder.config.attention_context_size)
-        self.frame_s = self.settings.samples_per_frame / self.extractor.sampling_rate
-        frames_per_second = self.extractor.sampling_rate / self.settings.hop_length
-        # feature frames before the chunk that are read for the speech detector
-        self.num_context_frames = int(DETECTOR_CONTEXT_S * frames_per_second) if speech_detector else 0
+        self.attention_context = list(self.encoder.encoder.config.attention_context_size)
+        self.frame_s = settings.samples_per_frame / extractor.sampling_rate
 
     @torch.no_grad()
     def start(self) -> StreamState:
         """Create the state of a new stream."""
-        cache = self.encoder.start_cache(1) if self.settings.is_cache_aware else None
         words = WordCollector(self.processor, self.decoder.head_type, self.frame_s)
-        return StreamState(words, self.decoder.start(), cache)
+        return StreamState(words, self.decoder.start(), self.encoder.start_cache())
 
     @torch.no_grad()
     def advance(self, streams: Sequence[StreamState], is_last: bool = False) -> list[StreamUpdate]:
@@ -116,188 +130,93 @@ class StreamEngine:
             RuntimeError: the attention context of the model was changed after the streams started.
         """
         self._check_attention_context()
-        updates = [StreamUpdate() for _ in streams]
         while True:
-            parts = [None if stream.is_finished else self._plan(stream, is_last) for stream in streams]
-            ready = [(index, part) for index, part in enumerate(parts) if part is not None]
-            if not ready:
+            steps = [
+                (stream, part)
+                for stream in streams
+                if not stream.is_finished
+                and (part := self.encoder.plan(stream.num_decoded, stream.samples.stop, is_last)) is not None
+            ]
+            if not steps:
                 break
-            new_tokens = self._run_step([streams[index] for index, _ in ready], [part for _, part in ready])
-            for (index, _), tokens in zip(ready, new_tokens, strict=True):
-                add_tokens(streams[index], updates[index], tokens)
-        for stream, update in zip(streams, updates, strict=True):
-            if is_last and not stream.is_finished:
-                add_tokens(stream, update, self.decoder.get_last_tokens(stream.decoder_state))
-                update.committed.extend(stream.words.complete_word())
-                stream.is_finished = True
-            if not stream.is_finished:
-                update.tentative.extend(stream.words.build_words(self.decoder.get_last_tokens(stream.decoder_state)))
-        return updates
+            self._run_step([stream for stream, _ in steps], [part for _, part in steps])
+        return [self._build_update(stream, is_last) for stream in streams]
 
     def _check_attention_context(self) -> None:
         """Raise a RuntimeError if the attention context was changed after the streams started."""
-        context = list(self.encoder.config.attention_context_size)
+        context = list(self.encoder.encoder.config.attention_context_size)
         if context != self.attention_context:
             raise RuntimeError(
                 f"the attention context must not change while a stream runs, it was {self.attention_context} and now "
                 f"is {context}: finish the stream, change the context, and start a new stream"
             )
 
-    def _plan(self, stream: StreamState, is_last: bool) -> Part | None:
-        """Plan the next step of a stream; `None` if it needs more samples."""
-        num_received = stream.samples.stop
-        if self.settings.is_cache_aware:
-            return plan_cached_part(stream.num_decoded, num_received, self.settings, is_last, self.num_context_frames)
-        return plan_part(stream.num_decoded, num_received, self.settings, is_last)
-
-    def _run_step(self, streams: Sequence[StreamState], parts: Sequence[Part]) -> list[list[Token]]:
+    def _run_step(self, streams: Sequence[StreamState], parts: Sequence[Part]) -> None:
         """Run one step of several streams.
 
         Args:
             streams: the streams, changed in place.
             parts: the samples of the step of each stream.
-
-        Returns:
-            The new tokens of each stream.
         """
-        buffers = [stream.samples.get(part.start, part.stop) for stream, part in zip(streams, parts, strict=True)]
-        has_speech = [self._has_speech(buffer, part) for buffer, part in zip(buffers, parts, strict=True)]
-        # the cache of the encoder needs all frames, also those without speech
-        encoded = [index for index in range(len(parts)) if has_speech[index] or self.settings.is_cache_aware]
-        encode = self._encode_with_cache if self.settings.is_cache_aware else self._encode_buffers
-        chunks = encode(
-            [streams[index] for index in encoded],
-            [parts[index] for index in encoded],
-            [buffers[index] for index in encoded],
-        )
-        frames_by_index = dict(zip(encoded, chunks, strict=True))
-        # a number of frames, instead of frames, means blanks
-        frames = [
-            frames_by_index[index] if has_speech[index] else self._count_frames(part, frames_by_index.get(index))
-            for index, part in enumerate(parts)
+        inputs = [
+            EncoderInput(part, stream.samples.get(part.start, part.stop), stream.cache)
+            for stream, part in zip(streams, parts, strict=True)
         ]
-        states = [stream.decoder_state for stream in streams]
-        tokens, states = self.decoder.decode(frames, states)
-        for stream, part, state in zip(streams, parts, states, strict=True):
-            stream.decoder_state, stream.num_decoded = state, part.chunk_stop
-            stream.samples.drop_before(
-                get_first_needed_sample(stream.num_decoded, self.settings, self.num_context_frames)
-            )
-        return tokens
+        has_speech = [self._has_speech(item) for item in inputs]
+        results = self._encode(inputs, has_speech)
+        # a number of frames, instead of frames, means blanks
+        frames: list[Tensor | int] = []
+        for item, result, is_speech in zip(inputs, results, has_speech, strict=True):
+            if result is None:
+                # only `ContextEncoder` leaves out chunks
+                assert isinstance(self.encoder, ContextEncoder)
+                frames.append(self.encoder.count_frames(item.part))
+            else:
+                frames.append(result[0] if is_speech else len(result[0]))
+        tokens, states = self.decoder.decode(frames, [stream.decoder_state for stream in streams])
+        for index, (stream, part, result) in enumerate(zip(streams, parts, results, strict=True)):
+            stream.num_decoded, stream.decoder_state = part.chunk_stop, states[index]
+            stream.cache = None if result is None else result[1]
+            stream.samples.drop_before(self.encoder.get_first_needed_sample(stream.num_decoded))
+            stream.add_tokens(tokens[index])
 
-    def _count_frames(self, part: Part, frames: Tensor | None) -> int:
-        """Count the encoder frames of the chunk of a part.
+    def _encode(self, inputs: Sequence[EncoderInput], has_speech: Sequence[bool]) -> list[EncoderResult | None]:
+        """Encode the chunks that contain speech, or all chunks if the encoder needs all.
 
         Args:
-            part: the sample numbers of the part.
-            frames: (N, H) encoder frames of the chunk; `None` if they were not computed.
-        """
-        if frames is not None:
-            return len(frames)
-        num_features = torch.tensor(part.num_samples // self.settings.hop_length)
-        first_frame, end_frame = self._get_chunk_frames(
-            part, int(self.model._get_subsampling_output_length(num_features))
-        )
-        return end_frame - first_frame
+            inputs: the input of each stream.
+            has_speech: whether the chunk of each stream contains speech.
 
-    def _has_speech(self, buffer: Tensor, part: Part) -> bool:
-        """Return whether the chunk of a part contains speech; true without a speech detector."""
+        Returns:
+            The encoder frames and the new cache of each stream; `None` for a chunk that was not encoded.
+        """
+        encoded = [index for index in range(len(inputs)) if has_speech[index] or self.encoder.needs_all_chunks]
+        results: list[EncoderResult | None] = [None] * len(inputs)
+        for index, result in zip(encoded, self.encoder.encode([inputs[index] for index in encoded]), strict=True):
+            results[index] = result
+        return results
+
+    def _has_speech(self, item: EncoderInput) -> bool:
+        """Return whether the chunk of a step contains speech; true without a speech detector."""
         if self.speech_detector is None:
             return True
-        chunk_start, chunk_stop = part.chunk_start - part.start, part.chunk_stop - part.start
-        return any(start < chunk_stop and stop > chunk_start for start, stop in self.speech_detector(buffer))
+        chunk_start, chunk_stop = item.part.chunk_start - item.part.start, item.part.chunk_stop - item.part.start
+        return any(start < chunk_stop and stop > chunk_start for start, stop in self.speech_detector(item.samples))
 
-    def _encode_buffers(
-        self, streams: Sequence[StreamState], parts: Sequence[Part], buffers: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """Encode buffers of left context, chunk and right context.
+    def _build_update(self, stream: StreamState, is_last: bool) -> StreamUpdate:
+        """Build the update of a stream after its steps, and end the stream if `is_last`.
 
         Args:
-            streams: the streams, not used.
-            parts: the sample numbers of the buffers.
-            buffers: (S,) samples of each buffer.
-
-        Returns:
-            (N, H) encoder frames of each chunk.
+            stream: the stream, changed in place.
+            is_last: whether the stream has ended.
         """
-        if not buffers:
-            return []
-        lengths = torch.tensor([len(buffer) for buffer in buffers])
-        features, mask = self.extractor.extract(pad_sequence(list(buffers), batch_first=True), lengths)
-        device = self.model.device
-        outputs = self.encoder(input_features=features.to(device), attention_mask=mask.to(device))
-        encoder_lengths = outputs.attention_mask.sum(-1).tolist()
-        frames = []
-        for part, hidden, length in zip(parts, outputs.last_hidden_state, encoder_lengths, strict=True):
-            first_frame, end_frame = self._get_chunk_frames(part, length)
-            frames.append(hidden[first_frame:end_frame])
-        return frames
-
-    def _get_chunk_frames(self, part: Part, encoder_length: int) -> tuple[int, int]:
-        """Return the first and the end frame of a chunk among the encoder frames of its buffer.
-
-        Args:
-            part: the sample numbers of the buffer.
-            encoder_length: number of encoder frames of the buffer.
-        """
-        samples_per_frame = self.settings.samples_per_frame
-        first_frame = (part.chunk_start - part.start) // samples_per_frame
-        if part.is_last:
-            return first_frame, max(first_frame, encoder_length)
-        return first_frame, first_frame + (part.chunk_stop - part.chunk_start) // samples_per_frame
-
-    def _encode_with_cache(
-        self, streams: Sequence[StreamState], parts: Sequence[Part], buffers: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """Encode the new feature frames of streams with their caches.
-
-        Streams with the same number of new frames are encoded as one batch without padding.
-
-        Args:
-            streams: the streams, whose caches are replaced.
-            parts: the sample numbers of the buffers.
-            buffers: (S,) samples of each buffer.
-
-        Returns:
-            (N, H) encoder frames of each chunk.
-        """
-        features = [self._extract_chunk(part, buffer) for part, buffer in zip(parts, buffers, strict=True)]
-        frames: dict[int, Tensor] = {}
-
-        def get_group(index: int) -> tuple[bool, int]:
-            """Return what the streams of one batch must have in common: first chunk or not, and number of frames."""
-            return parts[index].chunk_start == 0, len(features[index])
-
-        for _, group in groupby(sorted(range(len(streams)), key=get_group), key=get_group):
-            indices = list(group)
-            cache = stack_caches([streams[index].cache for index in indices])
-            hidden, cache = self.encoder.stream_step(torch.stack([features[index] for index in indices]), cache)
-            for row, index in enumerate(indices):
-                frames[index], streams[index].cache = hidden[row], cache.select(row)
-        return [frames[index] for index in range(len(streams))]
-
-    def _extract_chunk(self, part: Part, buffer: Tensor) -> Tensor:
-        """Compute the (T, F) feature frames of the chunk of a part, on the device of the model.
-
-        Args:
-            part: the sample numbers of the buffer.
-            buffer: (S,) samples of the buffer.
-        """
-        hop = self.settings.hop_length
-        features, _ = self.extractor.extract(buffer[None], torch.tensor([len(buffer)]))
-        return features[0, (part.chunk_start - part.start) // hop : (part.chunk_stop - part.start) // hop].to(
-            self.model.device
-        )
-
-
-def add_tokens(stream: StreamState, update: StreamUpdate, tokens: Sequence[Token]) -> None:
-    """Add new tokens to a stream, and its new words and events to an update.
-
-    Args:
-        stream: the stream, changed in place.
-        update: the update, changed in place.
-        tokens: the new tokens.
-    """
-    words, events = stream.words.add(tokens)
-    update.committed.extend(words)
-    update.events.extend(events)
+        tentative: list[StreamWord] = []
+        if is_last and not stream.is_finished:
+            stream.add_tokens(self.decoder.get_last_tokens(stream.decoder_state))
+            stream.new_words += stream.words.complete_word()
+            stream.is_finished = True
+        elif not is_last:
+            tentative = stream.words.build_words(self.decoder.get_last_tokens(stream.decoder_state))
+        update = StreamUpdate(stream.new_words, tentative, stream.new_events)
+        stream.new_words, stream.new_events = [], []
+        return update

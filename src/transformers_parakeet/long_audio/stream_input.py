@@ -101,11 +101,6 @@ class Part:
     stop: int
     is_last: bool = False
 
-    @property
-    def num_samples(self) -> int:
-        """Number of samples that the step reads."""
-        return self.stop - self.start
-
 
 def plan_part(num_decoded: int, num_received: int, settings: StreamSettings, is_last: bool) -> Part | None:
     """Plan the next step with left and right context.
@@ -169,7 +164,7 @@ def plan_cached_part(
     return Part(start, num_decoded, chunk_stop, num_received, is_last=True)
 
 
-def get_first_needed_sample(num_decoded: int, settings: StreamSettings, num_context_frames: int) -> int:
+def get_first_needed_sample(num_decoded: int, settings: StreamSettings, num_context_frames: int = 0) -> int:
     """Return the first sample that a later step can read.
 
     Args:

@@ -14,6 +14,9 @@ from ..timestamps import EmittedTokens, compute_token_spans, group_into_words
 # pieces of the vocabulary that mark the end of an utterance and the end of a backchannel ("uh-huh")
 EVENT_PIECES = ("<EOU>", "<EOB>")
 
+# duration in seconds without a token after which a word is committed; a pause inside a word is shorter
+COMMIT_PAUSE_S = 0.8
+
 # number of tokens after which a word is split, because languages without spaces between words never start a new word
 MAX_WORD_TOKENS = 64
 
@@ -27,8 +30,9 @@ class StreamWord:
         start: start in seconds from the start of the stream.
         end: end in seconds from the start of the stream.
         confidence: confidence from 0 to 1; `None` if it was not requested.
-        is_continuation: whether no space separates the word from the word before it. This is so only for a word of more
-            than `MAX_WORD_TOKENS` tokens, which is split, for example in languages without spaces.
+        is_continuation: whether no space separates the word from the word before it. This is so for punctuation or a
+            part of a word that follows a pause of `COMMIT_PAUSE_S`, and for a word of more than `MAX_WORD_TOKENS`
+            tokens, which is split, for example in languages without spaces.
     """
 
     text: str
@@ -94,9 +98,10 @@ class Token:
 
 
 class WordCollector:
-    """Collects the tokens of a stream to words. A word is complete when the next word starts, or at an event.
+    """Collects the tokens of a stream to words.
 
-    It keeps only the tokens of the incomplete word and the token before them.
+    A word is complete when the next word starts, at an event, or after a pause. The collector stores only the tokens of
+    the incomplete word and the token before them.
 
     Args:
         processor: processor of the model.
@@ -111,13 +116,13 @@ class WordCollector:
         self.event_names = {vocabulary[piece]: piece for piece in EVENT_PIECES if piece in vocabulary}
         self.word_tokens: list[Token] = []
         self.token_before: Token | None = None
-        self.is_continuation = False
 
-    def add(self, tokens: Sequence[Token]) -> tuple[list[StreamWord], list[StreamEvent]]:
+    def add(self, tokens: Sequence[Token], num_frames: int) -> tuple[list[StreamWord], list[StreamEvent]]:
         """Add new tokens.
 
         Args:
             tokens: the tokens, in the order of their frames.
+            num_frames: number of encoder frames that were decoded so far.
 
         Returns:
             The words that are now complete, and the events.
@@ -126,24 +131,24 @@ class WordCollector:
         events: list[StreamEvent] = []
         for token in tokens:
             is_event = token.token_id in self.event_names
-            if is_event or self._starts_word(token.token_id):
+            if is_event or self._starts_word(token) or len(self.word_tokens) >= MAX_WORD_TOKENS:
                 words += self.complete_word()
-            elif len(self.word_tokens) >= MAX_WORD_TOKENS:
-                words += self.complete_word()
-                self.is_continuation = True
             if is_event:
-                events.append(StreamEvent(self.event_names[token.token_id], token.frame * self.frame_s))
+                events.append(StreamEvent(self.event_names[token.token_id], round(token.frame * self.frame_s, 3)))
                 self.token_before = token
             else:
                 self.word_tokens.append(token)
+        if self.word_tokens:
+            last = self.word_tokens[-1]
+            if (num_frames - last.frame - last.duration) * self.frame_s >= COMMIT_PAUSE_S:
+                words += self.complete_word()
         return words, events
 
     def complete_word(self) -> list[StreamWord]:
         """Return the incomplete word, if it has text, and start a new word."""
         words = self.build_words()
         if self.word_tokens:
-            self.token_before = self.word_tokens[-1]
-            self.word_tokens, self.is_continuation = [], False
+            self.token_before, self.word_tokens = self.word_tokens[-1], []
         return words
 
     def build_words(self, next_tokens: Sequence[Token] = ()) -> list[StreamWord]:
@@ -159,41 +164,47 @@ class WordCollector:
         if not tokens:
             return []
         # the start of a CTC token is the frame of the token before
-        num_before = int(self.token_before is not None)
-        all_tokens = [self.token_before, *tokens] if self.token_before is not None else tokens
-        confidences = [token.confidence for token in all_tokens if token.confidence is not None]
-        emitted = EmittedTokens(
-            [token.token_id for token in all_tokens],
-            [token.frame for token in all_tokens],
-            [token.duration for token in all_tokens],
-            confidences if len(confidences) == len(all_tokens) else None,
-        )
-        token_ids = emitted.tokens[num_before:]
-        texts = [self._decode_token(token) for token in emitted.tokens]
-        spans = compute_token_spans(self.head_type, emitted, texts, self.punctuation)[num_before:]
+        before = [] if self.token_before is None else [self.token_before]
+        emitted = to_emitted_tokens([*before, *tokens])
+        texts = [self._decode([token]) for token in emitted.tokens]
+        spans = compute_token_spans(self.head_type, emitted, texts, self.punctuation)[len(before) :]
+        token_ids = emitted.tokens[len(before) :]
         pieces = self.tokenizer.convert_ids_to_tokens(token_ids)
         words = group_into_words(spans, token_ids, pieces, self._decode, self.punctuation)
+        follows_word = bool(before) and before[0].token_id not in self.event_names
+        is_continuation = follows_word and not self._starts_word(tokens[0])
         return [
             StreamWord(
                 word.text,
                 round(word.start * self.frame_s, 3),
                 round(word.end * self.frame_s, 3),
                 word.confidence,
-                is_continuation=self.is_continuation and index == 0,
+                is_continuation=is_continuation and index == 0,
             )
             for index, word in enumerate(words)
             if word.text
         ]
 
-    def _starts_word(self, token_id: int) -> bool:
+    def _starts_word(self, token: Token) -> bool:
         """Return whether a token starts a word, by the rule of `group_into_words`."""
-        text = self._decode_token(token_id)
-        return self.tokenizer.convert_ids_to_tokens(token_id) != text and text not in self.punctuation
+        text = self._decode([token.token_id])
+        return self.tokenizer.convert_ids_to_tokens(token.token_id) != text and text not in self.punctuation
 
     def _decode(self, token_ids: list[int]) -> str:
         """Convert token ids to text without merging repeats."""
         return str(self.tokenizer.decode(token_ids, group_tokens=False))
 
-    def _decode_token(self, token_id: int) -> str:
-        """Convert one token id to text."""
-        return self._decode([token_id])
+
+def to_emitted_tokens(tokens: Sequence[Token]) -> EmittedTokens:
+    """Convert tokens to the lists that `timestamps.py` reads.
+
+    Args:
+        tokens: the tokens; all of them have a confidence, or none.
+    """
+    confidences = [token.confidence for token in tokens if token.confidence is not None]
+    return EmittedTokens(
+        [token.token_id for token in tokens],
+        [token.frame for token in tokens],
+        [token.duration for token in tokens],
+        confidences or None,
+    )

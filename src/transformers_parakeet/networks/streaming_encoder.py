@@ -19,7 +19,7 @@ from .attention_layout import BlockLayout, build_context_mask, relative_shift
 from .conformer import ParakeetEncoderBlock, ParakeetEncoderConvolutionModule, activate
 from .fast_linear import apply_pointwise_conv
 
-# number of cached encoder frames for an unlimited left context, as in NeMo; 800 s
+# largest number of cached encoder frames for an unlimited left context, as in NeMo; 800 s
 MAX_CACHED_FRAMES = 10_000
 
 
@@ -29,7 +29,7 @@ class EncoderCache:
 
     Args:
         attention_inputs: (layers, B, C, H) inputs of the attention of each block, oldest first, zeros before the start
-            of a stream. C is the left attention context in frames.
+            of a stream. C is the left attention context in frames; without a limit, C grows to `MAX_CACHED_FRAMES`.
         num_cached: (B,) number of valid frames in `attention_inputs`.
         conv_inputs: (layers, B, kernel size - 1, H) inputs of the depthwise convolution of each block, oldest first.
         history: (B, subsampling factor + 1, F) last feature frames of each stream, zeros before the start; `None`
@@ -48,11 +48,12 @@ class EncoderCache:
             stream_index: index of the stream in the batch.
         """
         rows = slice(stream_index, stream_index + 1)
+        # copies, because views would keep the memory of the whole batch
         return EncoderCache(
-            self.attention_inputs[:, rows],
-            self.num_cached[rows],
-            self.conv_inputs[:, rows],
-            None if self.history is None else self.history[rows],
+            self.attention_inputs[:, rows].clone(),
+            self.num_cached[rows].clone(),
+            self.conv_inputs[:, rows].clone(),
+            None if self.history is None else self.history[rows].clone(),
         )
 
 
@@ -63,8 +64,11 @@ def stack_caches(caches: Sequence[EncoderCache]) -> EncoderCache:
         caches: caches of streams that are all before, or all after, their first chunk.
     """
     histories = [cache.history for cache in caches if cache.history is not None]
+    longest = max(cache.attention_inputs.shape[2] for cache in caches)
+    # an unlimited left context gives caches of different lengths; the empty entries are the oldest ones
+    padded = [F.pad(inputs, (0, 0, longest - inputs.shape[2], 0)) for inputs in (c.attention_inputs for c in caches)]
     return EncoderCache(
-        torch.cat([cache.attention_inputs for cache in caches], dim=1),
+        torch.cat(padded, dim=1),
         torch.cat([cache.num_cached for cache in caches]),
         torch.cat([cache.conv_inputs for cache in caches], dim=1),
         torch.cat(histories) if histories else None,
@@ -110,12 +114,10 @@ class CacheAwareEncoderMixin:
                 f"{config.attention_context_style!r}, `causal_downsampling` {config.causal_downsampling} and "
                 f"`conv_context_size` {config.conv_context_size}: stream this model with left and right context"
             )
-        left = config.attention_context_size[0]
-        num_cached = left if left >= 0 else MAX_CACHED_FRAMES
         weight = self.layers[0].norm_out.weight
         shape = (config.num_hidden_layers, num_streams)
         return EncoderCache(
-            attention_inputs=weight.new_zeros(*shape, num_cached, config.hidden_size),
+            attention_inputs=weight.new_zeros(*shape, max(0, config.attention_context_size[0]), config.hidden_size),
             num_cached=torch.zeros(num_streams, dtype=torch.long, device=weight.device),
             conv_inputs=weight.new_zeros(*shape, config.conv_kernel_size - 1, config.hidden_size),
             history=None,
@@ -144,7 +146,7 @@ class CacheAwareEncoderMixin:
             # the first two subsampled frames contain the zero padding before the history
             num_dropped = 1 + cache.history.shape[1] // factor
         hidden = self.subsampling(inputs)[:, num_dropped:] * self.input_scale
-        history = F.pad(inputs, (0, 0, max(0, factor + 1 - inputs.shape[1]), 0))[:, -(factor + 1) :]
+        history = F.pad(inputs, (0, 0, max(0, factor + 1 - inputs.shape[1]), 0))[:, -(factor + 1) :].clone()
         context = self._build_step_context(hidden, cache)
         attention_inputs, conv_inputs = [], []
         for index, block in enumerate(self.layers):
@@ -153,7 +155,7 @@ class CacheAwareEncoderMixin:
             )
             attention_inputs.append(new_attention_input)
             conv_inputs.append(new_conv_input)
-        num_cached = (cache.num_cached + hidden.shape[1]).clamp(max=cache.attention_inputs.shape[2])
+        num_cached = (cache.num_cached + hidden.shape[1]).clamp(max=context.num_cached)
         return hidden, EncoderCache(torch.stack(attention_inputs), num_cached, torch.stack(conv_inputs), history)
 
     def _build_step_context(self, hidden: Tensor, cache: EncoderCache) -> StepContext:
@@ -164,6 +166,8 @@ class CacheAwareEncoderMixin:
             cache: the cache before the chunk, with C frames.
         """
         config, num_cached = self.config, cache.attention_inputs.shape[2]
+        left = config.attention_context_size[0]
+        new_num_cached = left if left >= 0 else min(num_cached + hidden.shape[1], MAX_CACHED_FRAMES)
         # one block of N queries that reads C keys before its first query
         layout = BlockLayout(hidden.shape[1], hidden.shape[1], keys_before=num_cached)
         positions = layout.compute_relative_positions(hidden.device)
@@ -174,7 +178,8 @@ class CacheAwareEncoderMixin:
         # (B, K): the oldest C - num_cached entries of the cache are empty
         is_valid = key_indices >= num_cached - cache.num_cached[:, None]
         visible_mask = is_valid[:, None, None] if context_mask is None else is_valid[:, None, None] & context_mask
-        return StepContext(self.encode_positions.embed_positions(positions).to(hidden.dtype), visible_mask)
+        embeddings = self.encode_positions.embed_positions(positions).to(hidden.dtype)
+        return StepContext(embeddings, visible_mask, new_num_cached)
 
 
 @dataclass(frozen=True)
@@ -184,10 +189,12 @@ class StepContext:
     Args:
         position_embeddings: (K + N - 1, H) embeddings of the relative positions, in decreasing order of the position.
         visible_mask: (B, 1, 1 or N, K) boolean mask, True if a query may attend to a key.
+        num_cached: number of frames in the new cache.
     """
 
     position_embeddings: Tensor
     visible_mask: Tensor
+    num_cached: int
 
 
 def step_block(
@@ -211,7 +218,7 @@ def step_block(
     conv_output, new_conv_cache = convolve_with_cache(block.conv, block.norm_conv(hidden), conv_cache)
     hidden = hidden + conv_output
     hidden = torch.add(hidden, block.feed_forward2(block.norm_feed_forward2(hidden)), alpha=0.5)
-    new_attention_cache = attention_input[:, attention_input.shape[1] - attention_cache.shape[1] :]
+    new_attention_cache = attention_input[:, attention_input.shape[1] - context.num_cached :]
     return block.norm_out(hidden), new_attention_cache, new_conv_cache
 
 
