@@ -1,5 +1,7 @@
 """The interface of streams: words, updates, events, pauses, speech detection, bounded state and errors."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import soundfile
@@ -9,6 +11,7 @@ from stream_helpers import load_clip, load_demo, load_model, tone
 
 import transformers_parakeet as tp
 from transformers_parakeet.long_audio import ParakeetStream, StreamBatch, StreamUpdate, join_stream_words
+from transformers_parakeet.processing_parakeet import to_emitted_tokens
 
 # a short context, so that the words of a clip of 3 s come in several updates
 OPTIONS = {"chunk_s": 0.4, "left_s": 4.0, "right_s": 0.4}
@@ -42,8 +45,6 @@ def test_the_words_of_a_stream_equal_those_of_generate(decoder):
         return_dict_in_generate=True,
         output_confidence="max_prob",
     )
-    from transformers_parakeet.processing_parakeet import to_emitted_tokens
-
     emitted = to_emitted_tokens(output.hypotheses)
     expected = processor.chunks(emitted, "word", "ctc" if decoder == "ctc" else "tdt")
     words = committed_words(updates)
@@ -113,6 +114,15 @@ def test_the_first_word_appears_soon_after_its_end(name):
     raise AssertionError("no word was committed")
 
 
+def assert_words_equal(words, expected):
+    """Check that words are equal, and their confidence up to rounding."""
+    assert [dataclasses.replace(word, confidence=None) for word in words] == [
+        dataclasses.replace(word, confidence=None) for word in expected
+    ]
+    # the same scores, computed in batches of different sizes; measured: 3e-7
+    assert [word.confidence for word in words] == pytest.approx([word.confidence for word in expected], abs=1e-5)
+
+
 def test_a_batch_equals_single_streams_and_streams_can_be_replaced():
     model, processor = load_demo()
     first, second = load_digits(), load_digits("fsdd_dev_1_nicolas")
@@ -123,14 +133,14 @@ def test_a_batch_equals_single_streams_and_streams_can_be_replaced():
         for row, update in enumerate(batch.feed([first[start : start + 3000], second[start : start + 3000]])):
             words[row] += update.committed
     words[1] += batch.finish([1])[0].committed
-    assert words[1] == expected[1]
+    assert_words_equal(words[1], expected[1])
     # a new speaker takes the place of the second stream
     batch.restart(1)
     [update, _] = batch.feed([None, second])
     assert update.committed == []
     for row, update in enumerate(batch.finish()):
         words[row] += update.committed
-    assert words[0] == expected[0]
+    assert_words_equal(words[0], expected[0])
     assert batch.finish() == [StreamUpdate(), StreamUpdate()]
 
 
@@ -180,8 +190,8 @@ def test_chunks_without_speech_are_not_decoded(decoder):
     encoder.encode = count
     words = committed_words(collect(stream, samples, 1600))
     assert join_stream_words(words) == "one two three five two three zero"
-    # the times count the frames without speech
-    assert words[3].start >= len(load_digits()) / 16000 + 3.0
+    # the times count the frames without speech; a CTC word starts at the token before it
+    assert words[3].end >= len(load_digits()) / 16000 + 3.0
     # at least 6 of the 7.5 chunks of the pause contain no speech
     assert detector.num_calls - num_encoded >= 6
     silence = ParakeetStream(model, processor, decoder=decoder, speech_detector=detector, **OPTIONS)
@@ -262,8 +272,7 @@ def test_ten_minutes_without_speech_give_few_words_and_do_not_make_the_state_gro
         words += stream.feed(block).committed
         sizes.append(measure_state(stream))
     words += stream.finish().committed
-    # MEASURED
-    assert len(words) <= 10
+    assert words == []
     check_state_size(sizes, {"samples": 16000 * 19, "tokens": 64, "cache": 0, "lstm": 2 * 2 * 640})
 
 

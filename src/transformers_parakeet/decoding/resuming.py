@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,25 +54,44 @@ def resume_transducer(
         for length, skipped in zip(lengths, state.skipped_frames, strict=True)
     ]
     scorer = FrameScorer(encoder_states, joint, shortcuts or Shortcuts(), options)
-    predictor_states, lstm_state = search_labels(searches, scorer, predict, state.predictor_states, state.lstm_state)
-    # the search does not run the prediction network for a label that jumps to the end of its part
-    ends_with_label = [
-        index for index, search in enumerate(searches) if search.steps.tokens[-1:] not in ([], [options.blank_id])
-    ]
-    if ends_with_label:
-        predictor_states, lstm_state = predict_clips(predict, predictor_states, lstm_state, searches, ends_with_label)
-    all_steps = [search.steps for search in searches]
-    hypotheses = collect_hypotheses(
-        all_steps, options.blank_id, pad_id, encoder_states.device, options.confidence is not None, has_logits=False
-    )
-    first_frames = torch.tensor(state.num_frames, device=encoder_states.device)
+    networks_state = search_labels(searches, scorer, predict, state.predictor_states, state.lstm_state)
+    predictor_states, lstm_state = predict_last_labels(searches, predict, *networks_state)
     new_state = TransducerState(
         predictor_states,
         tuple(lstm_state),
         tuple(count + length for count, length in zip(state.num_frames, lengths, strict=True)),
         tuple(search.next_frame - length for search, length in zip(searches, lengths, strict=True)),
     )
-    return replace(hypotheses, frames=hypotheses.frames + first_frames[:, None], steps=None), new_state
+    steps, device = [search.steps for search in searches], encoder_states.device
+    hypotheses = collect_hypotheses(steps, options.blank_id, pad_id, device, options.confidence is not None, False)
+    first_frames = torch.tensor(state.num_frames, device=device)[:, None]
+    return replace(hypotheses, frames=hypotheses.frames + first_frames, steps=None), new_state
+
+
+def predict_last_labels(
+    searches: Sequence[ClipSearch], predict: Predict, predictor_states: Tensor, lstm_state: Any
+) -> tuple[Tensor, Any]:
+    """Run the prediction network for streams whose last step is a label.
+
+    The search does not do this for a label whose duration reaches the last frame, because a clip ends there.
+
+    Args:
+        searches: the finished search of every stream.
+        predict: prediction network: (last labels, LSTM state) -> predictor states, new LSTM state.
+        predictor_states: (B, J) predictor states after the search.
+        lstm_state: LSTM state after the search.
+
+    Returns:
+        The new (B, J) predictor states and the new LSTM state.
+    """
+    indices = [
+        index
+        for index, search in enumerate(searches)
+        if search.steps.tokens and search.steps.tokens[-1] != search.options.blank_id
+    ]
+    if not indices:
+        return predictor_states, lstm_state
+    return predict_clips(predict, predictor_states, lstm_state, searches, indices)
 
 
 def resume_ctc(

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from .attention import ParakeetEncoderAttention, get_masked_score
 from .attention_layout import BlockLayout, build_context_mask, relative_shift
-from .conformer import ParakeetEncoderBlock, ParakeetEncoderConvolutionModule, activate
 from .fast_linear import apply_pointwise_conv
 
 # largest number of cached encoder frames for an unlimited left context, as in NeMo; 800 s
@@ -198,12 +197,12 @@ class StepContext:
 
 
 def step_block(
-    block: ParakeetEncoderBlock, hidden: Tensor, attention_cache: Tensor, conv_cache: Tensor, context: StepContext
+    block: Any, hidden: Tensor, attention_cache: Tensor, conv_cache: Tensor, context: StepContext
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Apply an encoder block to the frames of a chunk, with the past frames from the cache.
 
     Args:
-        block: the block, in evaluation mode.
+        block: the `ParakeetEncoderBlock`, in evaluation mode.
         hidden: (B, N, H) frames of the chunk.
         attention_cache: (B, C, H) inputs of the attention before the chunk.
         conv_cache: (B, kernel size - 1, H) inputs of the depthwise convolution before the chunk.
@@ -254,13 +253,11 @@ def attend_to_cache(
     return attention.o_proj(attended.transpose(1, 2).flatten(2))
 
 
-def convolve_with_cache(
-    module: ParakeetEncoderConvolutionModule, hidden: Tensor, conv_cache: Tensor
-) -> tuple[Tensor, Tensor]:
+def convolve_with_cache(module: Any, hidden: Tensor, conv_cache: Tensor) -> tuple[Tensor, Tensor]:
     """Apply a causal convolution module to the frames of a chunk.
 
     Args:
-        module: the convolution module of a block.
+        module: the `ParakeetEncoderConvolutionModule` of a block.
         hidden: (B, N, H) frames of the chunk.
         conv_cache: (B, kernel size - 1, H) inputs of the depthwise convolution before the chunk.
 
@@ -270,5 +267,5 @@ def convolve_with_cache(
     gated = F.glu(apply_pointwise_conv(module.pointwise_conv1, hidden), dim=-1)
     inputs = torch.cat([conv_cache, gated], dim=1)
     normalised = module._apply_norm(module._convolve_over_time(inputs), is_recomputation=False)
-    output = apply_pointwise_conv(module.pointwise_conv2, activate(module.activation, normalised, module.norm))
+    output = apply_pointwise_conv(module.pointwise_conv2, module.activation(normalised))
     return output, inputs[:, inputs.shape[1] - conv_cache.shape[1] :]
