@@ -224,7 +224,7 @@ def test_thirty_two_streams_in_a_batch_equal_single_streams(name):
     while any(not stream.is_finished for stream in streams):
         ended = []
         for row, clip in enumerate(clips):
-            stop = positions[row] + 3000
+            stop = positions[row] + 6400
             streams[row].samples.append(convert_samples(clip[max(0, positions[row]) : max(0, stop)]))
             positions[row] = stop
             if stop >= len(clip) and not streams[row].is_finished:

@@ -177,8 +177,10 @@ class CacheAwareEncoderMixin:
         # (B, K): the oldest C - num_cached entries of the cache are empty
         is_valid = key_indices >= num_cached - cache.num_cached[:, None]
         visible_mask = is_valid[:, None, None] if context_mask is None else is_valid[:, None, None] & context_mask
-        embeddings = self.encode_positions.embed_positions(positions).to(hidden.dtype)
-        return StepContext(embeddings, visible_mask, new_num_cached)
+        # as `ParakeetEncoderRelPositionalEncoding`: sines on even, cosines on odd channels
+        angles = positions[:, None].float() * self.encode_positions.inv_freq.float()
+        embeddings = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        return StepContext(embeddings.to(hidden.dtype), visible_mask, new_num_cached)
 
 
 @dataclass(frozen=True)
