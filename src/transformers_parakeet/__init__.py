@@ -13,6 +13,7 @@ from .configuration_parakeet import (
     ParakeetTDTConfig,
 )
 from .feature_extraction_parakeet import ParakeetFeatureExtractor
+from .long_audio import ParakeetStream, StreamBatch, StreamEvent, StreamUpdate, StreamWord, join_stream_words
 from .modeling_parakeet import (
     ParakeetEncoder,
     ParakeetForCTC,
@@ -67,11 +68,17 @@ __all__ = [
     "ParakeetPreTrainedModel",
     "ParakeetProcessor",
     "ParakeetRNNTConfig",
+    "ParakeetStream",
     "ParakeetTDTConfig",
     "ParakeetTokenizer",
+    "StreamBatch",
+    "StreamEvent",
+    "StreamUpdate",
+    "StreamWord",
     "demo_model_path",
     "export_nemo",
     "extend_vocabulary",
+    "join_stream_words",
     "load_audio",
     "load_nemo",
     "replace_tokenizer",

@@ -30,6 +30,7 @@ from .configuration_parakeet import (
 from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin, get_frame_lengths
 from .losses import TransducerLoss, compact_labels, ctc_loss, select_loss
 from .networks import (
+    CacheAwareEncoderMixin,
     ParakeetEncoderAttention,
     ParakeetEncoderBlock,
     ParakeetEncoderRelPositionalEncoding,
@@ -157,7 +158,7 @@ class ParakeetPreTrainedModel(PreTrainedModel):
         return build_length_mask(encoder_lengths, num_frames)
 
 
-class ParakeetEncoder(ParakeetPreTrainedModel):
+class ParakeetEncoder(CacheAwareEncoderMixin, ParakeetPreTrainedModel):
     """FastConformer encoder (arXiv 2305.05084).
 
     Args:

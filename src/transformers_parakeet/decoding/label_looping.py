@@ -76,7 +76,37 @@ def greedy_decode_transducer(
     start_tokens = torch.full((batch,), options.blank_id, device=encoder_states.device)
     predictor_states, lstm_state = predict(start_tokens, None)
     scorer = FrameScorer(encoder_states, joint, shortcuts, options)
-    unfinished = select_unfinished(searches, range(batch))
+    search_labels(searches, scorer, predict, predictor_states, lstm_state, on_step)
+    all_steps = [search.steps for search in searches]
+    has_confidence = options.confidence is not None
+    return collect_hypotheses(
+        all_steps, options.blank_id, pad_id, encoder_states.device, has_confidence, options.keep_logits
+    )
+
+
+def search_labels(
+    searches: Sequence[ClipSearch],
+    scorer: FrameScorer,
+    predict: Predict,
+    predictor_states: Tensor,
+    lstm_state: Any,
+    on_step: OnStep | None = None,
+) -> tuple[Tensor, Any]:
+    """Continue the search in every clip of a batch until all clips are finished.
+
+    Args:
+        searches: the search state of every clip of the batch, changed in place.
+        scorer: scores the frames of the batch.
+        predict: prediction network: (last labels, LSTM state) -> predictor states, new LSTM state.
+        predictor_states: (B, J) predictor states before the first step.
+        lstm_state: LSTM state of the prediction network before the first step.
+        on_step: called after every step with the tokens of all clips; returns which clips to stop. `None` for no call.
+
+    Returns:
+        The last (B, J) predictor states and the last LSTM state. They do not include a label that finished its clip.
+    """
+    options = scorer.options
+    unfinished = select_unfinished(searches, range(len(searches)))
     while unfinished:
         # inner loop: score frames until enough clips have a new label
         without_label = unfinished
@@ -90,11 +120,7 @@ def greedy_decode_transducer(
         if with_label:
             predictor_states, lstm_state = predict_clips(predict, predictor_states, lstm_state, searches, with_label)
         unfinished = select_unfinished(searches, unfinished)
-    all_steps = [search.steps for search in searches]
-    has_confidence = options.confidence is not None
-    return collect_hypotheses(
-        all_steps, options.blank_id, pad_id, encoder_states.device, has_confidence, options.keep_logits
-    )
+    return predictor_states, lstm_state
 
 
 @dataclass

@@ -8,10 +8,13 @@ from .conformer import (
     drop_block,
 )
 from .fast_linear import apply_pointwise_conv
+from .streaming_encoder import CacheAwareEncoderMixin, EncoderCache, stack_caches
 from .subsampling import ParakeetEncoderSubsamplingConv2D, build_length_mask, compute_subsampled_lengths
 from .transducer import ParakeetRNNTDecoder, ParakeetRNNTJointNetwork
 
 __all__ = [
+    "CacheAwareEncoderMixin",
+    "EncoderCache",
     "ParakeetEncoderAttention",
     "ParakeetEncoderBlock",
     "ParakeetEncoderRelPositionalEncoding",
@@ -23,4 +26,5 @@ __all__ = [
     "compute_drop_probabilities",
     "compute_subsampled_lengths",
     "drop_block",
+    "stack_caches",
 ]
