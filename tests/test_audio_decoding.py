@@ -360,8 +360,10 @@ def test_only_short_files_stay_in_memory(in_memory_s: float, is_in_memory: bool)
     assert decoded.duration_s == 2.0
 
 
-@pytest.mark.parametrize(("container", "rate", "seconds"), [("FLAC", 16_000, 600), ("MP3", 48_000, 60)])
-def test_blocks_of_a_long_file_need_little_memory(container: str, rate: int, seconds: int) -> None:
+@pytest.mark.parametrize(
+    ("container", "rate", "seconds", "max_bytes"), [("FLAC", 16_000, 600, 14e6), ("MP3", 48_000, 60, 2e6)]
+)
+def test_blocks_of_a_long_file_need_little_memory(container: str, rate: int, seconds: int, max_bytes: float) -> None:
     data = encoded(rate, container, np.zeros(seconds * rate, dtype=np.int16))
     # NumPy reports its arrays to tracemalloc
     tracemalloc.start()
@@ -371,9 +373,8 @@ def test_blocks_of_a_long_file_need_little_memory(container: str, rate: int, sec
     finally:
         tracemalloc.stop()
     assert lengths == [32_000] * (seconds // 2)
-    # all samples are 38 MB (FLAC) or 12 MB (MP3)
-    print(container, peak_bytes)
-    assert peak_bytes < 1
+    # measured 12.7 MB (FLAC, three blocks of libsndfile) and 1.4 MB (MP3); all samples are 38 MB and 12 MB
+    assert peak_bytes < max_bytes
 
 
 @pytest.mark.parametrize("lengths", [[], [0, 0], [1], [5, 0, 7, 1, 1, 30], [64], [3] * 50])

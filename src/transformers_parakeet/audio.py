@@ -1,4 +1,4 @@
-"""Loads a file, URL, bytes or array as mono float32 samples at one sampling rate.
+"""Loads a file, URL, bytes or array as mono float32 samples at one sampling rate, as a whole or in blocks.
 
 Decoding of files is in `audio_decoding.py`, features and padding are in `feature_extraction_parakeet.py`.
 """
@@ -137,7 +137,8 @@ class AudioSource:
 
         Returns:
             Blocks of (S,) float32 samples. Every block contains `round(block_s * sampling_rate)` samples, except the
-            last one, which can be shorter and is not empty. A block of an array may share memory with the array.
+            last one, which can be shorter and is not empty. Blocks must not be modified, because they can share
+            memory with the source.
 
         Raises:
             ValueError: `block_s` is shorter than one sample.
@@ -158,7 +159,7 @@ class AudioSource:
             AudioError: A file has changed since the constructor read it.
         """
         blocks = list(self._read_blocks(max(1, self.num_samples)))
-        return blocks[0] if blocks else np.zeros(0, dtype=np.float32)
+        return blocks[0] if len(blocks) == 1 else np.concatenate([np.zeros(0, dtype=np.float32), *blocks])
 
     def _read_blocks(self, block_length: int) -> Iterator[FloatArray]:
         """Yield all samples at `sampling_rate` Hz in blocks of `block_length` samples; the last can be shorter."""
@@ -224,9 +225,9 @@ def iterate_audio(
         Blocks of (S,) float32 samples.
 
     Raises:
-        AudioError: A file changes while it is read.
-        ValueError: `block_s` is shorter than one sample.
-        Exception: Every error of `load_audio` can also occur here.
+        AudioError: The file or URL cannot be read as audio, or it changes while it is read.
+        ValueError: `block_s` is shorter than one sample, or an argument is invalid as in `load_audio`.
+        FileNotFoundError, TypeError, ImportError: As in `load_audio`.
     """
     return AudioSource(source, sampling_rate, target_rate=target_rate).blocks(block_s)
 
