@@ -295,7 +295,7 @@ def test_blocks_equal_resampling_of_the_whole_file(rate: int, target_rate: int, 
     # the exact length ends in one half in all but the first case; soxr rounds some halves up and some down
     [(100, 44_100, 16_000), (1, 32_000, 16_000), (1040, 12_000, 11_025), (2240, 96_000, 22_050), (4, 1_000, 16_000)],
 )
-def test_the_number_of_resampled_samples_is_known_before_resampling(count: int, rate: int, target_rate: int) -> None:
+def test_num_samples_is_the_number_of_resampled_samples(count: int, rate: int, target_rate: int) -> None:
     source = AudioSource(np.ones(count), rate, target_rate=target_rate)
     assert source.num_samples == len(soxr.resample(np.ones(count), rate, target_rate)) == len(source.load())
 

@@ -1,11 +1,16 @@
 """Tests of decoding audio files: formats, damaged and malicious files, and exact lengths."""
 
 import contextlib
+import gc
 import io
+import itertools
 import json
+import os
+import tempfile
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +261,7 @@ def test_the_number_of_decoded_samples_is_limited(container: str, rate: int, mon
 
 
 def read_blocks(source: Any) -> np.ndarray:
-    """Read a source in blocks of 0.3 s, with no samples in memory, so that a file is decoded a second time."""
+    """Read a source in blocks of 0.3 s from the temporary file."""
     return np.concatenate(list(AudioSource(source, in_memory_s=0.0).blocks(0.3)))
 
 
@@ -274,7 +279,7 @@ def test_blocks_of_damaged_files_equal_load_audio(container: str, cut: bool) -> 
         expected = load_audio(bytes(data))
         num_warnings = len(caught)
         np.testing.assert_array_equal(read_blocks(bytes(data)), expected)
-    # the warning of the first pass is not repeated when the blocks are read
+    # each source warns once
     assert len(caught) == 2 * num_warnings
     assert {Path(warning.filename).name for warning in caught} <= {"test_audio_decoding.py"}
 
@@ -334,34 +339,79 @@ def test_a_decoder_that_fails_never_doubles_or_loses_samples(
         np.testing.assert_array_equal(got, np.repeat(np.float32(expected), 1000))
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1.0, 1.999, 2.5])
-def test_a_file_that_changes_between_two_passes_is_refused(seconds: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_memory_s", [0.0, 60.0])
+def test_a_file_is_decoded_once(in_memory_s: float, tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
-    path.write_bytes(encoded(samples=chirp(seconds=2.0)))
-    source = AudioSource(path, in_memory_s=0.0)
-    assert len(source.load()) == 32_000
-    path.write_bytes(encoded(samples=chirp(seconds=3.0)[: round(seconds * 16_000)]))
-    with pytest.raises(AudioError, match=r"a\.wav must not change while it is read, but at first it had 32000 samples"):
-        list(source.blocks(0.3))
+    path.write_bytes(encoded(44_100))
+    expected = load_audio(path)
+    source = AudioSource(path, in_memory_s=in_memory_s)
     path.unlink()
-    with pytest.raises(AudioError, match="and then 0 samples at 0 Hz"):
-        list(source.blocks(0.3))
-    # a short file stays in memory and is not read again
-    path.write_bytes(encoded())
-    source = AudioSource(path)
-    path.unlink()
-    np.testing.assert_allclose(source.load(), chirp(), atol=2 / 32768)
+    np.testing.assert_array_equal(source.load(), expected)
+    # three iterations at the same time, one of which starts later, with blocks of different lengths
+    iterations = [source.blocks(0.3), source.blocks(0.01)]
+    blocks = [[next(iterations[0])], [next(iterations[1])], []]
+    iterations.append(source.blocks(0.07))
+    for group in itertools.zip_longest(*iterations):
+        for number, block in enumerate(group):
+            blocks[number] += [] if block is None else [block]
+    for iteration in blocks:
+        np.testing.assert_array_equal(np.concatenate(iteration), expected)
+
+
+def test_threads_can_read_the_same_source() -> None:
+    source = AudioSource(encoded(16_000, "FLAC", np.arange(32_000, dtype=np.int16)), in_memory_s=0.0)
+    expected = np.arange(32_000, dtype=np.float32) / 32768
+    with ThreadPoolExecutor(4) as pool:
+        for blocks in pool.map(lambda length: list(source.blocks(length / 16_000)), [50, 60, 70, 80]):
+            np.testing.assert_array_equal(np.concatenate(blocks), expected)
 
 
 @pytest.mark.parametrize(("in_memory_s", "is_in_memory"), [(0.0, False), (1.9999, False), (2.0, True)])
-def test_only_short_files_stay_in_memory(in_memory_s: float, is_in_memory: bool) -> None:
-    decoded = audio_decoding.decode_audio(encoded(44_100, "MP3"), "a.mp3", in_memory_s)
-    assert (decoded.samples is not None) == is_in_memory
-    assert decoded.duration_s == 2.0
+def test_only_short_files_stay_in_memory(
+    in_memory_s: float, is_in_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files: list[Any] = []
+    create_file = tempfile.TemporaryFile
+
+    def create(**options: Any) -> Any:
+        """Create a temporary file and remember it."""
+        files.append(create_file(**options))
+        return files[-1]
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", create)
+    source = AudioSource(encoded(44_100, "MP3"), in_memory_s=in_memory_s)
+    assert len(files) == (0 if is_in_memory else 1)
+    # the file contains exactly the samples, and is closed with the last object that reads it
+    assert [os.fstat(file.fileno()).st_size for file in files] == [4 * 32_000] * len(files)
+    blocks = source.blocks(0.5)
+    del source
+    assert len(next(blocks)) == 8_000
+    assert not any(file.closed for file in files)
+    assert [len(block) for block in blocks] == [8_000] * 3
+    del blocks
+    gc.collect()
+    assert all(file.closed for file in files)
 
 
-@pytest.mark.parametrize(("container", "rate", "seconds"), [("FLAC", 16_000, 600), ("MP3", 48_000, 60)])
-def test_blocks_of_a_long_file_need_little_memory(container: str, rate: int, seconds: int) -> None:
+@pytest.mark.parametrize("problem", ["No space left on device", "No such file or directory"])
+def test_a_temporary_file_that_cannot_be_written_is_reported(
+    problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if problem.startswith("No space"):
+        full_disk = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda buffering: full_disk)
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(AudioError, match=rf"samples of a\.wav must .* \(230 MB per hour .* \(.*{problem}.* TMPDIR"):
+        AudioSource({"bytes": encoded(44_100), "path": "a.wav"}, in_memory_s=1.0)
+    # a file that stays in memory needs no temporary file
+    assert len(load_audio(encoded(44_100))) == 32_000
+
+
+@pytest.mark.parametrize(
+    ("container", "rate", "seconds", "max_bytes"), [("FLAC", 16_000, 600, 4e6), ("MP3", 48_000, 60, 2e6)]
+)
+def test_blocks_of_a_long_file_need_little_memory(container: str, rate: int, seconds: int, max_bytes: float) -> None:
     data = encoded(rate, container, np.zeros(seconds * rate, dtype=np.int16))
     # NumPy reports its arrays to tracemalloc
     tracemalloc.start()
@@ -371,15 +421,16 @@ def test_blocks_of_a_long_file_need_little_memory(container: str, rate: int, sec
     finally:
         tracemalloc.stop()
     assert lengths == [32_000] * (seconds // 2)
-    # all samples are 38 MB (FLAC) or 12 MB (MP3)
-    print(container, peak_bytes)
-    assert peak_bytes < 1
+    # measured 3.3 MB (FLAC, three blocks of libsndfile) and 0.8 MB (MP3); all samples are 38 MB and 12 MB
+    assert peak_bytes < max_bytes
 
 
-@pytest.mark.parametrize("lengths", [[], [0, 0], [1], [5, 0, 7, 1, 1, 30], [64], [3] * 50])
-@pytest.mark.parametrize("block_length", [1, 2, 7, 64, 1000])
-def test_cut_blocks_keeps_every_sample(lengths: list[int], block_length: int) -> None:
+@pytest.mark.parametrize("lengths", [[], [0, 0], [1], [5, 0, 7, 1, 1, 30], [64], [3] * 50, [200, 1]])
+def test_joined_blocks_keep_every_sample(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audio_decoding, "PIECE_LENGTH", 10)
     samples = np.arange(sum(lengths), dtype=np.float32)
-    got = list(audio_decoding.cut_blocks(np.split(samples, np.cumsum(lengths)[:-1]) if lengths else [], block_length))
-    expected = [samples[start : start + block_length] for start in range(0, len(samples), block_length)]
-    assert [block.tolist() for block in got] == [block.tolist() for block in expected]
+    blocks = np.split(samples, np.cumsum(lengths)[:-1]) if lengths else []
+    got = list(audio_decoding._join_blocks(blocks))
+    assert np.concatenate([[], *got]).tolist() == samples.tolist()
+    # a joined block without its last block is shorter than 10 samples
+    assert all(10 <= len(block) < 10 + max(lengths) for block in got[:-1])

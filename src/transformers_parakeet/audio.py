@@ -1,4 +1,4 @@
-"""Loads a file, URL, bytes or array as mono float32 samples at one sampling rate.
+"""Loads a file, URL, bytes or array as mono float32 samples at one sampling rate, as a whole or in blocks.
 
 Decoding of files is in `audio_decoding.py`, features and padding are in `feature_extraction_parakeet.py`.
 """
@@ -9,7 +9,7 @@ import os
 import sys
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,12 @@ from .audio_decoding import (
     MAX_CHANNELS,
     MAX_RATE,
     MIN_RATE,
+    PIECE_LENGTH,
     AudioError,
-    DecodedFile,
     FloatArray,
-    SampleCounter,
+    StoredSamples,
     average_channels,
-    cut_blocks,
     decode_audio,
-    import_package,
     to_float32,
 )
 
@@ -39,11 +37,9 @@ MAX_STREAM_BYTES = 2 * 1024**3
 URL_TIMEOUT_S = 30.0
 # bytes that are read from a stream at a time
 READ_CHUNK_BYTES = 1 << 20
-# maximum number of samples that are resampled at a time (1 MiB); soxr is slower with 100 MiB
-RESAMPLED_LENGTH = 1 << 18
 # seconds of a block of samples
 BLOCK_S = 30.0
-# seconds up to which decoded samples stay in memory, so that they are not decoded twice (12 MB at 48 kHz)
+# seconds up to which the samples of a file stay in memory (4 MB at 16 kHz)
 IN_MEMORY_S = 60.0
 
 
@@ -60,10 +56,6 @@ class _Samples:
     samples: FloatArray
     rate: int
     name: str
-
-    def read_blocks(self) -> Iterator[FloatArray]:
-        """Yield all samples as one block."""
-        yield self.samples
 
 
 @dataclass(frozen=True)
@@ -82,10 +74,10 @@ class _EncodedAudio:
 class AudioSource:
     """Reads a file, URL, bytes, array or dict in blocks of mono float32 samples, as often as needed.
 
-    The constructor reads a file completely once, to find damage, to choose the decoder and to count the samples. A
-    recording of up to `in_memory_s` seconds then stays in memory. A longer one is decoded again for every call of
-    `blocks` or `load`, and is never in memory as a whole. The content of a URL, pipe or file object is read once and
-    stored as encoded bytes. An array is not copied if no conversion is needed.
+    The constructor decodes and resamples a file completely, to find damage and to choose the decoder. The samples of a
+    file of up to `in_memory_s` seconds stay in memory. Those of a longer file are written to an unnamed temporary file
+    (230 MB per hour at 16 kHz) in the directory that the environment variable TMPDIR contains; it is deleted together
+    with the `AudioSource`. An array is not copied if no conversion is needed.
 
     Attributes:
         name: name of the source, used in error messages.
@@ -100,7 +92,7 @@ class AudioSource:
 
     Raises:
         FileNotFoundError: The path does not exist.
-        AudioError: The file or URL cannot be read as audio.
+        AudioError: The file or URL cannot be read as audio, or the temporary file cannot be written.
         ValueError: A sampling rate, a shape or a dict is invalid, or a sample is NaN or infinite.
         TypeError: The type of the source or of the samples is not supported.
         ImportError: soundfile, av or soxr is needed, but not installed.
@@ -117,17 +109,18 @@ class AudioSource:
         self.sampling_rate = _check_rate(target_rate, "target_rate")
         default_rate = self.sampling_rate if sampling_rate is None else _check_rate(sampling_rate, "sampling_rate")
         audio = _read_source(source, default_rate)
-        counter = SampleCounter()
-        self._source: _Samples | DecodedFile
         if isinstance(audio, _EncodedAudio):
-            self._source = decode_audio(audio.content, audio.name, in_memory_s)
-            counter = self._source.counter
+            self._samples = decode_audio(audio.content, audio.name, self.sampling_rate, in_memory_s)
         else:
-            self._source = audio
-            counter.add(audio.samples)
-        _check_finite(counter, audio.name)
+            self._samples = StoredSamples(audio.name, self.sampling_rate, math.inf)
+            # samples that are not resampled are stored as one piece, so that they are not copied
+            piece_length = PIECE_LENGTH if audio.rate != self.sampling_rate else max(1, len(audio.samples))
+            for start in range(0, len(audio.samples), piece_length):
+                self._samples.add(audio.samples[start : start + piece_length], audio.rate)
+            self._samples.finish()
+        _check_finite(self._samples, audio.name)
         self.name = audio.name
-        self.num_samples = _count_resampled(counter.num_samples, self._source.rate, self.sampling_rate)
+        self.num_samples = self._samples.num_samples
 
     def blocks(self, block_s: float = BLOCK_S) -> Iterator[FloatArray]:
         """Read all samples in blocks of equal duration.
@@ -137,38 +130,25 @@ class AudioSource:
 
         Returns:
             Blocks of (S,) float32 samples. Every block contains `round(block_s * sampling_rate)` samples, except the
-            last one, which can be shorter and is not empty. A block of an array may share memory with the array.
+            last one, which can be shorter and is not empty. Blocks must not be modified, because they can share
+            memory with the source.
 
         Raises:
             ValueError: `block_s` is shorter than one sample.
-            AudioError: A file has changed since the constructor read it.
         """
         block_length = round(block_s * self.sampling_rate)
         if block_length < 1:
             raise ValueError(f"block_s must be at least one sample (1 / {self.sampling_rate} s), got {block_s}")
-        return self._read_blocks(block_length)
+        starts = range(0, self.num_samples, block_length)
+        return (self._samples.read(start, start + block_length) for start in starts)
 
     def load(self) -> FloatArray:
         """Read all samples into memory.
 
         Returns:
-            (S,) float32 samples. The array may share memory with the source if no conversion was needed.
-
-        Raises:
-            AudioError: A file has changed since the constructor read it.
+            (S,) float32 samples. The array may share memory with the source.
         """
-        blocks = list(self._read_blocks(max(1, self.num_samples)))
-        return blocks[0] if blocks else np.zeros(0, dtype=np.float32)
-
-    def _read_blocks(self, block_length: int) -> Iterator[FloatArray]:
-        """Yield all samples at `sampling_rate` Hz in blocks of `block_length` samples; the last can be shorter."""
-        rate, source_blocks = self._source.rate, self._source.read_blocks()
-        if rate == self.sampling_rate:
-            return cut_blocks(source_blocks, block_length)
-        # a piece of the source gives at most about one block, because a higher target rate increases the memory
-        source_length = min(RESAMPLED_LENGTH, math.ceil(block_length * rate / self.sampling_rate))
-        resampled = _resample(cut_blocks(source_blocks, source_length), rate, self.sampling_rate)
-        return cut_blocks(resampled, block_length)
+        return self._samples.read(0, self.num_samples)
 
 
 def load_audio(source: Any, sampling_rate: int | None = None, *, target_rate: int = TARGET_RATE) -> FloatArray:
@@ -224,9 +204,9 @@ def iterate_audio(
         Blocks of (S,) float32 samples.
 
     Raises:
-        AudioError: A file changes while it is read.
-        ValueError: `block_s` is shorter than one sample.
-        Exception: Every error of `load_audio` can also occur here.
+        AudioError: The file or URL cannot be read as audio, or the temporary file cannot be written.
+        ValueError: `block_s` is shorter than one sample, or an argument is invalid as in `load_audio`.
+        FileNotFoundError, TypeError, ImportError: As in `load_audio`.
     """
     return AudioSource(source, sampling_rate, target_rate=target_rate).blocks(block_s)
 
@@ -439,41 +419,23 @@ def _to_mono(array: npt.NDArray[Any]) -> FloatArray:
     return average_channels(samples, axis=channel_axis)
 
 
-def _check_finite(counter: SampleCounter, name: str) -> None:
+def _check_finite(samples: StoredSamples, name: str) -> None:
     """Check that no sample is NaN or infinite.
 
     Args:
-        counter: counts of all samples of the source.
+        samples: all samples of the source.
         name: name of the source, used in the error message.
 
     Raises:
         ValueError: A sample is not finite. The message contains the number of such samples, and the position and value
             of the first one.
     """
-    if counter.first_not_finite is not None:
-        position, value = counter.first_not_finite
+    if samples.first_not_finite is not None:
+        position, value = samples.first_not_finite
         raise ValueError(
-            f"samples must be finite, but {counter.num_not_finite} of {counter.num_samples} in {name} are NaN or "
+            f"samples must be finite, but {samples.num_not_finite} of {samples.num_added} in {name} are NaN or "
             f"infinite, the first at position {position} ({value}): repair the audio, or use np.nan_to_num"
         )
-
-
-def _resample(blocks: Iterable[FloatArray], rate: int, target_rate: int) -> Iterator[FloatArray]:
-    """Resample blocks of (S,) samples from `rate` Hz to `target_rate` Hz with soxr at quality HQ.
-
-    The result is bit for bit that of `soxr.resample` on all samples at once.
-    """
-    soxr = import_package("soxr")
-    stream = soxr.ResampleStream(rate, target_rate, 1, dtype="float32", quality="HQ")
-    for block in blocks:
-        yield stream.resample_chunk(block)
-    yield stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
-
-
-def _count_resampled(num_samples: int, rate: int, target_rate: int) -> int:
-    """Return how many samples soxr returns for `num_samples` samples at `rate` Hz."""
-    # soxr computes exactly this, so halves are rounded as in soxr
-    return int(num_samples / (rate / target_rate) + 0.5)
 
 
 def _check_rate(rate: Any, name: str) -> int:

@@ -1,11 +1,14 @@
-"""Decodes audio files to mono float32 samples, with libsndfile or FFmpeg.
+"""Decodes audio files with libsndfile or FFmpeg, resamples the samples, and stores them.
 
-Paths, URLs, arrays and resampling are in `audio.py`.
+Paths, URLs and arrays are in `audio.py`.
 """
 
 import importlib
 import io
+import tempfile
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,11 +25,10 @@ MIN_RATE, MAX_RATE = 1_000, 1_000_000
 MAX_CHANNELS = 8
 # maximum number of samples per file (12 hours at 48 kHz, 8 GiB), because a small compressed file can expand to any size
 MAX_SAMPLES = 2**31
-# number of values that libsndfile decodes per call (4 MiB); memory is never allocated for the length in a header, which
-# can be wrong
-BLOCK_VALUES = 1 << 20
-# number of samples that are counted at a time (256 KiB)
-COUNTED_LENGTH = 1 << 16
+# values per call of libsndfile (1 MiB); memory is never allocated for the length in a header, which can be wrong
+BLOCK_VALUES = 1 << 18
+# minimum number of samples that are resampled and stored at a time (256 KiB); soxr is slower with 4 KiB or 100 MiB
+PIECE_LENGTH = 1 << 16
 # seconds (one week); a longer duration in a header is treated as a placeholder for an unknown length
 MAX_HEADER_DURATION_S = 7 * 86_400.0
 # a file is reported as truncated if less than this fraction of the duration in the header was decoded; the fraction is
@@ -45,33 +47,114 @@ class AudioError(ValueError):
     """Raised if audio cannot be read; the message contains the name of the file and the error of each decoder."""
 
 
-class SampleCounter:
-    """Counts the samples of a recording, and those that are NaN or infinite, block by block.
+class StoredSamples:
+    """Mono samples of a recording, in memory or, if they are too long, in an unnamed temporary file.
+
+    `add` resamples and stores the samples piece by piece. `finish` must be called after the last piece. Then `read`
+    returns any range of samples, in any order and from any thread. The temporary file is deleted together with this
+    object.
 
     Attributes:
-        num_samples: number of samples that were counted.
-        num_not_finite: number of samples that are NaN or infinite.
-        first_not_finite: position and value of the first sample that is NaN or infinite; None if all are finite.
+        num_samples: number of samples that are stored, at `sampling_rate` Hz.
+        num_added: number of samples that were added, before resampling.
+        num_not_finite: number of added samples that are NaN or infinite.
+        first_not_finite: position and value of the first added sample that is NaN or infinite; None if all are finite.
+
+    Args:
+        name: name of the recording, used in error messages.
+        sampling_rate: sampling rate in Hz of the stored samples.
+        in_memory_s: duration in seconds up to which the samples stay in memory.
     """
 
-    def __init__(self) -> None:
-        self.num_samples = 0
-        self.num_not_finite = 0
+    def __init__(self, name: str, sampling_rate: int, in_memory_s: float) -> None:
+        self.num_samples = self.num_added = self.num_not_finite = 0
         self.first_not_finite: tuple[int, float] | None = None
+        self.name, self._sampling_rate, self._in_memory_s = name, sampling_rate, in_memory_s
+        self._blocks: list[FloatArray] = []
+        self._file: BinaryIO | None = None
+        self._lock = threading.Lock()
+        self._resampler: Any = None
 
-    def add(self, block: FloatArray) -> None:
-        """Count the samples of the next block.
+    def add(self, samples: FloatArray, rate: int) -> None:
+        """Resample and store the next samples of the recording.
+
+        soxr resamples with quality HQ. The result is bit for bit that of `soxr.resample` on all samples at once.
 
         Args:
-            block: (S,) samples that follow the previous block.
+            samples: (S,) samples that follow the samples of the previous call.
+            rate: sampling rate in Hz of `samples`, which must be equal in all calls.
+
+        Raises:
+            AudioError: The temporary file cannot be written.
+            ImportError: soxr is needed, but not installed.
         """
-        is_finite = np.isfinite(block)
-        if not is_finite.all():
-            positions = np.flatnonzero(~is_finite)
-            if self.first_not_finite is None:
-                self.first_not_finite = (self.num_samples + int(positions[0]), float(block[positions[0]]))
-            self.num_not_finite += len(positions)
+        positions = np.flatnonzero(~np.isfinite(samples))
+        if len(positions) and self.first_not_finite is None:
+            self.first_not_finite = (self.num_added + int(positions[0]), float(samples[positions[0]]))
+        self.num_not_finite += len(positions)
+        self.num_added += len(samples)
+        if rate != self._sampling_rate:
+            if self._resampler is None:
+                soxr = _import_package("soxr")
+                self._resampler = soxr.ResampleStream(rate, self._sampling_rate, 1, dtype="float32", quality="HQ")
+            samples = self._resampler.resample_chunk(samples)
+        self._store(samples)
+
+    def finish(self) -> None:
+        """Store the last samples of the resampler, and join the samples in memory.
+
+        Raises:
+            AudioError: The temporary file cannot be written.
+        """
+        if self._resampler is not None:
+            self._store(self._resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
+            self._resampler = None
+        if len(self._blocks) != 1:
+            self._blocks = [np.concatenate([np.zeros(0, dtype=np.float32), *self._blocks])]
+
+    def read(self, start: int, stop: int) -> FloatArray:
+        """Return the stored samples from position `start` to position `stop`, without `stop`.
+
+        Args:
+            start: position of the first sample.
+            stop: position after the last sample. A position after the end means the end.
+
+        Returns:
+            (S,) samples. They share memory with this object if they are in memory.
+        """
+        if self._file is None:
+            return self._blocks[0][start:stop]
+        # the position of a file is the same for all threads
+        with self._lock:
+            self._file.seek(start * np.dtype(np.float32).itemsize)
+            return np.fromfile(self._file, dtype=np.float32, count=min(stop, self.num_samples) - start)
+
+    def _store(self, block: FloatArray) -> None:
+        """Store (S,) resampled samples in memory, or write all samples to the temporary file if they are too long.
+
+        Raises:
+            AudioError: The temporary file cannot be written.
+        """
         self.num_samples += len(block)
+        self._blocks.append(block)
+        if self.num_samples <= self._in_memory_s * self._sampling_rate:
+            return
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+                weakref.finalize(self, self._file.close)
+            for stored in self._blocks:
+                content = stored.tobytes()
+                # an unbuffered file can write a part of the content
+                while content:
+                    content = content[self._file.write(content) :]
+        except OSError as error:
+            hour_mb = 3600 * self._sampling_rate * block.itemsize / 1e6
+            raise AudioError(
+                f"the samples of {self.name} must fit into a temporary file ({hour_mb:.0f} MB per hour of audio), but "
+                f"writing failed ({error}): set the environment variable TMPDIR to a directory with enough space"
+            ) from error
+        self._blocks.clear()
 
 
 @dataclass
@@ -79,95 +162,61 @@ class _DecoderState:
     """Progress of one decoder, which updates these values before it yields a block and when it stops.
 
     Args:
-        rate: sampling rate in Hz; 0 until the decoder has opened the file.
+        samples: the decoded samples.
+        rate: sampling rate in Hz of the file; 0 until the decoder has opened it.
         num_samples: number of samples in the blocks that were yielded.
         problem: description of the error that stopped decoding; None if there was none.
     """
 
+    samples: StoredSamples
     rate: int = 0
     num_samples: int = 0
     problem: str | None = None
+
+    @property
+    def duration_s(self) -> float:
+        """Duration of the decoded samples in seconds."""
+        return self.num_samples / self.rate if self.rate else 0.0
 
 
 # a function that takes a file (path as a str or content as bytes) and a new state, and yields blocks of (S,) samples
 _Decoder: TypeAlias = Callable[[str | bytes, _DecoderState], Iterator[FloatArray]]
 
 
-@dataclass(frozen=True)
-class DecodedFile:
-    """An audio file that was decoded once, and whose samples are in memory or can be decoded again in blocks.
+def decode_audio(source: str | bytes, name: str, target_rate: int, in_memory_s: float) -> StoredSamples:
+    """Decode an audio file completely, resample it, and store its samples.
 
-    Args:
-        source: path of the file as a str, or content of the file as bytes.
-        name: name of the file, used in error messages.
-        decoder: the decoder that reads most of the file.
-        rate: sampling rate in Hz; 0 if the decoder could not open the file.
-        problem: description of the error that stopped decoding; None if the whole file was decoded.
-        counter: counts of all decoded samples.
-        samples: (S,) float32 mono samples; None if they are not in memory.
-    """
-
-    source: str | bytes
-    name: str
-    decoder: _Decoder
-    rate: int
-    problem: str | None
-    counter: SampleCounter
-    samples: FloatArray | None
-
-    @property
-    def duration_s(self) -> float:
-        """Duration of the decoded samples in seconds."""
-        return self.counter.num_samples / self.rate if self.rate else 0.0
-
-    def read_blocks(self) -> Iterator[FloatArray]:
-        """Yield all samples at the sampling rate of the file, as mono blocks of any length.
-
-        Samples that are not in memory are decoded again by the decoder that was chosen in the first decoding.
-
-        Returns:
-            Blocks of (S,) float32 samples. They are together exactly the samples of the first decoding.
-
-        Raises:
-            AudioError: The file has changed since the first decoding.
-        """
-        if self.samples is not None:
-            yield self.samples
-            return
-        state, num_samples = _DecoderState(), self.counter.num_samples
-        for block in self.decoder(self.source, state):
-            if state.num_samples > num_samples or state.rate != self.rate:
-                break
-            yield block
-        if (state.num_samples, state.rate) != (num_samples, self.rate):
-            raise AudioError(
-                f"{self.name} must not change while it is read, but at first it had {num_samples} samples at "
-                f"{self.rate} Hz, and then {state.num_samples} samples at {state.rate} Hz: wait until it is complete"
-            )
-
-
-def decode_audio(source: str | bytes, name: str, in_memory_s: float) -> DecodedFile:
-    """Decode an audio file completely, to choose its decoder and to count its samples.
-
-    A damaged file is decoded as far as possible, with a warning.
+    If the preferred decoder fails, the other decoder also decodes the file. A damaged file is decoded as far as
+    possible, with a warning.
 
     Args:
         source: path of the file as a str, or content of the file as bytes.
         name: name of the file, used in messages.
-        in_memory_s: duration in seconds up to which the samples stay in memory. Samples of a longer file are only
-            counted, and decoded again when they are needed.
+        target_rate: sampling rate in Hz of the stored samples.
+        in_memory_s: duration in seconds up to which the samples stay in memory. Longer samples are written to a
+            temporary file.
 
     Returns:
-        The decoded file.
+        The samples of the decoder that reads most of the file.
 
     Raises:
-        AudioError: The file is empty or too long, no decoder can read it, or the sampling rate is implausible.
+        AudioError: The file is empty or too long, no decoder can read it, the sampling rate is implausible, or the
+            temporary file cannot be written.
     """
-    results = _run_decoders(source, name, in_memory_s)
+    with _open_binary(source) as file:
+        first_bytes = file.read(4)
+    if not first_bytes:
+        raise AudioError(f"{name} is empty (0 bytes): pass a file that contains audio")
+    results: list[_DecoderState] = []
+    for decoder in _order_decoders(source, first_bytes):
+        results.append(_run_decoder(decoder, source, StoredSamples(name, target_rate, in_memory_s)))
+        # zero samples also count as a failure, because the WAV header of an interrupted recording can state 0 samples
+        if results[-1].problem is None and results[-1].num_samples:
+            break
     # prefer the longest result; at equal durations, prefer a result without a problem
     best = max(results, key=lambda result: (result.duration_s, result.problem is None))
     problems = "; ".join(result.problem for result in results if result.problem is not None)
-    if best.counter.num_samples == 0 and best.problem is not None:
+    if best.num_samples == 0 and best.problem is not None:
         raise AudioError(f"{name} cannot be read as audio ({problems}): check that it is a complete audio file")
     if not MIN_RATE <= best.rate <= MAX_RATE:
         raise AudioError(
@@ -177,59 +226,44 @@ def decode_audio(source: str | bytes, name: str, in_memory_s: float) -> DecodedF
     if any(result.rate and result.problem for result in results):
         message = f"{name} is damaged: only {best.duration_s:.2f} s were read ({problems})"
         warnings.warn(message, stacklevel=4)
-    return best
+    return best.samples
 
 
-def _run_decoders(source: str | bytes, name: str, in_memory_s: float) -> list[DecodedFile]:
-    """Decode a file with the preferred decoder, and also with the fallback decoder if the preferred decoder fails.
+def _run_decoder(decoder: _Decoder, source: str | bytes, samples: StoredSamples) -> _DecoderState:
+    """Decode a file (path as a str or content as bytes) with one decoder, and add its samples to `samples`.
 
-    The arguments are those of `decode_audio`.
+    Decoding stops early if the sampling rate of the file is implausible.
 
     Returns:
-        The result of each decoder that was used (one or two results).
+        The final state of the decoder.
 
     Raises:
-        AudioError: The file is empty or too long.
+        AudioError: The file contains more than `MAX_SAMPLES` samples, or the temporary file cannot be written.
     """
-    with _open_binary(source) as file:
-        first_bytes = file.read(4)
-    if not first_bytes:
-        raise AudioError(f"{name} is empty (0 bytes): pass a file that contains audio")
-    results: list[DecodedFile] = []
-    for decoder in _order_decoders(source, first_bytes):
-        results.append(_run_decoder(decoder, source, name, in_memory_s))
-        # zero samples also count as a failure, because the WAV header of an interrupted recording can state 0 samples
-        if results[-1].problem is None and results[-1].counter.num_samples:
+    state = _DecoderState(samples)
+    # FFmpeg yields frames of about 1000 samples, and longer blocks are resampled faster
+    for block in _join_blocks(decoder(source, state)):
+        if not MIN_RATE <= state.rate <= MAX_RATE:
             break
-    return results
+        samples.add(block, state.rate)
+        if samples.num_added > MAX_SAMPLES:
+            raise AudioError(f"{samples.name} must have at most {MAX_SAMPLES} samples, got more: split the file")
+    samples.finish()
+    return state
 
 
-def _run_decoder(decoder: _Decoder, source: str | bytes, name: str, in_memory_s: float) -> DecodedFile:
-    """Decode a file with one decoder, count the samples, and store them if they are not too long.
-
-    The arguments after `decoder` are those of `decode_audio`.
-
-    Returns:
-        The samples that could be decoded, and their counts.
-
-    Raises:
-        AudioError: The file contains more than `MAX_SAMPLES` samples.
-    """
-    state, counter = _DecoderState(), SampleCounter()
-    blocks: list[FloatArray] = []
-    is_in_memory = True
-    # FFmpeg yields frames of about 1000 samples, and counting the samples of longer blocks is faster
-    for block in cut_blocks(decoder(source, state), COUNTED_LENGTH):
-        counter.add(block)
-        if counter.num_samples > MAX_SAMPLES:
-            raise AudioError(f"{name} must have at most {MAX_SAMPLES} samples, got more: split the file")
-        is_in_memory = is_in_memory and counter.num_samples <= in_memory_s * state.rate
-        if is_in_memory:
-            blocks.append(block)
-        else:
-            blocks.clear()
-    samples = np.concatenate([np.zeros(0, dtype=np.float32), *blocks]) if is_in_memory else None
-    return DecodedFile(source, name, decoder, state.rate, state.problem, counter, samples)
+def _join_blocks(blocks: Iterable[FloatArray]) -> Iterator[FloatArray]:
+    """Join blocks of (S,) samples to blocks of at least `PIECE_LENGTH` samples; the last block can be shorter."""
+    pending: list[FloatArray] = []
+    num_pending = 0
+    for block in blocks:
+        pending.append(block)
+        num_pending += len(block)
+        if num_pending >= PIECE_LENGTH:
+            yield pending[0] if len(pending) == 1 else np.concatenate(pending)
+            pending, num_pending = [], 0
+    if pending:
+        yield pending[0] if len(pending) == 1 else np.concatenate(pending)
 
 
 def _order_decoders(source: str | bytes, first_bytes: bytes) -> list[_Decoder]:
@@ -290,7 +324,7 @@ def _decode_with_libsndfile(source: str | bytes, state: _DecoderState) -> Iterat
     Returns:
         Blocks of (S,) mono samples, as far as the file can be decoded.
     """
-    soundfile = import_package("soundfile")
+    soundfile = _import_package("soundfile")
     problem = None
     try:
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
@@ -320,7 +354,7 @@ def _decode_with_ffmpeg(source: str | bytes, state: _DecoderState) -> Iterator[F
     Returns:
         Blocks of (S,) mono samples, as far as the file can be decoded.
     """
-    av = import_package("av")
+    av = _import_package("av")
     # a playlist (HLS, ffconcat) could make FFmpeg open other files and URLs, so no protocol is allowed
     options = {"protocol_whitelist": "none"}
     try:
@@ -414,32 +448,6 @@ def _describe_missing_audio(decoded_duration_s: float, header_duration_s: float)
     return f"only {decoded_duration_s:.2f} s of the {header_duration_s:.2f} s stated in the header"
 
 
-def cut_blocks(blocks: Iterable[FloatArray], block_length: int) -> Iterator[FloatArray]:
-    """Join and cut blocks, so that all have the same length.
-
-    Args:
-        blocks: blocks of (S,) samples of any lengths.
-        block_length: number of samples per block.
-
-    Returns:
-        The same samples in blocks of `block_length` samples. The last block can be shorter and is not empty.
-    """
-    pending: list[FloatArray] = []
-    num_pending = 0
-    for block in blocks:
-        start = 0
-        while num_pending + len(block) - start >= block_length:
-            end = start + block_length - num_pending
-            pending.append(block[start:end])
-            yield pending[0] if len(pending) == 1 else np.concatenate(pending)
-            pending, num_pending, start = [], 0, end
-        if start < len(block):
-            pending.append(block[start:])
-            num_pending += len(block) - start
-    if pending:
-        yield pending[0] if len(pending) == 1 else np.concatenate(pending)
-
-
 def to_float32(array: npt.NDArray[Any]) -> FloatArray:
     """Convert samples to float32, and scale integer samples to [-1, 1).
 
@@ -482,15 +490,8 @@ def average_channels(samples: FloatArray, axis: int) -> FloatArray:
         return np.asarray(samples.mean(axis=axis, dtype=np.float32), dtype=np.float32)
 
 
-def import_package(name: str) -> ModuleType:
-    """Import a package when it is needed.
-
-    Args:
-        name: name of the package, which must be identical in Python and on PyPI.
-
-    Raises:
-        ImportError: The package or a shared library is missing. The message contains the installation command.
-    """
+def _import_package(name: str) -> ModuleType:
+    """Import the package `name` when it is needed; the ImportError contains the installation command."""
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
