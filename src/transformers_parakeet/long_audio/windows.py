@@ -19,7 +19,7 @@ from .pauses import find_longest_pause
 # window of 30 s. Fluent speech has a pause of 0.2 s or longer every few seconds.
 CUT_SEARCH_FRACTION = 1 / 6
 # The outer edge of the context is searched in this fraction of the context, counted from its nominal edge.
-CONTEXT_SEARCH_FRACTION = 0.4
+CONTEXT_SEARCH_FRACTION = 0.2
 # The windows on both sides of a cut can emit a token one or two encoder frames apart. The tokens are therefore divided
 # in the longest stretch without tokens that lies within this number of seconds of the cut.
 SEAM_SEARCH_S = 0.4
