@@ -26,8 +26,8 @@ BUDGET_FRACTION = 1 / 4
 SAMPLE_BYTES = FLOAT_BYTES = 4
 
 # Number of tensors of each kind in the estimate, which is an upper limit. For the sizes of the 110M models, attention
-# that is limited on both sides, float32 and a CPU it gives 0.33 GB for 5 minutes and 0.59 GB for 15 minutes, where a CTC
-# model needed 0.18 and 0.32 GB, and 0.72 GB for 20 minutes, where a TDT model needed 0.40 GB.
+# that is limited on both sides, float32 and a CPU it gives 0.33 GB for 5 minutes and 0.59 GB for 15 minutes, where a
+# CTC model needed 0.18 and 0.32 GB, and 0.72 GB for 20 minutes, where a TDT model needed 0.40 GB.
 SAMPLE_COPIES = 1
 FEATURE_COPIES = 2
 # encoder frames of width H
