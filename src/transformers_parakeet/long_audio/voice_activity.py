@@ -128,8 +128,8 @@ class SileroSpeechDetector:
             package = importlib.import_module("silero_vad")
         except ImportError as error:
             raise ImportError(
-                "SileroSpeechDetector needs the package silero-vad, which is not installed: run "
-                "`pip install 'transformers-parakeet[vad]'`, or use EnergySpeechDetector"
+                "SileroSpeechDetector needs the package silero-vad (in the extra `vad`), which is not installed: run "
+                "`pip install silero-vad`, or use EnergySpeechDetector"
             ) from error
         # the fields of a frozen dataclass are set through its base class
         object.__setattr__(self, "package", package)
