@@ -17,7 +17,7 @@ from conftest import run_program
 from typer.testing import CliRunner
 
 import transformers_parakeet as tp
-from transformers_parakeet.cli.app import app
+from transformers_parakeet_cli.app import app
 
 CLIPS = tp.demo_model_path() / "clips"
 MANIFEST = json.loads((CLIPS / "manifest.json").read_text(encoding="utf-8"))
@@ -130,7 +130,8 @@ def test_json_is_an_empty_list_if_all_files_fail(tmp_path):
 # alone are 4 * 15000^2 floats
 LIMITED_MEMORY = """
 import resource, sys
-from transformers_parakeet.cli.app import app, load_pipeline
+from transformers_parakeet_cli.app import app
+from transformers_parakeet_cli.models import load_pipeline
 load_pipeline(None)(sys.argv[2])
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + 2**30, resource.RLIM_INFINITY))
@@ -162,7 +163,7 @@ def test_error_messages_are_not_wrapped(tmp_path):
 def test_json_is_printed_at_once_and_closed_when_interrupted(tmp_path):
     good, waiting = CLIPS / MANIFEST[0]["file"], tmp_path / "waiting.wav"
     os.mkfifo(waiting)
-    command = [sys.executable, "-m", "transformers_parakeet.cli", "transcribe", good, waiting, "--format", "json"]
+    command = [sys.executable, "-m", "transformers_parakeet_cli", "transcribe", good, waiting, "--format", "json"]
     process = subprocess.Popen(
         list(map(str, command)),
         stdout=subprocess.PIPE,

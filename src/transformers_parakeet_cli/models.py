@@ -1,0 +1,23 @@
+"""Loads the model that the command line names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def load_pipeline(model: str | None) -> Any:
+    """Load a model and create a speech recognition pipeline.
+
+    Args:
+        model: Hub id, path of a folder, or path of a `.nemo` file; None for the bundled demo model.
+    """
+    from transformers.utils import logging
+
+    from transformers_parakeet import ParakeetASRPipeline, demo_model_path, load_nemo
+
+    logging.disable_progress_bar()
+    loaded_model, processor = load_nemo(model or demo_model_path())
+    return ParakeetASRPipeline(loaded_model, processor=processor, task="automatic-speech-recognition")
+
+
+__all__ = ["load_pipeline"]
