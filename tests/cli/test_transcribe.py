@@ -274,6 +274,14 @@ def test_errors_go_to_stderr_and_stdout_stays_valid_json(tmp_path):
     assert [line.count(str(file)) for line, file in zip(lines, (nan, tmp_path / "missing.wav"), strict=True)] == [1, 1]
 
 
+def test_the_traceback_is_printed_if_the_verbosity_is_debug(tmp_path):
+    missing = tmp_path / "missing.wav"
+    result = run(missing, env={"TRANSFORMERS_VERBOSITY": "debug"})
+    assert "Traceback" in result.stderr
+    assert "in read_windows" in result.stderr
+    assert "Traceback" not in run(missing).stderr
+
+
 def test_json_is_an_empty_list_if_all_files_fail(tmp_path):
     for name in ("missing.wav", "*.wav"):
         result = run(tmp_path / name, "--format", "json")
