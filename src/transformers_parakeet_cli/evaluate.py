@@ -27,7 +27,7 @@ def evaluate(
         from transformers_parakeet.training import evaluate_pipeline, load_speech
 
         dataset = load_speech(data, split, name, default_split="test")
-        result = evaluate_pipeline(load_pipeline(model), dataset, batch_size, decoder)
+        result = evaluate_pipeline(load_pipeline(model, dtype="float32"), dataset, batch_size, decoder)
     if output_path is not None:
         with open(output_path, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(clip, ensure_ascii=False) + "\n" for clip in result["clips"])
