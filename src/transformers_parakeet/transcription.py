@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .configuration_parakeet import get_head_type
+from .generation_arguments import check_decoder
 from .nemo import demo_model_path, load_nemo
 from .pipeline_parakeet import ParakeetASRPipeline
 from .results import TranscriptionResult, to_timed_texts
@@ -219,26 +220,6 @@ def set_attention(model: Any, attention: str) -> None:
         model.set_attention_context(LOCAL_CONTEXT_SIZE, LOCAL_CONTEXT_SIZE)
 
 
-def check_decoder(config: Any, decoder: str | None) -> None:
-    """Check that a model has a decoder.
-
-    Args:
-        config: configuration of the model.
-        decoder: `"transducer"` or `"ctc"`; `None` for the default decoder, which every model has.
-
-    Raises:
-        ValueError: the model does not have this decoder.
-    """
-    is_ctc_model = get_head_type(config) == "ctc"
-    decoders = [] if is_ctc_model else ["transducer"]
-    if is_ctc_model or config.ctc_head:
-        decoders.append("ctc")
-    if decoder is not None and decoder not in decoders:
-        raise ValueError(
-            f"`decoder` must be {' or '.join(decoders)} for this model, got {decoder!r}: choose another decoder"
-        )
-
-
 def transcribe_files(
     pipeline: ParakeetASRPipeline,
     files: Iterable[Any],
@@ -350,7 +331,6 @@ __all__ = [
     "DEMO_MODEL",
     "FailedFile",
     "TranscriptionOptions",
-    "check_decoder",
     "load_pipeline",
     "set_attention",
     "transcribe",

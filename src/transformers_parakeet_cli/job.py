@@ -91,7 +91,6 @@ class Job:
         pipeline = load_pipeline(model, **model_options)
         if not self.is_quiet:
             print_model_note(pipeline, is_default_dtype=model_options["dtype"] is None)
-        transcription.check_decoder(pipeline.model.config, all_options.decoder)
         bar_is_visible = not self.is_quiet and error_console.is_terminal
         start_time = time.monotonic()
         durations: list[float] = []
