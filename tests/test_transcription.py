@@ -62,6 +62,23 @@ def test_results_equal_those_of_the_pipeline(decoder, chunk_length_s, demo, reco
     assert len(results[2].words) > 20
 
 
+def test_the_arguments_of_a_loaded_pipeline_are_defaults(demo, recordings):
+    pipeline = tp.ParakeetASRPipeline(
+        demo.model,
+        processor=demo.processor,
+        task="automatic-speech-recognition",
+        chunk_length_s=5.0,
+        return_timestamps="word",
+        generate_kwargs={"decoder": "ctc"},
+    )
+    (result,) = tp.transcribe(recordings[2], pipeline)
+    (expected,) = tp.transcribe(recordings[2], demo, chunk_length_s=5.0, decoder="ctc")
+    assert result == expected
+    assert result.settings["decoder"] == "ctc"
+    assert result.confidence is not None
+    assert result.text == pipeline(str(recordings[2]))["text"]
+
+
 def test_one_file_is_accepted_without_a_list(demo, recordings):
     for file in (recordings[1], str(recordings[1])):
         (result,) = tp.transcribe(file, demo)
@@ -213,7 +230,7 @@ def test_a_decoder_that_the_model_lacks_is_refused():
     samples = noise(1.0)
     (result,) = tp.transcribe([samples], pipeline, decoder="ctc")
     assert result.text == pipeline(samples)["text"]
-    with pytest.raises(ValueError, match="must be None for a loaded pipeline, got {'device': 'cpu'"):
+    with pytest.raises(ValueError, match=r"must be None for a loaded pipeline, got .'device': 'cpu'"):
         tp.transcribe([], pipeline, device="cpu")
 
 

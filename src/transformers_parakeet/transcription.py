@@ -47,7 +47,7 @@ class TranscriptionOptions:
         decoder: `"ctc"` for the CTC head of a hybrid, `"transducer"` for its transducer; `None` for the default decoder
             of the model.
         chunk_length_s: length in seconds of the windows of a longer recording; 0 for the whole recording at once;
-            `None` for windows only if the whole recording does not fit the memory budget.
+            `None` for the default of the pipeline: windows only if the whole recording does not fit the memory budget.
         batch_size: number of windows that the model processes together; `None` for as many as fit the memory budget,
             at most 16 windows and 240 s of audio with padding.
         memory_budget: number of bytes that may be used in addition to the model; `None` for a quarter of the free
@@ -245,9 +245,13 @@ def transcribe_files(
     config = pipeline.model.config
     check_decoder(config, options.decoder)
     arguments = pipeline._sanitize_parameters(**_get_pipeline_options(options, config))
-    preprocess_arguments, generate_arguments, postprocess_arguments = arguments
+    # as in a call of the pipeline, the arguments of its constructor are defaults
+    preprocess_arguments = {**pipeline._preprocess_params, **arguments[0]}
+    generate_arguments = {**pipeline._forward_params, **arguments[1]}
+    postprocess_arguments = {**pipeline._postprocess_params, **arguments[2]}
     # the pipeline plans recordings of which this number fit the memory budget together
     preprocess_arguments["batch_size"] = options.batch_size or 1
+    settings = _describe_settings(pipeline, preprocess_arguments, generate_arguments)
     recordings: deque[Recording] = deque()
     windows = read_windows(pipeline, files, recordings, preprocess_arguments)
     sampling_rate = pipeline.processor.feature_extractor.sampling_rate
@@ -256,10 +260,10 @@ def transcribe_files(
         if on_progress is not None:
             on_progress(sum(count_new_samples(window_input["window"]) for _, window_input in batch) / sampling_rate)
         while recordings and (recordings[0].is_decoded or recordings[0].error is not None):
-            yield _build_entry(pipeline, recordings.popleft(), options, postprocess_arguments)
+            yield _build_entry(pipeline, recordings.popleft(), settings, postprocess_arguments)
     # files at the end that could not be read
     for recording in recordings:
-        yield _build_entry(pipeline, recording, options, postprocess_arguments)
+        yield _build_entry(pipeline, recording, settings, postprocess_arguments)
 
 
 def _get_pipeline_options(options: TranscriptionOptions, config: Any) -> dict[str, Any]:
@@ -269,11 +273,11 @@ def _get_pipeline_options(options: TranscriptionOptions, config: Any) -> dict[st
         options: decoder, windows and confidence.
         config: configuration of the model.
     """
-    arguments: dict[str, Any] = {
-        "chunk_length_s": options.chunk_length_s,
-        "memory_budget": options.memory_budget,
-        "return_confidence": options.confidence,
-    }
+    arguments: dict[str, Any] = {"return_confidence": options.confidence}
+    if options.chunk_length_s is not None:
+        arguments["chunk_length_s"] = options.chunk_length_s
+    if options.memory_budget is not None:
+        arguments["memory_budget"] = options.memory_budget
     # a CTC model has one decoder, and its `generate` has no argument for it
     if options.decoder is not None and get_head_type(config) != "ctc":
         arguments["generate_kwargs"] = {"decoder": options.decoder}
@@ -283,38 +287,59 @@ def _get_pipeline_options(options: TranscriptionOptions, config: Any) -> dict[st
 def _build_entry(
     pipeline: ParakeetASRPipeline,
     recording: Recording,
-    options: TranscriptionOptions,
+    settings: dict[str, Any],
     postprocess_arguments: dict[str, Any],
 ) -> TranscriptionResult | FailedFile:
-    """Build the result of a decoded recording, or the entry of a recording that failed."""
+    """Build the result of a decoded recording, or the entry of a recording that failed.
+
+    Args:
+        pipeline: the pipeline.
+        recording: the recording.
+        settings: the settings in the result.
+        postprocess_arguments: arguments of the pipeline's `postprocess`.
+    """
     if recording.error is not None:
         return FailedFile(recording.file, recording.error)
 
-    def get_texts(level: str) -> Any:
-        """Return the tokens, words or segments of the recording with their times."""
-        arguments = {**postprocess_arguments, "return_timestamps": level}
-        return to_timed_texts(pipeline.postprocess(recording.outputs, **arguments)["chunks"])
+    def postprocess(level: str | None) -> Any:
+        """Return the output of the pipeline with the times of a level; `None` for no times."""
+        return pipeline.postprocess(recording.outputs, **{**postprocess_arguments, "return_timestamps": level})
 
-    whole = pipeline.postprocess(recording.outputs, **postprocess_arguments)
-    model = pipeline.model
+    whole = postprocess(None)
+    words, segments, tokens = (to_timed_texts(postprocess(level)["chunks"]) for level in ("word", "segment", "char"))
     return TranscriptionResult(
         text=whole["text"],
         duration=recording.outputs[-1]["window"].stop / pipeline.processor.feature_extractor.sampling_rate,
-        words=get_texts("word"),
-        segments=get_texts("segment"),
-        tokens=get_texts("char"),
+        words=words,
+        segments=segments,
+        tokens=tokens,
         confidence=whole.get("confidence"),
         file=recording.file,
-        model=model.name_or_path or None,
-        settings={
-            "decoder": options.decoder or get_head_type(model.config),
-            "chunk_length_s": options.chunk_length_s,
-            "attention_context_size": list(model.config.encoder_config.attention_context_size),
-            "device": str(pipeline.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
-        },
+        model=pipeline.model.name_or_path or None,
+        settings=settings,
         version=get_version(),
     )
+
+
+def _describe_settings(
+    pipeline: ParakeetASRPipeline, preprocess_arguments: dict[str, Any], generate_arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """Build the settings that a result contains: decoder, length of windows, attention context, device and dtype.
+
+    Args:
+        pipeline: the pipeline.
+        preprocess_arguments: arguments of the pipeline's `preprocess`.
+        generate_arguments: arguments of the pipeline's `_forward`.
+    """
+    model = pipeline.model
+    is_ctc = generate_arguments.get("decoder") == "ctc"
+    return {
+        "decoder": "ctc" if is_ctc else get_head_type(model.config),
+        "chunk_length_s": preprocess_arguments.get("chunk_length_s"),
+        "attention_context_size": list(model.config.encoder_config.attention_context_size),
+        "device": str(pipeline.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
 @cache
