@@ -26,6 +26,7 @@ from .pipeline_parakeet import ParakeetASRPipeline
 from .processing_parakeet import ParakeetProcessor
 from .registration import register
 from .tokenization_parakeet import ParakeetTokenizer
+from .transcription import transcribe
 
 __version__ = "0.1.0"
 
@@ -82,4 +83,5 @@ __all__ = [
     "load_audio",
     "load_nemo",
     "replace_tokenizer",
+    "transcribe",
 ]

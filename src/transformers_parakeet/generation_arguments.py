@@ -11,6 +11,7 @@ from typing import Any
 from transformers.generation import GenerationConfig, SuppressTokensLogitsProcessor
 from transformers.utils import logging
 
+from .configuration_parakeet import get_head_type
 from .decoding import check_confidence_method
 
 logger = logging.get_logger(__name__)
@@ -163,4 +164,24 @@ def check_logits_processors(logits_processors: Any, vocab_size: int) -> None:
         raise ValueError(
             f"greedy transducer decoding cannot apply {type(processor).__name__}, because it does not change scores: "
             "leave out the `generate` argument or generation config entry that adds it"
+        )
+
+
+def check_decoder(config: Any, decoder: str | None) -> None:
+    """Check that a model has a decoder.
+
+    Args:
+        config: configuration of the model.
+        decoder: `"transducer"` or `"ctc"`; `None` for the default decoder, which every model has.
+
+    Raises:
+        ValueError: the model does not have this decoder.
+    """
+    is_ctc_model = get_head_type(config) == "ctc"
+    decoders = [] if is_ctc_model else ["transducer"]
+    if is_ctc_model or config.ctc_head:
+        decoders.append("ctc")
+    if decoder is not None and decoder not in decoders:
+        raise ValueError(
+            f"`decoder` must be {' or '.join(decoders)} for this model, got {decoder!r}: choose another decoder"
         )

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from transformers_parakeet import NemoError, export_nemo, load_nemo
-from transformers_parakeet.cli.app import app
 from transformers_parakeet.nemo.convert import convert_checkpoint
 from transformers_parakeet.nemo.reader import load_folder
+from transformers_parakeet_cli.app import app
 
 GOLDEN = TESTS / "golden"
 CONVERT = "transformers_parakeet.nemo.convert."

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import transformers_parakeet as tp
 from transformers_parakeet import load_nemo
-from transformers_parakeet.cli.app import app
+from transformers_parakeet_cli.app import app
 
 GOLDEN = TESTS / "golden"
 CTC = GOLDEN / "ctc" / "model.nemo"

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 import transformers_parakeet as tp
 from transformers_parakeet import load_nemo
-from transformers_parakeet.cli.app import app
 from transformers_parakeet.training import FinetuneArguments
 from transformers_parakeet.training.finetune import load_data
+from transformers_parakeet_cli.app import app
 
 EXAMPLES = TESTS.parent / "examples"
 ROWS = sentence_rows()
@@ -406,7 +406,7 @@ def run_without(package, *arguments, status=0):
     program = f"""
     import sys
     sys.modules["{package}"] = None
-    from transformers_parakeet.cli.app import app
+    from transformers_parakeet_cli.app import app
     app(sys.argv[1:])
     """
     return run_program(program, *arguments, status=status)

@@ -12,29 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..configuration_parakeet import get_head_type
+from ..generation_arguments import check_decoder
 from .clips import get_clip_name, read_clip
 from .metrics import ClipScore, EvaluatedClip, Rate, compute_rates, normalize_text, score_clips
-
-
-def check_decoder(config: Any, decoder: str | None) -> None:
-    """Check that a model has the requested decoder.
-
-    Args:
-        config: configuration of the model.
-        decoder: `"transducer"` or `"ctc"`; None for the default decoder, which every model has.
-
-    Raises:
-        ValueError: the model does not have this decoder.
-    """
-    is_ctc_model = get_head_type(config) == "ctc"
-    decoders = [] if is_ctc_model else ["transducer"]
-    if is_ctc_model or config.ctc_head:
-        decoders.append("ctc")
-    if decoder is not None and decoder not in decoders:
-        raise ValueError(
-            f"`decoder` must be {' or '.join(decoders)} for this model, got {decoder!r}: choose another decoder"
-        )
 
 
 @dataclass(frozen=True)
@@ -142,4 +122,4 @@ def evaluate_pipeline(pipe: Any, dataset: Any, batch_size: int = 8, decoder: str
     return {"wer": evaluation.rates["wer"].value, "cer": evaluation.rates["cer"].value, "clips": clips}
 
 
-__all__ = ["Evaluation", "check_decoder", "evaluate_pipeline", "run_evaluation"]
+__all__ = ["Evaluation", "evaluate_pipeline", "run_evaluation"]

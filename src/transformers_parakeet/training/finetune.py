@@ -16,13 +16,13 @@ from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArgume
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from ..generation_arguments import check_decoder
 from ..modeling_parakeet import ParakeetForCTC
 from ..nemo import load_nemo
 from .adapters import add_lora, freeze
 from .clips import add_durations
 from .collator import SpeechCollator
 from .data import load_speech
-from .evaluate import check_decoder
 from .extras import import_optional
 from .trainer import ParakeetTrainer
 from .vocabulary import extend_vocabulary, replace_tokenizer

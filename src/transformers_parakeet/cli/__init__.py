@@ -1,5 +1,0 @@
-"""The command `parakeet`."""
-
-from .entry import main
-
-__all__ = ["main"]

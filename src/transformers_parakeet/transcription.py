@@ -1,0 +1,363 @@
+"""Transcribes many files with one model, and returns one result per file in the order of the files.
+
+If a file fails, the other files are still transcribed. `window_batches.py` decodes the windows of several files in
+batches, and `subtitles.py` writes the results.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .configuration_parakeet import get_head_type
+from .generation_arguments import check_decoder
+from .nemo import demo_model_path, load_nemo
+from .pipeline_parakeet import ParakeetASRPipeline
+from .results import TranscriptionResult, to_timed_texts
+from .window_batches import (
+    Recording,
+    batch_windows,
+    count_new_samples,
+    create_batch_check,
+    decode_batch,
+    read_windows,
+)
+
+DEFAULT_MODEL = "nvidia/parakeet-tdt-0.6b-v3"
+# name of the bundled model of spoken digits
+DEMO_MODEL = "demo"
+# encoder frames before and after a frame in local attention; NVIDIA recommends this context for long recordings
+LOCAL_CONTEXT_SIZE = 128
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TranscriptionOptions:
+    """How files are transcribed.
+
+    Args:
+        decoder: `"ctc"` for the CTC head of a hybrid, `"transducer"` for its transducer; `None` for the default decoder
+            of the model.
+        chunk_length_s: length in seconds of the windows of a longer recording; 0 for the whole recording at once;
+            `None` for the default of the pipeline: windows only if the whole recording does not fit the memory budget.
+        batch_size: number of windows that the model processes together; `None` for as many as fit the memory budget,
+            at most 16 windows and 240 s of audio with padding.
+        memory_budget: number of bytes that may be used in addition to the model; `None` for a quarter of the free
+            memory, at least 1 GB.
+        confidence: whether to compute the confidence of tokens, words, segments and texts.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    decoder: str | None = None
+    chunk_length_s: float | None = None
+    batch_size: int | None = None
+    memory_budget: int | None = None
+    confidence: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the options that do not depend on the model."""
+        if self.decoder not in (None, "ctc", "transducer"):
+            raise ValueError(f"`decoder` must be 'transducer' or 'ctc', got {self.decoder!r}: correct it")
+        if self.chunk_length_s is not None and self.chunk_length_s < 0:
+            raise ValueError(
+                f"`chunk_length_s` must not be negative, got {self.chunk_length_s}: use 0 for whole recordings"
+            )
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}: raise it")
+
+
+@dataclass(frozen=True)
+class FailedFile:
+    """A file that could not be transcribed.
+
+    Args:
+        file: path or URL of the file; `None` for samples or bytes in memory.
+        error: the exception.
+    """
+
+    file: str | None
+    error: Exception
+
+
+def transcribe(
+    files: Any,
+    model: str | Path | ParakeetASRPipeline = DEFAULT_MODEL,
+    *,
+    decoder: str | None = None,
+    chunk_length_s: float | None = None,
+    batch_size: int | None = None,
+    memory_budget: int | None = None,
+    confidence: bool = True,
+    device: str | torch.device | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+) -> Iterator[TranscriptionResult]:
+    """Transcribe files with text, words, segments and tokens with times.
+
+    The files are read while the results are requested.
+
+    Args:
+        files: paths, URLs, bytes, binary file objects or arrays of samples; see `load_audio`. A single path or URL is
+            one file.
+        model: Hub id, folder, `.nemo` file, `"demo"` for the bundled model of spoken digits, or a loaded pipeline.
+        decoder, chunk_length_s, batch_size, memory_budget, confidence: see `TranscriptionOptions`.
+        device, dtype, attention: see `load_pipeline`; `None` for a loaded pipeline.
+
+    Returns:
+        A generator of one result per file, in the order of the files. If a file fails, it raises the error of the file;
+        `transcribe_files` continues with the next file instead.
+
+    Raises:
+        ValueError: an option is invalid, or the model does not have the decoder.
+        OSError: the model cannot be loaded.
+    """
+    options = TranscriptionOptions(decoder, chunk_length_s, batch_size, memory_budget, confidence)
+    loading_options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention}
+    if not isinstance(model, ParakeetASRPipeline):
+        model = load_pipeline(model, **loading_options)
+    elif set(loading_options.values()) != {None}:
+        raise ValueError(
+            "`device`, `dtype` and `attention` must be None for a loaded pipeline, got "
+            f"{loading_options}: pass them to `load_pipeline`"
+        )
+    check_decoder(model.model.config, decoder)
+    sources = [files] if isinstance(files, (str, os.PathLike)) else files
+    return _raise_errors(transcribe_files(model, sources, options))
+
+
+def _raise_errors(entries: Iterable[TranscriptionResult | FailedFile]) -> Iterator[TranscriptionResult]:
+    """Yield the results of `transcribe_files`, and raise the error of the first file that failed."""
+    for entry in entries:
+        if isinstance(entry, FailedFile):
+            raise entry.error
+        yield entry
+
+
+def load_pipeline(
+    model: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | None = None,
+    attention: str | None = None,
+) -> ParakeetASRPipeline:
+    """Load a model and create a speech recognition pipeline.
+
+    Args:
+        model: Hub id, folder or `.nemo` file; `"demo"` for the bundled model of spoken digits.
+        device: device of the model, such as `"cpu"` or `"cuda:1"`; `None` for a CUDA GPU if there is one, else the CPU.
+        dtype: `"float32"`, `"float16"` or `"bfloat16"`; `None` for bfloat16 if the device computes it natively, else
+            float32.
+        attention: `"full"` for attention without a limit, `"local"` for attention to 128 encoder frames on each side
+            unless the model has a limited context already; `None` for the context of the model.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        ValueError: `dtype` or `attention` is unknown, or the model does not support the context.
+        OSError: the model cannot be found or downloaded.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}: correct it")
+    dtype = dtype or ("bfloat16" if has_native_bfloat16(device) else "float32")
+    source = demo_model_path() if model == DEMO_MODEL else model
+    loaded_model, processor = load_nemo(source, dtype=getattr(torch, dtype))
+    if attention is not None:
+        set_attention(loaded_model, attention)
+    pipeline = ParakeetASRPipeline(
+        loaded_model, processor=processor, task="automatic-speech-recognition", device=device
+    )
+    # a `.nemo` file does not set the name; the results contain it
+    pipeline.model.name_or_path = str(model)
+    return pipeline
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Return whether a device computes bfloat16 natively: a CUDA GPU, or a CPU with AMX or AVX512-BF16 instructions.
+
+    Args:
+        device: the device.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # torch has no public functions for single instruction sets
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return device.type == "cpu" and any(check is not None and check() for check in checks)
+
+
+def set_attention(model: Any, attention: str) -> None:
+    """Set the attention context of a model to `"full"` or `"local"`.
+
+    Args:
+        model: model of this package; changed in place.
+        attention: see `load_pipeline`.
+
+    Raises:
+        ValueError: `attention` is unknown, or the model does not support the context.
+    """
+    config = model.config.encoder_config
+    if attention not in ("full", "local"):
+        raise ValueError(f"`attention` must be 'local' or 'full', got {attention!r}: correct it")
+    if attention == "full":
+        model.set_attention_context(-1, -1)
+    elif config.attention_context_style == "chunked_limited_with_rc":
+        raise ValueError(
+            "`attention='local'` requires a model without attention in chunks, got a model with "
+            f"`attention_context_style` {config.attention_context_style!r}: leave out `attention`"
+        )
+    elif min(config.attention_context_size) < 0:
+        model.set_attention_context(LOCAL_CONTEXT_SIZE, LOCAL_CONTEXT_SIZE)
+
+
+def transcribe_files(
+    pipeline: ParakeetASRPipeline,
+    files: Iterable[Any],
+    options: TranscriptionOptions | None = None,
+    on_progress: Callable[[float], None] | None = None,
+) -> Iterator[TranscriptionResult | FailedFile]:
+    """Transcribe files, and continue with the next file if a file fails.
+
+    Args:
+        pipeline: pipeline with a model of this package.
+        files: paths, URLs, bytes, binary file objects or arrays of samples; see `load_audio`. They are read when their
+            results are requested, at most one batch of windows ahead.
+        options: decoder, windows and batches.
+        on_progress: called after each batch with the number of seconds of audio in it, without the contexts of windows.
+
+    Yields:
+        One entry per file, in the order of the files: its result, or its error.
+
+    Raises:
+        ValueError: the model does not have the decoder of the options.
+    """
+    options = options or TranscriptionOptions()
+    config = pipeline.model.config
+    check_decoder(config, options.decoder)
+    arguments = pipeline._sanitize_parameters(**_get_pipeline_options(options, config))
+    # as in a call of the pipeline, the arguments of its constructor are defaults
+    preprocess_arguments = {**pipeline._preprocess_params, **arguments[0]}
+    generate_arguments = {**pipeline._forward_params, **arguments[1]}
+    postprocess_arguments = {**pipeline._postprocess_params, **arguments[2]}
+    # the pipeline plans recordings of which this number fit the memory budget together
+    preprocess_arguments["batch_size"] = options.batch_size or 1
+    settings = _describe_settings(pipeline, preprocess_arguments, generate_arguments)
+    recordings: deque[Recording] = deque()
+    windows = read_windows(pipeline, files, recordings, preprocess_arguments)
+    sampling_rate = pipeline.processor.feature_extractor.sampling_rate
+    for batch in batch_windows(windows, options.batch_size, create_batch_check(pipeline, options.memory_budget)):
+        decode_batch(pipeline, batch, generate_arguments)
+        if on_progress is not None:
+            on_progress(sum(count_new_samples(window_input["window"]) for _, window_input in batch) / sampling_rate)
+        while recordings and (recordings[0].is_decoded or recordings[0].error is not None):
+            yield _build_entry(pipeline, recordings.popleft(), settings, postprocess_arguments)
+    # files at the end that could not be read
+    for recording in recordings:
+        yield _build_entry(pipeline, recording, settings, postprocess_arguments)
+
+
+def _get_pipeline_options(options: TranscriptionOptions, config: Any) -> dict[str, Any]:
+    """Convert the options to arguments of a call of the pipeline.
+
+    Args:
+        options: decoder, windows and confidence.
+        config: configuration of the model.
+    """
+    arguments: dict[str, Any] = {"return_confidence": options.confidence}
+    if options.chunk_length_s is not None:
+        arguments["chunk_length_s"] = options.chunk_length_s
+    if options.memory_budget is not None:
+        arguments["memory_budget"] = options.memory_budget
+    # a CTC model has one decoder, and its `generate` has no argument for it
+    if options.decoder is not None and get_head_type(config) != "ctc":
+        arguments["generate_kwargs"] = {"decoder": options.decoder}
+    return arguments
+
+
+def _build_entry(
+    pipeline: ParakeetASRPipeline,
+    recording: Recording,
+    settings: dict[str, Any],
+    postprocess_arguments: dict[str, Any],
+) -> TranscriptionResult | FailedFile:
+    """Build the result of a decoded recording, or the entry of a recording that failed.
+
+    Args:
+        pipeline: the pipeline.
+        recording: the recording.
+        settings: the settings in the result.
+        postprocess_arguments: arguments of the pipeline's `postprocess`.
+    """
+    if recording.error is not None:
+        return FailedFile(recording.file, recording.error)
+
+    def postprocess(level: str | None) -> Any:
+        """Return the output of the pipeline with the times of a level; `None` for no times."""
+        return pipeline.postprocess(recording.outputs, **{**postprocess_arguments, "return_timestamps": level})
+
+    whole = postprocess(None)
+    words, segments, tokens = (to_timed_texts(postprocess(level)["chunks"]) for level in ("word", "segment", "char"))
+    return TranscriptionResult(
+        text=whole["text"],
+        duration=recording.outputs[-1]["window"].stop / pipeline.processor.feature_extractor.sampling_rate,
+        words=words,
+        segments=segments,
+        tokens=tokens,
+        confidence=whole.get("confidence"),
+        file=recording.file,
+        model=pipeline.model.name_or_path or None,
+        settings=settings,
+        version=get_version(),
+    )
+
+
+def _describe_settings(
+    pipeline: ParakeetASRPipeline, preprocess_arguments: dict[str, Any], generate_arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """Build the settings that a result contains: decoder, length of windows, attention context, device and dtype.
+
+    Args:
+        pipeline: the pipeline.
+        preprocess_arguments: arguments of the pipeline's `preprocess`.
+        generate_arguments: arguments of the pipeline's `_forward`.
+    """
+    model = pipeline.model
+    is_ctc = generate_arguments.get("decoder") == "ctc"
+    return {
+        "decoder": "ctc" if is_ctc else get_head_type(model.config),
+        "chunk_length_s": preprocess_arguments.get("chunk_length_s"),
+        "attention_context_size": list(model.config.encoder_config.attention_context_size),
+        "device": str(pipeline.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+@cache
+def get_version() -> str | None:
+    """Return the version of the installed package; `None` if it is used without an installation."""
+    try:
+        return metadata.version("transformers-parakeet")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "DEMO_MODEL",
+    "FailedFile",
+    "TranscriptionOptions",
+    "load_pipeline",
+    "set_attention",
+    "transcribe",
+    "transcribe_files",
+]

@@ -1,0 +1,26 @@
+"""Registers the subcommands of `parakeet`.
+
+Each subcommand is the function with the name of its file.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from .convert import convert
+from .demo import demo
+from .evaluate import evaluate
+from .finetune import finetune
+from .transcribe import transcribe
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speech recognition with NVIDIA Parakeet models.")
+app.command()(transcribe)
+app.command()(demo)
+app.command()(convert)
+# `finetune` parses its own options, so its `--help` must reach it as an argument
+app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
+    finetune
+)
+app.command()(evaluate)
+
+__all__ = ["app"]

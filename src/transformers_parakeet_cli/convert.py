@@ -1,0 +1,35 @@
+"""`parakeet convert`: `.nemo` files to folders, and folders to `.nemo` files."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .messages import print_error_and_exit, print_text
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A .nemo file, a folder, or a Hub id.")],
+    target: Annotated[str, typer.Argument(help="Folder or .nemo file to write; with --push-to-hub a Hub id.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; default: the dtype of the source.")
+    ] = None,
+    push_to_hub: Annotated[bool, typer.Option(help="Also upload the folder to the Hub.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
+) -> None:
+    """Convert a .nemo file to a transformers folder, or a folder to a .nemo file.
+
+    The result is loaded and compared with the source: the weights, and the output for random noise.
+    """
+    from transformers.utils import logging
+
+    from transformers_parakeet.nemo import convert_checkpoint
+
+    logging.disable_progress_bar()
+    with print_error_and_exit():
+        written_path = convert_checkpoint(source, target, dtype=dtype, push_to_hub=push_to_hub, revision=revision)
+    print_text(f"wrote {written_path}; weights and output for random noise equal those of {source}")
+
+
+__all__ = ["convert"]
