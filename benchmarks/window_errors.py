@@ -1,7 +1,8 @@
 """Compare the word errors of windows with those of whole recordings, adding one measure per row.
 
 The recordings are strings of spoken digits from held-out splits of fsdd, ten minutes each, and the model is the bundled
-demo model. Every row repeats the row above it with one more measure. `examples/digit_strings.py` creates the strings.
+demo model. Every row repeats the row above it with one more measure; the last rows use other lengths of window and
+context with all measures. `examples/digit_strings.py` creates the strings.
 """
 
 import argparse
@@ -36,6 +37,8 @@ SEAM_S = 1.0
 # largest difference in seconds between the times of a word in windows and in the whole recording
 MAX_TIME_DIFFERENCE_S = 0.1
 BATCH_SIZE = 16
+# lengths of window and context in seconds of the last rows
+OTHER_LENGTHS = ((30.0, 7.5), (30.0, 10.0), (60.0, 10.0))
 
 
 @dataclass(frozen=True)
@@ -233,8 +236,12 @@ def main() -> None:
     print("per head: errors, ratio to whole, errors within 1 s of a cut (windows/whole), words within 0.1 s of whole")
     print(f"{'':38} {'CTC':30}  {'TDT':30}")
     window_options = get_window_options(options.window, options.context, processor.feature_extractor, model.config)
+    rows = build_rows(window_options)
+    for window_s, context_s in OTHER_LENGTHS:
+        other_options = get_window_options(window_s, context_s, processor.feature_extractor, model.config)
+        rows.append(Row(f"windows of {window_s:g} s, context of {context_s:g} s", other_options, moves_seams=True))
     whole: list[Any] = []
-    for row in build_rows(window_options):
+    for row in rows:
         results = [recognise(model.eval(), processor, string.audio, row) for string in strings]
         whole = whole or results
         print_row(row.name, strings, results, whole)

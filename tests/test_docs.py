@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 
 import transformers_parakeet as tp
 from transformers_parakeet import losses, training
-from transformers_parakeet.cli.app import app
+from transformers_parakeet_cli.app import app
 
 if sys.version_info >= (3, 11):
     import tomllib

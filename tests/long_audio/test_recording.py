@@ -9,6 +9,7 @@ from transformers_parakeet.audio import AudioSource
 from transformers_parakeet.long_audio import Window
 from transformers_parakeet.long_audio.recording import (
     RunningStatistics,
+    compute_recording_features,
     iterate_log_mel,
     iterate_window_features,
     normalize_window,
@@ -46,6 +47,18 @@ def test_log_mel_in_blocks_equals_that_of_the_whole_recording(num_samples, block
     torch.testing.assert_close(log_mel, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_samples", [1, 160, 16159, 40000])
+@pytest.mark.parametrize("normalize", ["per_feature", None])
+def test_features_of_a_recording_in_blocks_equal_those_of_the_feature_extractor(num_samples, normalize):
+    extractor = tp.ParakeetFeatureExtractor(normalize=normalize)
+    samples = speech_like(2.5)[:num_samples]
+    expected = extractor(samples, sampling_rate=RATE)
+    features, mask = compute_recording_features(blocks_of(samples, 0.37), num_samples, extractor, CPU)
+    assert torch.equal(mask, expected["attention_mask"])
+    # largest error 9.5e-7
+    torch.testing.assert_close(features, expected["input_features"], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"feature_size": 128}, {"preemphasis": None}, {"win_length": 320}, {"hop_length": 200, "n_fft": 400}],
@@ -55,7 +68,7 @@ def test_windows_are_slices_of_the_features_of_the_whole_recording(changes):
     hop = extractor.hop_length
     samples = speech_like(7.0)
     whole = extractor(samples, sampling_rate=RATE)["input_features"][0]
-    summary = summarize_recording(blocks_of(samples, 2.0), extractor, CPU)
+    summary = summarize_recording(blocks_of(samples, 2.0), len(samples), extractor, CPU)
     num_frames = len(samples) // hop
     edges = [(0, 100), (64, 180), (96, 180), (200, 201), (240, num_frames)]
     windows = [Window(first * hop, stop * hop, first * hop, stop * hop) for first, stop in edges]
@@ -97,7 +110,7 @@ def test_running_statistics_equal_those_of_all_frames(splits):
 @pytest.mark.parametrize("num_samples", [0, 160, 16000])
 def test_silent_and_empty_recordings_have_finite_statistics(num_samples):
     extractor = tp.ParakeetFeatureExtractor()
-    summary = summarize_recording(blocks_of(np.zeros(num_samples, np.float32), 0.5), extractor, CPU)
+    summary = summarize_recording(blocks_of(np.zeros(num_samples, np.float32), 0.5), num_samples, extractor, CPU)
     assert summary.num_samples == num_samples
     assert len(summary.levels) == num_samples // 160
     assert summary.std.tolist() == [0.0] * 80
@@ -108,6 +121,8 @@ def test_silent_and_empty_recordings_have_finite_statistics(num_samples):
 def test_levels_do_not_depend_on_the_blocks():
     samples = speech_like(5.0)
     extractor = tp.ParakeetFeatureExtractor()
-    whole, parts = (summarize_recording(blocks_of(samples, seconds), extractor, CPU) for seconds in (60.0, 0.4))
+    whole, parts = (
+        summarize_recording(blocks_of(samples, seconds), len(samples), extractor, CPU) for seconds in (60.0, 0.4)
+    )
     assert torch.equal(whole.levels, parts.levels)
     assert len(whole.levels) == 500

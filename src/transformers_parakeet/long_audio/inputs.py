@@ -18,7 +18,13 @@ from ..audio import AudioSource
 from ..decoding import Hypotheses
 from ..feature_extraction_parakeet import ParakeetFeatureExtractor
 from .planner import Plan, find_max_samples, get_memory_budget, plan_recording
-from .recording import BLOCK_S, iterate_window_features, normalize_window, summarize_recording
+from .recording import (
+    BLOCK_S,
+    compute_recording_features,
+    iterate_window_features,
+    normalize_window,
+    summarize_recording,
+)
 from .voice_activity import SpeechDetector, SpeechRange, contains_speech, detect_speech, drop_tokens_outside_speech
 from .windows import SEAM_SEARCH_S, Window, WindowOptions, build_window_options, cut_windows, merge_windows
 
@@ -129,7 +135,7 @@ def iterate_model_inputs(
 def compute_features(
     source: AudioSource, extractor: ParakeetFeatureExtractor, device: torch.device, is_silent: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the features of a whole recording. The samples are not in memory after the function returns.
+    """Compute the features of a whole recording. A recording longer than `BLOCK_S` is read in blocks.
 
     Args:
         source: the recording.
@@ -141,6 +147,8 @@ def compute_features(
         (1, T, F) features and a (1, T) mask, True for valid frames. For a recording without samples T is 1, and the
         frame is not valid.
     """
+    if not is_silent and source.num_samples > BLOCK_S * extractor.sampling_rate:
+        return compute_recording_features(source.blocks(BLOCK_S), source.num_samples, extractor, device)
     samples = np.zeros(0, np.float32) if is_silent else source.load()
     inputs = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="pt", device=device)
     return inputs["input_features"], inputs["attention_mask"]
@@ -208,7 +216,7 @@ def iterate_windows(
     Yields:
         The inputs of the windows in chronological order.
     """
-    summary = summarize_recording(source.blocks(BLOCK_S), extractor, device)
+    summary = summarize_recording(source.blocks(BLOCK_S), source.num_samples, extractor, device)
     all_windows = cut_windows(
         summary.num_samples, window_options, summary.levels, extractor.hop_length, config.inputs_to_logits_ratio
     )

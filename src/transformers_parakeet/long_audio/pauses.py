@@ -63,7 +63,10 @@ def compute_smoothed_levels(powers: Tensor) -> Tensor:
     if len(powers) == 0:
         return powers
     half = SMOOTHING_FRAMES // 2
-    means = F.avg_pool1d(powers[None], SMOOTHING_FRAMES, stride=1, padding=half, count_include_pad=False)[0]
+    # (T, SMOOTHING_FRAMES) view; `avg_pool1d` would need 128 bytes per frame, for a layout with 16 channels
+    neighbours = F.pad(powers, (half, half)).unfold(0, SMOOTHING_FRAMES, 1)
+    num_neighbours = F.pad(torch.ones_like(powers), (half, half)).unfold(0, SMOOTHING_FRAMES, 1).sum(1)
+    means = neighbours.sum(1) / num_neighbours
     return 10 * torch.log10(means + POWER_FLOOR)
 
 

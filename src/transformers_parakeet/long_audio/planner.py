@@ -18,7 +18,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # length of a window in seconds if a recording does not fit the memory budget
-DEFAULT_WINDOW_S = 30.0
+DEFAULT_WINDOW_S = 60.0
 # smallest default budget in bytes
 MIN_BUDGET_BYTES = 10**9
 # the default budget is this fraction of the free memory

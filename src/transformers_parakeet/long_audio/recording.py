@@ -1,7 +1,7 @@
 """Computes the features of a long recording, or of its windows, while the samples arrive in blocks.
 
 `windows.py` chooses the positions of the windows, and `audio.py` reads the samples. No function here holds all samples
-or all features of a recording.
+of a recording, and only `compute_recording_features` holds all features.
 """
 
 from __future__ import annotations
@@ -130,16 +130,46 @@ def compute_first_frames(
     return extractor.log_mel_of_block(buffer[None, :size], lengths)[0]
 
 
+def compute_recording_features(
+    blocks: Iterable[FloatArray], num_samples: int, extractor: ParakeetFeatureExtractor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Compute the features of a whole recording, as the feature extractor does for a clip.
+
+    Args:
+        blocks: (S_i,) float32 samples of consecutive parts of the recording.
+        num_samples: length S of the recording in samples.
+        extractor: the feature extractor.
+        device: device on which the features are computed.
+
+    Returns:
+        (1, T, F) features and a (1, T) mask, True for valid frames. T is 1 + S // hop_length, and the last frame is
+        padding.
+    """
+    num_frames = num_samples // extractor.hop_length
+    features = torch.zeros(1, num_frames + 1, len(extractor.mel_filters), device=device)
+    mask = torch.ones(features.shape[:2], dtype=torch.bool, device=device)
+    mask[:, num_frames:] = False
+    first_frame = 0
+    for log_mel in iterate_log_mel(blocks, extractor, device):
+        features[0, first_frame : first_frame + len(log_mel)] = log_mel
+        first_frame += len(log_mel)
+    if extractor.normalize is not None:
+        features = normalize_per_feature(features, mask)
+    return features, mask
+
+
 def summarize_recording(
     blocks: Iterable[FloatArray],
+    num_samples: int,
     extractor: ParakeetFeatureExtractor,
     device: torch.device,
 ) -> RecordingSummary:
-    """Make the first pass over a recording: compute its length, the statistics of its features, and its levels.
+    """Make the first pass over a recording: compute the statistics of its features, and its levels.
 
     Args:
         blocks: (S_i,) float32 samples of consecutive parts of the recording. The length of every block except the last
             one is a multiple of the hop length.
+        num_samples: length S of the recording in samples.
         extractor: the feature extractor.
         device: device on which the features are computed.
 
@@ -148,24 +178,23 @@ def summarize_recording(
     """
     num_bins = len(extractor.mel_filters)
     statistics = RunningStatistics(0, torch.zeros(num_bins).double(), torch.zeros(num_bins).double())
-    powers: list[Tensor] = []
-    num_samples = 0
+    # allocated once: small results between the blocks would prevent the allocator from reusing the memory of a block
+    powers = torch.zeros(num_samples // extractor.hop_length)
 
     def observe_blocks() -> Iterator[FloatArray]:
-        """Yield the blocks unchanged; count the samples, and collect the powers of the frames."""
-        nonlocal num_samples
+        """Yield the blocks unchanged; store the powers of the frames."""
+        num_frames = 0
         for block in blocks:
-            powers.append(compute_frame_powers(torch.tensor(block), extractor.hop_length))
-            num_samples += len(block)
+            block_powers = compute_frame_powers(torch.tensor(block), extractor.hop_length)
+            powers[num_frames : num_frames + len(block_powers)] = block_powers
+            num_frames += len(block_powers)
+            del block_powers
             yield block
 
     for log_mel in iterate_log_mel(observe_blocks(), extractor, device):
         statistics.add(log_mel)
     return RecordingSummary(
-        num_samples,
-        statistics.mean.float(),
-        statistics.compute_std().float(),
-        compute_smoothed_levels(torch.cat(powers) if powers else torch.zeros(0)),
+        num_samples, statistics.mean.float(), statistics.compute_std().float(), compute_smoothed_levels(powers)
     )
 
 
