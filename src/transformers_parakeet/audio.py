@@ -4,11 +4,12 @@ Decoding of files is in `audio_decoding.py`, features and padding are in `featur
 """
 
 import http.client
+import math
 import os
 import sys
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,9 @@ from .audio_decoding import (
     MAX_RATE,
     MIN_RATE,
     AudioError,
+    DecodedFile,
     FloatArray,
+    SampleCounter,
     average_channels,
     decode_audio,
     import_package,
@@ -35,14 +38,18 @@ MAX_STREAM_BYTES = 2 * 1024**3
 URL_TIMEOUT_S = 30.0
 # bytes that are read from a stream at a time
 READ_CHUNK_BYTES = 1 << 20
+# seconds of a block of samples
+BLOCK_S = 30.0
+# seconds up to which decoded samples stay in memory, so that they are not decoded twice (12 MB at 48 kHz)
+IN_MEMORY_S = 60.0
 
 
 @dataclass(frozen=True)
-class _SourceAudio:
-    """Mono audio at the sampling rate of the source, before resampling.
+class _Samples:
+    """Mono audio in memory, at the sampling rate of the source.
 
     Args:
-        samples: (S,) float32 samples, mixed down to mono.
+        samples: (S,) float32 samples.
         rate: sampling rate in Hz.
         name: name of the source, used in error messages.
     """
@@ -50,6 +57,115 @@ class _SourceAudio:
     samples: FloatArray
     rate: int
     name: str
+
+    def read_blocks(self) -> Iterator[FloatArray]:
+        """Yield all samples as one block."""
+        yield self.samples
+
+
+@dataclass(frozen=True)
+class _EncodedAudio:
+    """An audio file that is not yet decoded.
+
+    Args:
+        content: path of the file as a str, or content of the file as bytes.
+        name: name of the source, used in error messages.
+    """
+
+    content: str | bytes
+    name: str
+
+
+class AudioSource:
+    """Reads a file, URL, bytes, array or dict in blocks of mono float32 samples, as often as needed.
+
+    The constructor reads a file completely once, to find damage, to choose the decoder and to count the samples. A
+    recording of up to `in_memory_s` seconds then stays in memory. A longer one is decoded again for every call of
+    `blocks` or `load`, and is never in memory as a whole. The content of a URL, pipe or file object is read once and
+    stored as encoded bytes. An array is not copied if no conversion is needed.
+
+    Attributes:
+        name: name of the source, used in error messages.
+        sampling_rate: sampling rate in Hz of the samples that `blocks` and `load` return.
+        num_samples: number of these samples.
+
+    Args:
+        source: any source that `load_audio` accepts.
+        sampling_rate: sampling rate in Hz of an array; None means `target_rate`. See `load_audio`.
+        target_rate: sampling rate in Hz of the result.
+        in_memory_s: duration in seconds up to which the samples of a file stay in memory.
+
+    Raises:
+        FileNotFoundError: The path does not exist.
+        AudioError: The file or URL cannot be read as audio.
+        ValueError: A sampling rate, a shape or a dict is invalid, or a sample is NaN or infinite.
+        TypeError: The type of the source or of the samples is not supported.
+        ImportError: soundfile, av or soxr is needed, but not installed.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        sampling_rate: int | None = None,
+        *,
+        target_rate: int = TARGET_RATE,
+        in_memory_s: float = IN_MEMORY_S,
+    ) -> None:
+        self.sampling_rate = _check_rate(target_rate, "target_rate")
+        default_rate = self.sampling_rate if sampling_rate is None else _check_rate(sampling_rate, "sampling_rate")
+        audio = _read_source(source, default_rate)
+        counter = SampleCounter()
+        self._source: _Samples | DecodedFile
+        if isinstance(audio, _EncodedAudio):
+            self._source = decode_audio(audio.content, audio.name, in_memory_s)
+            counter = self._source.counter
+        else:
+            self._source = audio
+            counter.add(audio.samples)
+        counter.check(audio.name)
+        self.name = audio.name
+        self.num_samples = _count_resampled(counter.num_samples, self._source.rate, self.sampling_rate)
+
+    def blocks(self, block_s: float = BLOCK_S) -> Iterator[FloatArray]:
+        """Read all samples in blocks of equal duration.
+
+        Args:
+            block_s: duration of a block in seconds.
+
+        Returns:
+            Blocks of (S,) float32 samples. Every block contains `round(block_s * sampling_rate)` samples, except the
+            last one, which can be shorter and is not empty. A block of an array may share memory with the array.
+
+        Raises:
+            ValueError: `block_s` is shorter than one sample.
+            AudioError: A file has changed since the constructor read it.
+        """
+        block_length = round(block_s * self.sampling_rate)
+        if block_length < 1:
+            raise ValueError(f"block_s must be at least one sample (1 / {self.sampling_rate} s), got {block_s}")
+        return self._read_blocks(block_length)
+
+    def load(self) -> FloatArray:
+        """Read all samples into memory.
+
+        Returns:
+            (S,) float32 samples. The array may share memory with the source if no conversion was needed.
+
+        Raises:
+            AudioError: A file has changed since the constructor read it.
+        """
+        blocks = list(self._read_blocks(max(1, self.num_samples)))
+        return blocks[0] if blocks else np.zeros(0, dtype=np.float32)
+
+    def _read_blocks(self, block_length: int) -> Iterator[FloatArray]:
+        """Yield all samples at `sampling_rate` Hz in blocks of `block_length` samples; the last can be shorter."""
+        rate, source_blocks = self._source.rate, self._source.read_blocks()
+        if rate == self.sampling_rate:
+            return _cut_blocks(source_blocks, block_length)
+        # samples that give about one block: resampling a whole file to a higher rate would give a very large block
+        source_length = math.ceil(block_length * rate / self.sampling_rate)
+        resampled = _resample(_cut_blocks(source_blocks, source_length), rate, self.sampling_rate)
+        return _cut_blocks(resampled, block_length)
 
 
 def load_audio(source: Any, sampling_rate: int | None = None, *, target_rate: int = TARGET_RATE) -> FloatArray:
@@ -84,15 +200,36 @@ def load_audio(source: Any, sampling_rate: int | None = None, *, target_rate: in
         TypeError: The type of the source or of the samples is not supported.
         ImportError: soundfile, av or soxr is needed, but not installed.
     """
-    target_rate = _check_rate(target_rate, "target_rate")
-    default_rate = target_rate if sampling_rate is None else _check_rate(sampling_rate, "sampling_rate")
-    audio = _read_source(source, default_rate)
-    _check_finite(audio.samples, audio.name)
-    return _resample(audio.samples, audio.rate, target_rate)
+    return AudioSource(source, sampling_rate, target_rate=target_rate, in_memory_s=math.inf).load()
 
 
-def _read_source(source: Any, default_rate: int) -> _SourceAudio:
-    """Read any source that `load_audio` accepts, without resampling.
+def iterate_audio(
+    source: Any, sampling_rate: int | None = None, *, target_rate: int = TARGET_RATE, block_s: float = BLOCK_S
+) -> Iterator[FloatArray]:
+    """Read a file, URL, bytes, array or dict in blocks of mono float32 samples at `target_rate`.
+
+    The blocks are together exactly the result of `load_audio`, but a long file is never in memory as a whole. To read a
+    source several times, use `AudioSource`.
+
+    Args:
+        source: any source that `load_audio` accepts.
+        sampling_rate: sampling rate in Hz of an array; None means `target_rate`. See `load_audio`.
+        target_rate: sampling rate in Hz of the blocks.
+        block_s: duration of a block in seconds. The last block can be shorter.
+
+    Returns:
+        Blocks of (S,) float32 samples.
+
+    Raises:
+        AudioError: A file changes while it is read.
+        ValueError: `block_s` is shorter than one sample.
+        Exception: Every error of `load_audio` can also occur here.
+    """
+    return AudioSource(source, sampling_rate, target_rate=target_rate).blocks(block_s)
+
+
+def _read_source(source: Any, default_rate: int) -> _Samples | _EncodedAudio:
+    """Read any source that `load_audio` accepts, without decoding files and without resampling.
 
     Args:
         source: a path or URL, the content of a file, a binary file object, an array, tensor or list of samples, a dict
@@ -100,28 +237,28 @@ def _read_source(source: Any, default_rate: int) -> _SourceAudio:
         default_rate: sampling rate in Hz that is assumed for an array.
 
     Returns:
-        Mono samples, sampling rate and name of the source.
+        Mono samples in memory, or an audio file that is not yet decoded.
 
     Raises:
-        AudioError: A file or URL cannot be read as audio.
+        AudioError: A URL, pipe or file object cannot be read, or the path is a directory.
         ValueError: A sampling rate, a shape or a dict is invalid.
         TypeError: The type of the source or of the samples is not supported.
     """
     if isinstance(source, (str, os.PathLike)):
         return _read_path_or_url(os.fspath(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(bytes(source), f"<{memoryview(source).nbytes} bytes>")
+        return _EncodedAudio(bytes(source), f"<{memoryview(source).nbytes} bytes>")
     if isinstance(source, Mapping):
         return _read_mapping(source, default_rate)
     if hasattr(source, "get_all_samples"):
         return _read_torchcodec(source)
     if hasattr(source, "read"):
         name = str(getattr(source, "name", "<file object>"))
-        return _decode(_read_stream(source, name), name)
-    return _SourceAudio(_to_mono(_to_array(source)), default_rate, "the array")
+        return _EncodedAudio(_read_stream(source, name), name)
+    return _Samples(_to_mono(_to_array(source)), default_rate, "the array")
 
 
-def _read_mapping(source: Mapping[str, Any], default_rate: int) -> _SourceAudio:
+def _read_mapping(source: Mapping[str, Any], default_rate: int) -> _Samples | _EncodedAudio:
     """Read an audio dict, as used by `datasets` and by the transformers pipeline.
 
     Args:
@@ -130,7 +267,7 @@ def _read_mapping(source: Mapping[str, Any], default_rate: int) -> _SourceAudio:
         default_rate: sampling rate in Hz that is assumed for samples without "sampling_rate".
 
     Returns:
-        Mono samples, sampling rate and name of the source.
+        Mono samples in memory, or an audio file that is not yet decoded.
 
     Raises:
         ValueError: None of these keys has a value, or the sampling rate is invalid.
@@ -139,10 +276,10 @@ def _read_mapping(source: Mapping[str, Any], default_rate: int) -> _SourceAudio:
         if source.get(key) is not None:
             rate = source.get("sampling_rate")
             rate = default_rate if rate is None else _check_rate(rate, 'the dict\'s "sampling_rate"')
-            return _SourceAudio(_to_mono(_to_array(source[key])), rate, f'the dict\'s "{key}"')
+            return _Samples(_to_mono(_to_array(source[key])), rate, f'the dict\'s "{key}"')
     if source.get("bytes") is not None:
         encoded = bytes(source["bytes"])
-        return _decode(encoded, str(source.get("path") or f"<{len(encoded)} bytes>"))
+        return _EncodedAudio(encoded, str(source.get("path") or f"<{len(encoded)} bytes>"))
     if source.get("path") is not None:
         return _read_path_or_url(os.fspath(source["path"]))
     raise ValueError(
@@ -151,49 +288,32 @@ def _read_mapping(source: Mapping[str, Any], default_rate: int) -> _SourceAudio:
     )
 
 
-def _read_torchcodec(decoder: Any) -> _SourceAudio:
+def _read_torchcodec(decoder: Any) -> _Samples:
     """Read all samples of a torchcodec `AudioDecoder`."""
     decoded = decoder.get_all_samples()
     rate = _check_rate(decoded.sample_rate, "the decoder's sample_rate")
     # torchcodec always returns the shape (C, S)
     samples = average_channels(to_float32(_to_numpy(decoded.data)), axis=0)
-    return _SourceAudio(samples, rate, "the decoder")
+    return _Samples(samples, rate, "the decoder")
 
 
-def _read_path_or_url(path: str | bytes) -> _SourceAudio:
-    """Read an audio file, a pipe or an http(s) URL.
+def _read_path_or_url(path: str | bytes) -> _EncodedAudio:
+    """Read a pipe or an http(s) URL into memory, or check the path of a file.
 
     Raises:
         FileNotFoundError: The path does not exist.
-        AudioError: The path is a directory, the download fails, or the file cannot be decoded.
+        AudioError: The path is a directory, or the download fails.
     """
     path = os.fsdecode(path)
     if path.lower().startswith(("http://", "https://")):
-        return _decode(_download(path), path)
+        return _EncodedAudio(_download(path), path)
     if os.path.isdir(path):
         raise AudioError(f"an audio source must be a file, got the directory {path!r}: pass one of the files in it")
     if os.path.isfile(path):
-        return _decode(path, path)
+        return _EncodedAudio(path, path)
     # a pipe such as /dev/stdin can be read only once, so it is read into memory; `open` raises if the path is missing
     with open(path, "rb") as stream:
-        return _decode(_read_stream(stream, path), path)
-
-
-def _decode(source: str | bytes, name: str) -> _SourceAudio:
-    """Decode an audio file without resampling.
-
-    Args:
-        source: path of the file as a str, or content of the file as bytes.
-        name: name of the file, used in error messages.
-
-    Returns:
-        Mono samples, sampling rate and name of the file.
-
-    Raises:
-        AudioError: The file cannot be decoded.
-    """
-    samples, rate = decode_audio(source, name)
-    return _SourceAudio(samples, rate, name)
+        return _EncodedAudio(_read_stream(stream, path), path)
 
 
 def _download(url: str) -> bytes:
@@ -316,33 +436,48 @@ def _to_mono(array: npt.NDArray[Any]) -> FloatArray:
     return average_channels(samples, axis=channel_axis)
 
 
-def _check_finite(samples: FloatArray, name: str) -> None:
-    """Check that no sample is NaN or infinite.
+def _cut_blocks(blocks: Iterable[FloatArray], block_length: int) -> Iterator[FloatArray]:
+    """Join and cut blocks, so that all have the same length.
 
     Args:
-        samples: (S,) samples.
-        name: name of the source, used in the error message.
+        blocks: blocks of (S,) samples of any lengths.
+        block_length: number of samples per block.
 
-    Raises:
-        ValueError: A sample is not finite. The message contains the number of such samples and the position of the
-            first one.
+    Returns:
+        The same samples in blocks of `block_length` samples. The last block can be shorter and is not empty.
     """
-    is_finite = np.isfinite(samples)
-    if not is_finite.all():
-        # `argmin` of a bool array is the position of the first False
-        first_position = int(np.argmin(is_finite))
-        raise ValueError(
-            f"samples must be finite, but {int((~is_finite).sum())} of {len(samples)} in {name} are NaN or infinite, "
-            f"the first at position {first_position} ({samples[first_position]}): repair the audio, or use "
-            "np.nan_to_num"
-        )
+    pending: list[FloatArray] = []
+    num_pending = 0
+    for block in blocks:
+        start = 0
+        while num_pending + len(block) - start >= block_length:
+            end = start + block_length - num_pending
+            pending.append(block[start:end])
+            yield pending[0] if len(pending) == 1 else np.concatenate(pending)
+            pending, num_pending, start = [], 0, end
+        if start < len(block):
+            pending.append(block[start:])
+            num_pending += len(block) - start
+    if pending:
+        yield pending[0] if len(pending) == 1 else np.concatenate(pending)
 
 
-def _resample(samples: FloatArray, rate: int, target_rate: int) -> FloatArray:
-    """Resample (S,) samples from `rate` Hz to `target_rate` Hz with soxr at quality HQ."""
-    if rate == target_rate or len(samples) == 0:
-        return samples
-    return np.asarray(import_package("soxr").resample(samples, rate, target_rate, quality="HQ"), dtype=np.float32)
+def _resample(blocks: Iterable[FloatArray], rate: int, target_rate: int) -> Iterator[FloatArray]:
+    """Resample blocks of (S,) samples from `rate` Hz to `target_rate` Hz with soxr at quality HQ.
+
+    The result is bit for bit that of `soxr.resample` on all samples at once.
+    """
+    soxr = import_package("soxr")
+    stream = soxr.ResampleStream(rate, target_rate, 1, dtype="float32", quality="HQ")
+    for block in blocks:
+        yield stream.resample_chunk(block)
+    yield stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
+
+
+def _count_resampled(num_samples: int, rate: int, target_rate: int) -> int:
+    """Return how many samples soxr returns for `num_samples` samples at `rate` Hz."""
+    # soxr computes exactly this, so halves are rounded as in soxr
+    return int(num_samples / (rate / target_rate) + 0.5)
 
 
 def _check_rate(rate: Any, name: str) -> int:
@@ -361,4 +496,4 @@ def _check_rate(rate: Any, name: str) -> int:
     return int(rate)
 
 
-__all__ = ["MAX_CHANNELS", "TARGET_RATE", "AudioError", "FloatArray", "load_audio"]
+__all__ = ["MAX_CHANNELS", "TARGET_RATE", "AudioError", "AudioSource", "FloatArray", "iterate_audio", "load_audio"]

@@ -5,8 +5,9 @@ Paths, URLs, arrays and resampling are in `audio.py`.
 
 import importlib
 import io
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, BinaryIO, TypeAlias
@@ -43,96 +44,166 @@ class AudioError(ValueError):
     """Raised if audio cannot be read; the message contains the name of the file and the error of each decoder."""
 
 
-class _TooManySamplesError(Exception):
-    """Raised if a file contains more than `MAX_SAMPLES` samples.
+class SampleCounter:
+    """Counts the samples of a recording, and those that are NaN or infinite, block by block.
 
-    This is not a ValueError, because the decoding functions interpret a ValueError as a damaged file.
+    Attributes:
+        num_samples: number of samples that were counted.
+        num_not_finite: number of samples that are NaN or infinite.
+        first_not_finite: position and value of the first sample that is NaN or infinite; None if all are finite.
     """
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self.num_not_finite = 0
+        self.first_not_finite: tuple[int, float] | None = None
+
+    def add(self, block: FloatArray) -> None:
+        """Count the samples of the next block.
+
+        Args:
+            block: (S,) samples that follow the previous block.
+        """
+        is_finite = np.isfinite(block)
+        if not is_finite.all():
+            # `argmin` of a bool array is the position of the first False
+            position = int(np.argmin(is_finite))
+            if self.first_not_finite is None:
+                self.first_not_finite = (self.num_samples + position, float(block[position]))
+            self.num_not_finite += int((~is_finite).sum())
+        self.num_samples += len(block)
+
+    def check(self, name: str) -> None:
+        """Check that all counted samples are finite.
+
+        Args:
+            name: name of the source, used in the error message.
+
+        Raises:
+            ValueError: A sample is NaN or infinite. The message contains the number of such samples, and the position
+                and value of the first one.
+        """
+        if self.first_not_finite is not None:
+            position, value = self.first_not_finite
+            raise ValueError(
+                f"samples must be finite, but {self.num_not_finite} of {self.num_samples} in {name} are NaN or "
+                f"infinite, the first at position {position} ({value}): repair the audio, or use np.nan_to_num"
+            )
+
+
+@dataclass
+class _DecoderState:
+    """Progress of one decoder, which updates these values before it yields a block and when it stops.
+
+    Args:
+        rate: sampling rate in Hz; 0 until the decoder has opened the file.
+        num_samples: number of samples in the blocks that were yielded.
+        problem: description of the error that stopped decoding; None if there was none.
+    """
+
+    rate: int = 0
+    num_samples: int = 0
+    problem: str | None = None
+
+
+# a function that takes a file (path as a str or content as bytes) and a new state, and yields blocks of (S,) samples
+_Decoder: TypeAlias = Callable[[str | bytes, _DecoderState], Iterator[FloatArray]]
 
 
 @dataclass(frozen=True)
-class _DecodedFile:
-    """Result of decoding a file with one decoder.
+class DecodedFile:
+    """An audio file that was decoded once, and whose samples are in memory or can be decoded again in blocks.
 
     Args:
-        samples: (S,) float32 samples, mixed down to mono.
+        source: path of the file as a str, or content of the file as bytes.
+        name: name of the file, used in error messages.
+        decoder: the decoder that reads most of the file.
         rate: sampling rate in Hz; 0 if the decoder could not open the file.
         problem: description of the error that stopped decoding; None if the whole file was decoded.
+        counter: counts of all decoded samples.
+        samples: (S,) float32 mono samples; None if they are not in memory.
     """
 
-    samples: FloatArray
+    source: str | bytes
+    name: str
+    decoder: _Decoder
     rate: int
     problem: str | None
+    counter: SampleCounter
+    samples: FloatArray | None
 
     @property
     def duration_s(self) -> float:
         """Duration of the decoded samples in seconds."""
-        return len(self.samples) / self.rate if self.rate else 0.0
+        return self.counter.num_samples / self.rate if self.rate else 0.0
 
+    def read_blocks(self) -> Iterator[FloatArray]:
+        """Yield all samples at the sampling rate of the file, as mono blocks of any length.
 
-class _SampleBuffer:
-    """Collects decoded blocks of mono samples, up to a total of `MAX_SAMPLES` samples."""
+        Samples that are not in memory are decoded again by the decoder that was chosen in the first decoding.
 
-    def __init__(self) -> None:
-        self.blocks: list[FloatArray] = []
-        self.num_samples = 0
-
-    def append(self, block: FloatArray) -> None:
-        """Append a block of (S,) mono samples.
-
-        Args:
-            block: (S,) mono samples.
+        Returns:
+            Blocks of (S,) float32 samples. They are together exactly the samples of the first decoding.
 
         Raises:
-            _TooManySamplesError: The total number of samples exceeds `MAX_SAMPLES`.
+            AudioError: The file has changed since the first decoding.
         """
-        self.blocks.append(block)
-        self.num_samples += len(block)
-        if self.num_samples > MAX_SAMPLES:
-            raise _TooManySamplesError
+        if self.samples is not None:
+            yield self.samples
+            return
+        state, num_samples = _DecoderState(), self.counter.num_samples
+        for block in self.decoder(self.source, state):
+            if state.num_samples > num_samples or state.rate != self.rate:
+                break
+            yield block
+        if (state.num_samples, state.rate) != (num_samples, self.rate):
+            raise AudioError(
+                f"{self.name} must not change while it is read, but at first it had {num_samples} samples at "
+                f"{self.rate} Hz, and then {state.num_samples} samples at {state.rate} Hz: wait until it is complete"
+            )
 
-    def concatenate(self) -> FloatArray:
-        """Concatenate all blocks to one array of (S,) samples."""
-        return np.concatenate(self.blocks) if self.blocks else np.zeros(0, dtype=np.float32)
 
-
-def decode_audio(source: str | bytes, name: str) -> tuple[FloatArray, int]:
-    """Decode an audio file to mono samples at the sampling rate of the file.
+def decode_audio(source: str | bytes, name: str, in_memory_s: float = math.inf) -> DecodedFile:
+    """Decode an audio file completely, to choose its decoder and to count its samples.
 
     A damaged file is decoded as far as possible, with a warning.
 
     Args:
         source: path of the file as a str, or content of the file as bytes.
         name: name of the file, used in messages.
+        in_memory_s: duration in seconds up to which the samples stay in memory. Samples of a longer file are only
+            counted, and decoded again when they are needed.
 
     Returns:
-        (S,) float32 samples, and the sampling rate in Hz.
+        The decoded file.
 
     Raises:
         AudioError: The file is empty or too long, no decoder can read it, or the sampling rate is implausible.
     """
-    results = _run_decoders(source, name)
+    results = _run_decoders(source, name, in_memory_s)
     # prefer the longest result; at equal durations, prefer a result without a problem
     best = max(results, key=lambda result: (result.duration_s, result.problem is None))
     problems = "; ".join(result.problem for result in results if result.problem is not None)
-    if len(best.samples) == 0 and best.problem is not None:
+    if best.counter.num_samples == 0 and best.problem is not None:
         raise AudioError(f"{name} cannot be read as audio ({problems}): check that it is a complete audio file")
     if not MIN_RATE <= best.rate <= MAX_RATE:
         raise AudioError(
-            f"the sampling rate of {name} must be in [{MIN_RATE}, {MAX_RATE}] Hz, got {best.rate} Hz in the header: "
-            "check that the file is not damaged"
+            f"the sampling rate of {name} must be in [{MIN_RATE}, {MAX_RATE}] Hz, got {best.rate} Hz in the "
+            "header: check that the file is not damaged"
         )
     if any(result.rate and result.problem for result in results):
-        warnings.warn(f"{name} is damaged: only {best.duration_s:.2f} s were read ({problems})", stacklevel=5)
-    return best.samples, best.rate
+        message = f"{name} is damaged: only {best.duration_s:.2f} s were read ({problems})"
+        warnings.warn(message, stacklevel=4)
+    return best
 
 
-def _run_decoders(source: str | bytes, name: str) -> list[_DecodedFile]:
+def _run_decoders(source: str | bytes, name: str, in_memory_s: float) -> list[DecodedFile]:
     """Decode a file with the preferred decoder, and also with the fallback decoder if the preferred decoder fails.
 
     Args:
         source: path of the file as a str, or content of the file as bytes.
         name: name of the file, used in error messages.
+        in_memory_s: duration in seconds up to which the samples stay in memory.
 
     Returns:
         The result of each decoder that was used (one or two results).
@@ -144,20 +215,47 @@ def _run_decoders(source: str | bytes, name: str) -> list[_DecodedFile]:
         first_bytes = file.read(4)
     if not first_bytes:
         raise AudioError(f"{name} is empty (0 bytes): pass a file that contains audio")
-    results: list[_DecodedFile] = []
+    results: list[DecodedFile] = []
     for decoder in _order_decoders(source, first_bytes):
-        try:
-            result = decoder(source)
-        except _TooManySamplesError as error:
-            raise AudioError(f"{name} must have at most {MAX_SAMPLES} samples, got more: split the file") from error
-        results.append(result)
+        results.append(_run_decoder(decoder, source, name, in_memory_s))
         # zero samples also count as a failure, because the WAV header of an interrupted recording can state 0 samples
-        if result.problem is None and len(result.samples):
+        if results[-1].problem is None and results[-1].counter.num_samples:
             break
     return results
 
 
-def _order_decoders(source: str | bytes, first_bytes: bytes) -> list[Callable[[str | bytes], _DecodedFile]]:
+def _run_decoder(decoder: _Decoder, source: str | bytes, name: str, in_memory_s: float) -> DecodedFile:
+    """Decode a file with one decoder, count the samples, and store them if they are not too long.
+
+    Args:
+        decoder: the decoder.
+        source: path of the file as a str, or content of the file as bytes.
+        name: name of the file, used in error messages.
+        in_memory_s: duration in seconds up to which the samples stay in memory.
+
+    Returns:
+        The samples that could be decoded, and their counts.
+
+    Raises:
+        AudioError: The file contains more than `MAX_SAMPLES` samples.
+    """
+    state, counter = _DecoderState(), SampleCounter()
+    blocks: list[FloatArray] = []
+    is_in_memory = True
+    for block in decoder(source, state):
+        counter.add(block)
+        if counter.num_samples > MAX_SAMPLES:
+            raise AudioError(f"{name} must have at most {MAX_SAMPLES} samples, got more: split the file")
+        is_in_memory = is_in_memory and counter.num_samples <= in_memory_s * state.rate
+        if is_in_memory:
+            blocks.append(block)
+        else:
+            blocks.clear()
+    samples = np.concatenate([np.zeros(0, dtype=np.float32), *blocks]) if is_in_memory else None
+    return DecodedFile(source, name, decoder, state.rate, state.problem, counter, samples)
+
+
+def _order_decoders(source: str | bytes, first_bytes: bytes) -> list[_Decoder]:
     """Choose the order in which the decoders are tried, based on the format of a file.
 
     FFmpeg is tried first for MP3, AAC and Ogg: libsndfile 1.2.2 stops without an error after the first of several
@@ -209,118 +307,98 @@ def _open_binary(source: str | bytes) -> BinaryIO:
     return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
 
 
-def _decode_with_libsndfile(source: str | bytes) -> _DecodedFile:
-    """Decode a file with libsndfile.
+def _decode_with_libsndfile(source: str | bytes, state: _DecoderState) -> Iterator[FloatArray]:
+    """Decode a file with libsndfile, block by block.
 
     Args:
         source: path of the file as a str, or content of the file as bytes.
+        state: new state, which is updated before each block and at the end.
 
     Returns:
-        The samples that could be decoded, the sampling rate, and a description of the problem if there was one.
-
-    Raises:
-        _TooManySamplesError: The file contains more than `MAX_SAMPLES` samples.
+        Blocks of (S,) mono samples, as far as the file can be decoded.
     """
     soundfile = import_package("soundfile")
-    buffer = _SampleBuffer()
-    rate, problem = 0, None
+    problem = None
     try:
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             if file.frames > MAX_HEADER_DURATION_S * file.samplerate:
                 # libsndfile cannot decode a FLAC file without a length in the header, such as a file written to a pipe
-                return _DecodedFile(buffer.concatenate(), 0, "libsndfile: the header contains no length")
-            rate = int(file.samplerate)
+                state.problem = "libsndfile: the header contains no length"
+                return
+            state.rate = int(file.samplerate)
             block_length = max(1, BLOCK_VALUES // file.channels)
             while len(block := file.read(block_length, dtype="float32", always_2d=True)):
-                buffer.append(average_channels(block, axis=1))
-            problem = _describe_missing_audio(buffer.num_samples / rate, file.frames / rate)
+                state.num_samples += len(block)
+                yield average_channels(block, axis=1)
+            problem = _describe_missing_audio(state.num_samples / state.rate, file.frames / state.rate)
     except (RuntimeError, TypeError, ValueError, OSError) as error:
         # errors of libsndfile are RuntimeErrors; soundfile raises a TypeError for a file name that ends in .raw
         problem = str(getattr(error, "error_string", error))
-    return _DecodedFile(buffer.concatenate(), rate, problem and f"libsndfile: {problem}")
+    state.problem = problem and f"libsndfile: {problem}"
 
 
-def _decode_with_ffmpeg(source: str | bytes) -> _DecodedFile:
-    """Decode the first audio track of a file with FFmpeg, through PyAV.
+def _decode_with_ffmpeg(source: str | bytes, state: _DecoderState) -> Iterator[FloatArray]:
+    """Decode the first audio track of a file with FFmpeg, through PyAV, packet by packet.
 
     Args:
         source: path of the file as a str, or content of the file as bytes.
+        state: new state, which is updated before each block and at the end.
 
     Returns:
-        The samples that could be decoded, the sampling rate, and a description of the problem if there was one.
-
-    Raises:
-        _TooManySamplesError: The file contains more than `MAX_SAMPLES` samples.
+        Blocks of (S,) mono samples, as far as the file can be decoded.
     """
     av = import_package("av")
-    buffer = _SampleBuffer()
-    rate, problem = 0, None
     # a playlist (HLS, ffconcat) could make FFmpeg open other files and URLs, so no protocol is allowed
     options = {"protocol_whitelist": "none"}
     try:
         with _open_binary(source) as file, av.open(file, metadata_errors="ignore", options=options) as container:
-            rate, problem = _decode_track(av, container, buffer)
+            yield from _decode_track(av, container, state)
     except (av.error.FFmpegError, RuntimeError, ValueError, OSError) as error:
-        problem = str(getattr(error, "strerror", None) or error)
-    return _DecodedFile(buffer.concatenate(), rate, problem and f"FFmpeg: {problem}")
+        state.problem = str(getattr(error, "strerror", None) or error)
+    state.problem = state.problem and f"FFmpeg: {state.problem}"
 
 
-def _decode_track(av: ModuleType, container: Any, buffer: _SampleBuffer) -> tuple[int, str | None]:
-    """Decode the first audio track of an opened file and append the samples, mixed down to mono, to `buffer`.
+def _decode_track(av: ModuleType, container: Any, state: _DecoderState) -> Iterator[FloatArray]:
+    """Decode the packets of the first audio track of an opened file. Damaged packets are skipped.
 
     Args:
         av: the imported PyAV module.
         container: file opened with `av.open`.
-        buffer: buffer to which the samples are appended.
+        state: new state, which is updated before each block and at the end.
 
     Returns:
-        The sampling rate in Hz (0 if no track can be decoded), and a description of the problem (None if there was no
-        problem).
+        Blocks of (S,) mono samples, one block per decoded frame of the codec.
     """
     if not container.streams.audio:
-        return 0, "the file has no audio track"
+        state.problem = "the file has no audio track"
+        return
     track = container.streams.audio[0]
     if track.codec_context is None:
-        return 0, "the codec of the audio track is not supported"
-    rate, problem = _decode_packets(av, container, track, buffer)
+        state.problem = "the codec of the audio track is not supported"
+        return
+    state.rate, num_damaged_packets = int(track.rate or 0), 0
+    for packet in container.demux(track):
+        try:
+            audio_frames = packet.decode()
+        except av.error.InvalidDataError:
+            # usually the next packets can be decoded
+            num_damaged_packets += 1
+            continue
+        for audio_frame in audio_frames:
+            if not state.num_samples:
+                # use the rate of the first decoded frame, because an AAC header can contain half of the actual rate
+                state.rate = int(audio_frame.sample_rate)
+            if audio_frame.sample_rate != state.rate:
+                state.problem = f"the sampling rate changes to {audio_frame.sample_rate} Hz within the file"
+                return
+            block = _frame_to_mono(av, audio_frame)
+            state.num_samples += len(block)
+            yield block
+    if num_damaged_packets:
+        state.problem = f"{num_damaged_packets} damaged packets were skipped"
+        return
     header_duration_s = float(track.duration * track.time_base) if track.duration and track.time_base else 0.0
-    decoded_duration_s = buffer.num_samples / max(1, rate)
-    return rate, problem or _describe_missing_audio(decoded_duration_s, header_duration_s)
-
-
-def _decode_packets(av: ModuleType, container: Any, track: Any, buffer: _SampleBuffer) -> tuple[int, str | None]:
-    """Decode the packets of an audio track and append the samples, mixed down to mono, to `buffer`.
-
-    Damaged packets are skipped.
-
-    Args:
-        av: the imported PyAV module.
-        container: file opened with `av.open`.
-        track: audio track of `container`.
-        buffer: empty buffer to which the samples are appended.
-
-    Returns:
-        The sampling rate in Hz, and a description of the problem (None if there was no problem).
-    """
-    rate, num_damaged_packets = int(track.rate or 0), 0
-    try:
-        for packet in container.demux(track):
-            try:
-                audio_frames = packet.decode()
-            except av.error.InvalidDataError:
-                # usually the next packets can be decoded
-                num_damaged_packets += 1
-                continue
-            for audio_frame in audio_frames:
-                if not buffer.num_samples:
-                    # use the rate of the first decoded frame, because an AAC header can contain half of the actual rate
-                    rate = int(audio_frame.sample_rate)
-                if audio_frame.sample_rate != rate:
-                    return rate, f"the sampling rate changes to {audio_frame.sample_rate} Hz within the file"
-                buffer.append(_frame_to_mono(av, audio_frame))
-    except (av.error.FFmpegError, ValueError) as error:
-        return rate, str(getattr(error, "strerror", None) or error)
-    return rate, f"{num_damaged_packets} damaged packets were skipped" if num_damaged_packets else None
+    state.problem = _describe_missing_audio(state.num_samples / max(1, state.rate), header_duration_s)
 
 
 def _frame_to_mono(av: ModuleType, audio_frame: Any) -> FloatArray:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import BatchFeature, SequenceFeatureExtractor
 from transformers.utils import TensorType, logging
 
@@ -21,6 +22,10 @@ logger = logging.get_logger(__name__)
 # added to the standard deviation, and to the mel energies before the logarithm (NeMo: parts/preprocessing/features.py)
 NORMALIZE_EPSILON = 1e-5
 LOG_ZERO_GUARD = 2.0**-24
+
+# number of frames, of all clips of a batch together, whose spectra are computed at once: 6000 complex spectra of 257
+# bins are 12 MB
+FRAMES_PER_BLOCK = 6000
 
 # Slaney's mel scale (Auditory Toolbox, 1998): linear below 1000 Hz (15 mel), and logarithmic above
 HERTZ_PER_MEL = 200.0 / 3.0
@@ -133,12 +138,79 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
             (B, T, F) features, in which padding frames are zero, and a (B, T) mask, True for valid frames. T is
             1 + S // hop_length.
         """
-        features = self._log_mel(self._preemphasise(waveforms, lengths))
+        features = self._compute_log_mel(waveforms, lengths)
         frame_lengths = lengths // self.hop_length
         mask = torch.arange(features.shape[1], device=waveforms.device) < frame_lengths[:, None]
         if self.normalize is None:
             return features.mul_(mask[..., None]), mask
         return normalize_per_feature(features, mask), mask
+
+    @property
+    def left_margin(self) -> int:
+        """Number of samples before the centre of a frame that the frame depends on, with one for the pre-emphasis."""
+        return self.n_fft // 2 + 1
+
+    @property
+    def right_margin(self) -> int:
+        """Number of samples that a frame depends on from its centre on, with the sample at the centre."""
+        return self.n_fft - self.n_fft // 2
+
+    def log_mel_of_block(self, samples: Tensor, lengths: Tensor) -> Tensor:
+        """Compute the log-mel energies of consecutive frames of a recording, without normalisation.
+
+        Frame t of a recording has its centre at the sample t * hop_length. To compute the frames t to t + K - 1, pass
+        the samples from t * hop_length - `left_margin` up to, but not including,
+        (t + K - 1) * hop_length + `right_margin`. Samples before the start and after the end of the recording are
+        zeros. The result equals the frames t to t + K - 1 of the whole recording.
+
+        Args:
+            samples: (B, 1 + n_fft + (K - 1) * hop_length) samples without pre-emphasis: a block of each of B
+                recordings.
+            lengths: (B,) number of samples from the start of the block to the end of the recording. It can be larger
+                than the block. Samples after the end of the recording are not used.
+
+        Returns:
+            (B, K, F) natural logarithms of the mel energies, in the dtype of `samples`.
+        """
+        # the first sample is only needed for the pre-emphasis y[n] = x[n] - a x[n-1] of the second one
+        current, previous = samples[:, 1:], samples[:, :-1]
+        filtered = current - self.preemphasis * previous if self.preemphasis else current
+        # zero the padding after the filter, because the first padded value would otherwise be -a x[n-1]
+        filtered = filtered * (torch.arange(1, samples.shape[1], device=samples.device) < lengths[:, None])
+        spectrum = torch.stft(
+            filtered,
+            self.n_fft,
+            hop_length=self.hop_length,
+            win_length=self.win_length,
+            window=torch.hann_window(self.win_length, periodic=False, device=samples.device),
+            center=False,
+            return_complex=True,
+        )
+        # (B, n_fft / 2 + 1, K) -> (B, K, n_fft / 2 + 1)
+        power = torch.view_as_real(spectrum).square().sum(-1).transpose(1, 2)
+        return torch.matmul(power, self.mel_filters.to(samples.device).T).add_(LOG_ZERO_GUARD).log_()
+
+    def _compute_log_mel(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
+        """Compute the log-mel energies of a padded batch, block by block, so that the memory for spectra is limited.
+
+        Args:
+            waveforms: (B, S) samples.
+            lengths: (B,) number of valid samples.
+
+        Returns:
+            (B, 1 + S // hop_length, F) log-mel energies without normalisation.
+        """
+        batch_size, num_samples = waveforms.shape
+        num_frames = 1 + num_samples // self.hop_length
+        frames_per_block = max(1, FRAMES_PER_BLOCK // batch_size)
+        log_mel = waveforms.new_empty(batch_size, num_frames, len(self.mel_filters))
+        for first_frame in range(0, num_frames, frames_per_block):
+            frames = log_mel[:, first_frame : first_frame + frames_per_block]
+            start = first_frame * self.hop_length - self.left_margin
+            end = (first_frame + frames.shape[1] - 1) * self.hop_length + self.right_margin
+            block = F.pad(waveforms[:, max(start, 0) : end], (max(-start, 0), max(end - num_samples, 0)))
+            frames.copy_(self.log_mel_of_block(block, lengths - start))
+        return log_mel
 
     def _check_sampling_rate(self, sampling_rate: int | None) -> None:
         """Check that audio has the sampling rate of the model; warn once if the sampling rate of the audio is unknown.
@@ -203,38 +275,6 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
         )
         return padded["input_features"][..., 0]
 
-    def _preemphasise(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
-        """Apply the pre-emphasis filter y[n] = x[n] - a x[n-1], and set the padding to zero.
-
-        Args:
-            waveforms: (B, S) samples.
-            lengths: (B,) number of valid samples.
-
-        Returns:
-            (B, S) filtered samples.
-        """
-        mask = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]
-        if self.preemphasis:
-            filtered = waveforms[:, 1:] - self.preemphasis * waveforms[:, :-1]
-            waveforms = torch.cat([waveforms[:, :1], filtered], dim=1)
-        # zero the padding after the filter, because the first padded value would otherwise be -a x[n-1]
-        return waveforms * mask
-
-    def _log_mel(self, waveforms: Tensor) -> Tensor:
-        """Compute the (B, T, F) log-mel energies of padded (B, S) waveforms."""
-        spectrum = torch.stft(
-            waveforms,
-            self.n_fft,
-            hop_length=self.hop_length,
-            win_length=self.win_length,
-            window=torch.hann_window(self.win_length, periodic=False, device=waveforms.device),
-            pad_mode="constant",
-            return_complex=True,
-        )
-        # (B, n_fft / 2 + 1, T) -> (B, T, n_fft / 2 + 1)
-        power = torch.view_as_real(spectrum).square().sum(-1).transpose(1, 2)
-        return torch.matmul(power, self.mel_filters.to(waveforms.device).T).add_(LOG_ZERO_GUARD).log_()
-
 
 def compute_mel_triangles(num_bins: int, n_fft: int, sampling_rate: int) -> tuple[np.ndarray, np.ndarray]:
     """Compute triangular mel filters, evenly spaced on Slaney's mel scale from 0 Hz to half the sampling rate.
@@ -277,15 +317,44 @@ def normalize_per_feature(features: Tensor, mask: Tensor) -> Tensor:
         (B, T, F) normalised features, in which padding frames are zero. As in NeMo, a clip with a single frame becomes
         zero, because the standard deviation of a single value is undefined.
     """
-    # (B, T, 1)
+    mean, std = compute_feature_statistics(features, mask)
+    return normalize_with_statistics(features, mask, mean, std)
+
+
+def compute_feature_statistics(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute mean and unbiased standard deviation of every mel bin of a clip over the valid frames.
+
+    Args:
+        features: (B, T, F) log-mel energies; padding frames are set to zero.
+        mask: (B, T) mask, True for valid frames.
+
+    Returns:
+        (B, 1, F) means and (B, 1, F) standard deviations. As in NeMo, the standard deviation of a single frame is zero.
+    """
+    # (B, T, 1) and (B, 1, 1)
     mask = mask[..., None]
-    # (B, 1, 1)
     frame_lengths = mask.sum(1, keepdim=True)
-    features = features.mul_(mask)
-    mean = features.sum(1, keepdim=True) / frame_lengths.clamp(min=1)
-    features = features.sub_(mean).mul_(mask)
-    variance = features.square().sum(1, keepdim=True) / (frame_lengths - 1).clamp(min=1)
-    return features.div_(variance.sqrt_().add_(NORMALIZE_EPSILON))
+    mean = features.mul_(mask).sum(1, keepdim=True) / frame_lengths.clamp(min=1)
+    squares = torch.zeros_like(mean)
+    # the deviations of all frames together would be a second tensor of the size of the features
+    for block, block_mask in zip(features.split(FRAMES_PER_BLOCK, 1), mask.split(FRAMES_PER_BLOCK, 1), strict=True):
+        squares += (block - mean).mul_(block_mask).square_().sum(1, keepdim=True)
+    return mean, (squares / (frame_lengths - 1).clamp(min=1)).sqrt_()
+
+
+def normalize_with_statistics(features: Tensor, mask: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Normalise every mel bin with a given mean and standard deviation.
+
+    Args:
+        features: (B, T, F) log-mel energies; overwritten.
+        mask: (B, T) mask, True for valid frames.
+        mean: (B, 1, F) mean of every bin, or a tensor that broadcasts to this shape.
+        std: (B, 1, F) standard deviation of every bin, or a tensor that broadcasts to this shape.
+
+    Returns:
+        (B, T, F) normalised features, in which padding frames are zero.
+    """
+    return features.sub_(mean).mul_(mask[..., None]).div_(std + NORMALIZE_EPSILON)
 
 
 def split_batch(raw_speech: Any) -> list[Any]:
