@@ -4,18 +4,22 @@ from .archive import NemoError
 from .convert import convert_checkpoint
 from .hub import demo_model_path
 from .pipeline import add_nemo_support
-from .reader import load_nemo
+from .reader import build_empty_model, describe_head, load_config, load_nemo
 from .sentencepiece import build_tokenizer, get_sentencepiece_models, parse_sentencepiece
-from .writer import export_nemo
+from .writer import check_config, export_nemo
 
 __all__ = [
     "NemoError",
     "add_nemo_support",
+    "build_empty_model",
     "build_tokenizer",
+    "check_config",
     "convert_checkpoint",
     "demo_model_path",
+    "describe_head",
     "export_nemo",
     "get_sentencepiece_models",
+    "load_config",
     "load_nemo",
     "parse_sentencepiece",
 ]
