@@ -2,7 +2,7 @@
 
 from .archive import NemoError
 from .convert import convert_checkpoint
-from .hub import demo_model_path
+from .hub import demo_model_path, download_checkpoint
 from .pipeline import add_nemo_support
 from .reader import build_empty_model, describe_head, load_config, load_nemo
 from .sentencepiece import build_tokenizer, get_sentencepiece_models, parse_sentencepiece
@@ -17,6 +17,7 @@ __all__ = [
     "convert_checkpoint",
     "demo_model_path",
     "describe_head",
+    "download_checkpoint",
     "export_nemo",
     "get_sentencepiece_models",
     "load_config",
