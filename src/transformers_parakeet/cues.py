@@ -204,7 +204,7 @@ def text_width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
-def line_width_of(words: Sequence[CueWord]) -> int:
+def compute_line_width(words: Sequence[CueWord]) -> int:
     """Return the width of a line in characters, including the spaces between the words.
 
     Args:
@@ -375,12 +375,12 @@ def break_lines(words: Sequence[CueWord], line_width: int) -> tuple[tuple[CueWor
     Returns:
         The words of each line.
     """
-    if len(words) == 1 or line_width_of(words) <= line_width:
+    if len(words) == 1 or compute_line_width(words) <= line_width:
         return (tuple(words),)
     candidates = []
     for index in range(1, len(words)):
         lines = (tuple(words[:index]), tuple(words[index:]))
-        widths = [line_width_of(line) for line in lines]
+        widths = [compute_line_width(line) for line in lines]
         if all(len(line) == 1 or width <= line_width for line, width in zip(lines, widths, strict=True)):
             difference = abs(widths[0] - widths[1]) / line_width
             cost = difference + compute_break_cost(words[index - 1], words[index]) / 4

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from conftest import ctc_model, run_program
+from training_helpers import record_warnings
 from transformers import EvalPrediction
 
-from transformers_parakeet.training import ErrorRates, error_rates, normalize_text
+from transformers_parakeet.training import ErrorRates, create_english_normalizer, error_rates, normalize_text
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,29 @@ from transformers_parakeet.training import ErrorRates, error_rates, normalize_te
 )
 def test_text_is_normalised(text, normalized):
     assert normalize_text(text) == normalized
+
+
+def test_english_text_is_normalised_as_by_whisper(tmp_path):
+    spelling_file = tmp_path / "normalizer.json"
+    spelling_file.write_text('{"colour": "color"}', encoding="utf-8")
+    normalize = create_english_normalizer(spelling_file)
+    assert normalize("Uh, I can't see Mr. Smith's COLOUR!") == "i can not see mister smith is color"
+    assert normalize("Twenty-one caf\u00e9s [laughter], two thousand and five") == "21 cafes 2005"
+
+
+def test_english_normalisation_without_spellings_keeps_them_and_warns(monkeypatch):
+    warnings = record_warnings(monkeypatch, "metrics")
+    assert create_english_normalizer()("The colour, can't") == "the colour can not"
+    (warning,) = warnings
+    assert "no list of spellings was given" in warning
+
+
+@pytest.mark.parametrize("text", ["[]", '{"colour": 1}'])
+def test_a_wrong_list_of_spellings_is_refused(tmp_path, text):
+    spelling_file = tmp_path / "normalizer.json"
+    spelling_file.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="must be a JSON object of strings"):
+        create_english_normalizer(spelling_file)
 
 
 def test_error_rates_are_computed_over_all_clips_together():

@@ -115,12 +115,13 @@ def compute_excerpt_bounds(offset_s: float, duration_s: float, sampling_rate: in
     return start, max(start, round(exact_end))
 
 
-def get_clip_name(row: Mapping[str, Any], position: int) -> str:
+def get_clip_name(row: Mapping[str, Any], position: int, collection: str = "batch") -> str:
     """Return a name for a dataset row, to be used in messages.
 
     Args:
         row: dataset row, usually with `audio` or `id`.
-        position: zero-based position of the row in the batch.
+        position: zero-based position of the row in the batch or dataset.
+        collection: what the position counts in, "batch" or "dataset".
 
     Returns:
         The path of the audio file, or else the value of `id`, or else the position in words.
@@ -128,7 +129,7 @@ def get_clip_name(row: Mapping[str, Any], position: int) -> str:
     audio = row.get("audio")
     path = audio.get("path") if isinstance(audio, Mapping) else audio
     name = path if isinstance(path, (str, Path)) else row.get("id")
-    return str(name) if name else f"clip {position} of the batch"
+    return str(name) if name else f"clip {position} of the {collection}"
 
 
 def get_durations(dataset: Any) -> list[float]:
