@@ -13,12 +13,14 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from unittest import mock
 
 import torch
 import transformers
 
 from transformers_parakeet import ParakeetEncoder, ParakeetEncoderConfig
-from transformers_parakeet.networks import attention as attention_module
+from transformers_parakeet.networks import attention, attention_layout
 
 FRAMES_PER_MINUTE = 6000
 ENCODER_SIZES = {"hidden_size": 512, "num_hidden_layers": 17, "num_attention_heads": 8, "intermediate_size": 2048}
@@ -36,16 +38,23 @@ def build_encoder(num_layers: int, context: list[int]) -> ParakeetEncoder:
     return ParakeetEncoder(ParakeetEncoderConfig(**fields)).eval()
 
 
+def choose_one_block(style: str, context: Sequence[int], num_frames: int) -> attention_layout.BlockLayout:
+    """Return a layout with a single block of all frames; replaces `choose_block_layout`."""
+    return attention_layout.BlockLayout(num_frames, num_frames)
+
+
 @torch.inference_mode()
 def compute_block_error(window: int) -> float:
     """Compute the largest difference between attention in blocks and in one masked block, for one minute of audio."""
     model = build_encoder(2, [window, window])
     features = torch.randn(1, FRAMES_PER_MINUTE, 80)
     blockwise_output = model(features).last_hidden_state
-    choose_block_layout = attention_module.choose_block_layout
-    attention_module.choose_block_layout = lambda style, context, frames: attention_module.BlockLayout(frames, frames)
-    masked_output = model(features).last_hidden_state
-    attention_module.choose_block_layout = choose_block_layout
+    # both modules call the function that chooses the layout
+    with (
+        mock.patch.object(attention, "choose_block_layout", choose_one_block),
+        mock.patch.object(attention_layout, "choose_block_layout", choose_one_block),
+    ):
+        masked_output = model(features).last_hidden_state
     return (blockwise_output - masked_output).abs().max().item()
 
 

@@ -10,9 +10,9 @@ import torch.utils.data
 from transformers import AutomaticSpeechRecognitionPipeline
 from transformers.utils import logging
 
-from .audio import load_audio
+from .audio import AudioSource
 from .configuration_parakeet import get_head_type
-from .long_audio import Window, cut_windows, merge_windows
+from .long_audio import InputOptions, SpeechDetector, iterate_model_inputs, merge_recording
 from .processing_parakeet import HEAD_TYPES, TIMESTAMP_LEVELS, ParakeetProcessor, to_emitted_tokens
 from .timestamps import DEFAULT_AGGREGATION
 
@@ -24,11 +24,11 @@ STOCK_MODULE_NAME = "transformers.models.parakeet.modeling_parakeet"
 # keys of an input dict that describe the audio; the values of all other keys are returned with the result
 AUDIO_KEYS = {"array", "raw", "sampling_rate", "path", "bytes"}
 
-# keys of a decoded window that are not returned with the result
-WINDOW_KEYS = {"hypotheses", "window", "is_last"}
+# arguments of a call that `preprocess` receives
+INPUT_ARGUMENTS = ("chunk_length_s", "stride_length_s", "normalize_over", "memory_budget", "speech_detector")
 
-# fraction of a chunk that is context on each side, as in the stock pipeline
-DEFAULT_STRIDE_FRACTION = 1 / 6
+# keys of a decoded window that are not returned with the result
+WINDOW_KEYS = {"hypotheses", "window", "speech", "is_last"}
 
 
 class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
@@ -48,9 +48,17 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
             result if there are no timestamps.
         confidence_aggregation: how to compute the confidence of words and segments from the confidences of tokens:
             `"min"` (default), `"mean"` or `"prod"`.
-        chunk_length_s: length in seconds of the overlapping chunks into which longer audio is cut.
+        chunk_length_s: maximum length in seconds of the overlapping chunks into which longer audio is cut. `None`
+            (default): audio is recognised as a whole if it fits `memory_budget`, otherwise in chunks of 30 s. 0: audio
+            is always recognised as a whole.
         stride_length_s: seconds of context on each side of a chunk, one number or a pair (left, right); default: one
             sixth of `chunk_length_s`.
+        normalize_over: `"recording"` (default) to normalise the features of a chunk with the statistics of the whole
+            recording, or `"chunk"` for those of the chunk.
+        memory_budget: number of bytes that recognition may use in addition to the model, if `chunk_length_s` is `None`;
+            default: a quarter of the free memory, at least 1 GB.
+        speech_detector: callable that takes (S,) samples and returns the ranges of samples with speech, for example
+            `EnergySpeechDetector()`. Audio without speech gives no text. Default: no detection.
         generate_kwargs: arguments of `generate`, such as `{"decoder": "ctc"}` for a hybrid.
     """
 
@@ -86,7 +94,7 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
         """
         # `ignore_warning` silences a warning of the stock pipeline, which this pipeline never logs
         kwargs.pop("ignore_warning", None)
-        preprocess_kwargs = pop_arguments(kwargs, "chunk_length_s", "stride_length_s")
+        preprocess_kwargs = pop_arguments(kwargs, *INPUT_ARGUMENTS)
         postprocess_kwargs = pop_arguments(kwargs, "return_timestamps", "confidence_aggregation")
         if "return_timestamps" in postprocess_kwargs:
             postprocess_kwargs["return_timestamps"] = get_timestamp_level(postprocess_kwargs["return_timestamps"])
@@ -100,21 +108,50 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
             postprocess_kwargs["head_type"] = "ctc" if is_ctc else get_head_type(self.model.config)
         return preprocess_kwargs, generate_kwargs, postprocess_kwargs
 
+    def get_iterator(
+        self, inputs: Any, num_workers: int, batch_size: int, preprocess_params: dict[str, Any], *args: Any
+    ) -> Any:
+        """Create the iterator over the results of several inputs, and tell `preprocess` the batch size.
+
+        transformers calls this method if the input of a call is a list, a dataset or a generator.
+
+        Args:
+            inputs: the inputs of the call.
+            num_workers: number of worker processes.
+            batch_size: number of windows that the model processes together.
+            preprocess_params: arguments of `preprocess`.
+            *args: arguments of `_forward` and `postprocess`.
+        """
+        preprocess_params = {**preprocess_params, "batch_size": batch_size}
+        return super().get_iterator(inputs, num_workers, batch_size, preprocess_params, *args)
+
     def preprocess(
-        self, inputs: Any, chunk_length_s: float | None = None, stride_length_s: Any = None, **kwargs: Any
+        self,
+        inputs: Any,
+        chunk_length_s: float | None = None,
+        stride_length_s: Any = None,
+        normalize_over: str = "recording",
+        memory_budget: int | None = None,
+        speech_detector: SpeechDetector | None = None,
+        batch_size: int = 1,
+        **kwargs: Any,
     ) -> Iterator[dict[str, Any]]:
-        """Load one input, cut it into windows and compute the features of each window.
+        """Read one input, divide it into windows if necessary, and compute the features of each window.
 
         Args:
             inputs: the audio. If it is a dict, the values of the keys that do not describe the audio are returned with
                 the result.
-            chunk_length_s: length of a window in seconds; `None` or 0 for one window over the whole input.
-            stride_length_s: seconds of context on each side of a window, one number or a pair (left, right); `None` for
-                one sixth of `chunk_length_s`.
+            chunk_length_s: see the class, as for the next four arguments.
+            stride_length_s: seconds of context of a window.
+            normalize_over: `"recording"` or `"chunk"`.
+            memory_budget: number of bytes.
+            speech_detector: detector of speech.
+            batch_size: number of windows that the model processes together.
             **kwargs: unused.
 
         Yields:
-            For each window, the features, the keys `window` and `is_last`, and the additional keys of the input.
+            For each window, the features and their mask, the keys `window`, `speech` and `is_last`, and the additional
+            keys of the input.
         """
         metadata = {}
         if isinstance(inputs, dict):
@@ -124,44 +161,24 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
                 "an input must not have the key `stride`: pass the whole audio and set `chunk_length_s` and "
                 "`stride_length_s`"
             )
-        feature_extractor = self.processor.feature_extractor
-        samples = load_audio(inputs, target_rate=feature_extractor.sampling_rate)
+        options = InputOptions(
+            chunk_length_s, stride_length_s, normalize_over, memory_budget, speech_detector, batch_size
+        )
+        extractor = self.processor.feature_extractor
+        source = AudioSource(inputs, target_rate=extractor.sampling_rate)
         # a forked worker of a data loader cannot use the GPU of its parent process
         is_worker = torch.utils.data.get_worker_info() is not None
         device = torch.device("cpu") if is_worker else self.device
-        length, left, right = self._compute_window_samples(chunk_length_s, stride_length_s)
-        for window in cut_windows(len(samples), length, left, right):
-            features = feature_extractor(
-                samples[window.start : window.stop],
-                sampling_rate=feature_extractor.sampling_rate,
-                return_tensors="pt",
-                device=device,
-            )
-            yield {"is_last": window.keep_to is None, "window": window, **features, **metadata}
-
-    def _compute_window_samples(self, chunk_length_s: float | None, stride_length_s: Any) -> tuple[int, int, int]:
-        """Convert the length of a window and the lengths of its context from seconds to samples.
-
-        Args:
-            chunk_length_s: length of a window in seconds; `None` or 0 for one window over the whole clip.
-            stride_length_s: seconds of context on each side of a window, one number or a pair (left, right); `None` for
-                one sixth of `chunk_length_s`.
-
-        Returns:
-            The length of a window, of the left context and of the right context in samples, each rounded to whole
-            encoder frames. Three zeros for one window over the whole clip.
-        """
-        if not chunk_length_s:
-            return 0, 0, 0
-        stride_s = chunk_length_s * DEFAULT_STRIDE_FRACTION if stride_length_s is None else stride_length_s
-        left_s, right_s = stride_s if isinstance(stride_s, (list, tuple)) else (stride_s, stride_s)
-        samples_per_frame = self.model.config.inputs_to_logits_ratio
-        frames_per_second = self.processor.feature_extractor.sampling_rate / samples_per_frame
-        # round to whole encoder frames
-        length, left, right = (
-            round(seconds * frames_per_second) * samples_per_frame for seconds in (chunk_length_s, left_s, right_s)
-        )
-        return length, left, right
+        model_inputs = iterate_model_inputs(source, options, extractor, self.model.config, self.model.dtype, device)
+        for model_input in model_inputs:
+            yield {
+                "is_last": model_input.is_last,
+                "window": model_input.window,
+                "speech": model_input.speech,
+                "input_features": model_input.features,
+                "attention_mask": model_input.mask,
+                **metadata,
+            }
 
     def _forward(self, model_inputs: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Decode one batch of windows.
@@ -202,16 +219,22 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
             additional keys of the input, each with a list of one value per window.
         """
         config = self.model.config
-        windows: list[Window] = [output["window"] for output in model_outputs]
-        hypotheses = [output["hypotheses"] for output in model_outputs]
-        emitted_tokens = to_emitted_tokens(merge_windows(hypotheses, windows, config.inputs_to_logits_ratio))
+        sampling_rate = self.processor.feature_extractor.sampling_rate
+        hypothesis = merge_recording(
+            [output["hypotheses"] for output in model_outputs],
+            [output["window"] for output in model_outputs],
+            model_outputs[0]["speech"],
+            sampling_rate,
+            config.inputs_to_logits_ratio,
+        )
+        emitted_tokens = to_emitted_tokens(hypothesis)
         result: dict[str, Any] = {"text": self.processor.to_text(emitted_tokens)}
         if return_timestamps:
             result["chunks"] = self.processor.chunks(
                 emitted_tokens,
                 return_timestamps,
                 head_type or get_head_type(config),
-                config.inputs_to_logits_ratio / self.processor.feature_extractor.sampling_rate,
+                config.inputs_to_logits_ratio / sampling_rate,
                 config.segment_separators,
                 config.segment_gap_threshold,
                 confidence_aggregation,

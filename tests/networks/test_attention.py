@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 from conftest import encoder_fields
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import transformers_parakeet as tp
-from transformers_parakeet.networks.attention import ParakeetEncoderAttention, ParakeetEncoderRelPositionalEncoding
+from transformers_parakeet.networks import attention as attention_file
+from transformers_parakeet.networks.attention import ParakeetEncoderAttention
 from transformers_parakeet.networks.attention_layout import (
     BlockLayout,
+    ParakeetEncoderRelPositionalEncoding,
     build_context_mask,
     choose_block_layout,
     map_to_nemo_local_positions,
@@ -84,9 +87,13 @@ def plain_attention(module, hidden, mask):
     return module.o_proj(torch.einsum("hij,jhd->ihd", weights, value).flatten(1))
 
 
-def one_block(style, context, frames):
-    """Return a single block of all frames; replaces `choose_block_layout`."""
-    return BlockLayout(frames, frames)
+def use_one_block(monkeypatch):
+    """Replace `choose_block_layout` by a function that returns a single block of all frames."""
+    for module in ("attention", "attention_layout"):
+        monkeypatch.setattr(
+            f"transformers_parakeet.networks.{module}.choose_block_layout",
+            lambda style, context, frames: BlockLayout(frames, frames),
+        )
 
 
 def attend(module, hidden, valid=None):
@@ -113,7 +120,7 @@ def test_attention_in_blocks_equals_attention_in_one_block(style, context, frame
     hidden = torch.randn(3, frames, 32, dtype=torch.float64)
     valid = torch.arange(frames) < torch.tensor([frames, frames // 2, 1])[:, None]
     blocked = attend(module, hidden, valid)
-    monkeypatch.setattr("transformers_parakeet.networks.attention.choose_block_layout", one_block)
+    use_one_block(monkeypatch)
     unblocked = attend(module, hidden, valid)
     torch.testing.assert_close(blocked[valid], unblocked[valid], atol=TOLERANCE, rtol=0)
     assert blocked.isfinite().all()
@@ -154,13 +161,156 @@ def test_gradients_in_blocks_equal_gradients_in_one_block(monkeypatch):
     gradients = []
     for in_one_block in (False, True):
         if in_one_block:
-            monkeypatch.setattr("transformers_parakeet.networks.attention.choose_block_layout", one_block)
+            use_one_block(monkeypatch)
         hidden = inputs.clone().requires_grad_()
         output, _ = module(hidden, ParakeetEncoderRelPositionalEncoding(module.config)(hidden))
         gradients.append(torch.autograd.grad(output.square().sum(), [hidden, *module.parameters()]))
     # the weights are computed in float32; measured: 1.6e-5 where gradients are up to 3
     for blocked, unblocked in zip(*gradients, strict=True):
         torch.testing.assert_close(blocked, unblocked, atol=5e-5, rtol=1e-5)
+
+
+def limit_scores(monkeypatch, num_scores):
+    """Limit the number of float32 scores of one head that are computed at once, in training and outside of it."""
+    num_bytes = num_scores * attention_file.SCORE_TENSORS * 4 * 4
+    monkeypatch.setattr(attention_file, "ATTENTION_WORKSPACE_BYTES", num_bytes)
+    monkeypatch.setattr(attention_file, "STORED_SCORE_BYTES", num_bytes)
+
+
+def output_and_gradients(module, inputs, valid):
+    """Return the output at the valid frames, and the gradients of a function of it for the input and all weights."""
+    hidden = inputs.clone().requires_grad_()
+    output, _ = module(hidden, ParakeetEncoderRelPositionalEncoding(module.config)(hidden), valid)
+    output = output[valid]
+    return [output, *torch.autograd.grad(output.sin().sum(), [hidden, *module.parameters()])]
+
+
+# at most 16 queries in a group: several clips, one clip, or a part of a clip
+@pytest.mark.parametrize(
+    "implementation",
+    ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize(("frames", "num_groups"), [(1, 1), (7, 2), (15, 3), (16, 3), (17, 6), (48, 9)])
+def test_full_attention_in_groups_equals_attention_at_once(frames, num_groups, implementation, monkeypatch):
+    config = config_of("regular", [-1, -1])
+    module = attention(config, torch.float32)
+    config._attn_implementation = implementation
+    hidden = torch.randn(3, frames, 32)
+    valid = torch.arange(frames) < torch.tensor([frames, frames // 2 + 1, 1])[:, None]
+    # flex attention without compilation has no backward pass on a CPU
+    compare = output_and_gradients if implementation != "flex_attention" else attend
+    at_once = compare(module, hidden, valid)
+    calls = []
+    monkeypatch.setattr(
+        ParakeetEncoderAttention,
+        "_attend",
+        lambda *args, method=ParakeetEncoderAttention._attend: calls.append(args[3]) or method(*args),
+    )
+    limit_scores(monkeypatch, 16 * frames)
+    in_groups = compare(module, hidden, valid)
+    # the backward pass computes the same groups again
+    assert len(set(calls)) == num_groups
+    # measured: output 3e-7, gradients 7e-6 where they are up to 24, relative to float64 as well
+    for computed, expected in zip(in_groups, at_once, strict=True):
+        torch.testing.assert_close(computed, expected, atol=TOLERANCE, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("style", "context"), [("regular", [-1, -1]), *CONTEXTS])
+# several clips, several blocks, or several queries of one block in a group
+@pytest.mark.parametrize("num_scores", [5 * 10**4, 3 * 10**4, 1000])
+def test_every_context_in_groups_equals_attention_at_once(style, context, num_scores, monkeypatch):
+    module = attention(config_of(style, context))
+    hidden = torch.randn(3, 150, 32, dtype=torch.float64)
+    valid = torch.arange(150) < torch.tensor([150, 75, 1])[:, None]
+    at_once, at_once_without_gradients = output_and_gradients(module, hidden, valid), attend(module, hidden, valid)
+    limit_scores(monkeypatch, 2 * num_scores)
+    # eager attention computes the weights in float32; measured: 4e-7, and 4e-5 for gradients up to 60
+    for computed, expected in zip(output_and_gradients(module, hidden, valid), at_once, strict=True):
+        torch.testing.assert_close(computed, expected, atol=TOLERANCE, rtol=1e-5)
+    computed = attend(module, hidden, valid)
+    torch.testing.assert_close(computed[valid], at_once_without_gradients[valid], atol=TOLERANCE, rtol=0)
+    assert computed.isfinite().all()
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_global_tokens_in_groups_equal_those_at_once(separate, monkeypatch):
+    fields = {"self_attention_model": "rel_pos_local_attn", "global_tokens": 2, "global_tokens_spacing": 40}
+    module = attention(config_of("regular", [6, 6], global_attn_separate=separate, **fields))
+    hidden = torch.randn(2, 150, 32, dtype=torch.float64)
+    valid = torch.arange(150) < torch.tensor([150, 60])[:, None]
+    at_once = output_and_gradients(module, hidden, valid), attend(module, hidden, valid)
+    limit_scores(monkeypatch, 500)
+    for computed, expected in zip(output_and_gradients(module, hidden, valid), at_once[0], strict=True):
+        torch.testing.assert_close(computed, expected, atol=TOLERANCE, rtol=1e-5)
+    torch.testing.assert_close(attend(module, hidden, valid), at_once[1], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_recomputation_of_a_group_uses_the_same_dropout(implementation, monkeypatch):
+    config = config_of("regular", [-1, -1], attention_dropout=0.5)
+    module = attention(config, torch.float32).train()
+    config._attn_implementation = implementation
+    hidden, valid = torch.randn(2, 40, 32), torch.arange(40) < torch.tensor([[40], [25]])
+    limit_scores(monkeypatch, 400)
+    torch.manual_seed(1)
+    recomputed = output_and_gradients(module, hidden, valid)
+    torch.manual_seed(1)
+    monkeypatch.setattr(attention_file, "checkpoint", lambda function, *args, use_reentrant: function(*args))
+    stored = output_and_gradients(module, hidden, valid)
+    torch.testing.assert_close(recomputed, stored, atol=0, rtol=0)
+
+
+def test_attention_weights_are_returned_for_all_queries(monkeypatch):
+    module = attention(config_of("regular", [-1, -1]), torch.float32)
+    hidden = torch.randn(1, 40, 32)
+    positions = ParakeetEncoderRelPositionalEncoding(module.config)(hidden)
+    limit_scores(monkeypatch, 400)
+    with torch.no_grad():
+        assert module(hidden, positions)[1] is None
+        weights = module(hidden, positions, output_attentions=True)[1]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, 40))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Record the size in bytes of the largest storage that an operation returns."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Call the operation and look at its outputs."""
+        outputs = func(*args, **(kwargs or {}))
+        for output in outputs if isinstance(outputs, (tuple, list)) else [outputs]:
+            if isinstance(output, torch.Tensor):
+                self.num_bytes = max(self.num_bytes, output.untyped_storage().nbytes())
+        return outputs
+
+
+@pytest.mark.parametrize("context", [[-1, -1], [-1, 0], [300, 300]])
+def test_no_tensor_is_larger_than_the_workspace(context, monkeypatch):
+    config = config_of("regular", context)
+    module = attention(config, torch.float32)
+    config._attn_implementation = "sdpa"
+    # 256 KiB; the frames and the position keys are up to 205 KiB, the scores at once 10 MiB per tensor
+    monkeypatch.setattr(attention_file, "ATTENTION_WORKSPACE_BYTES", 2**18)
+    monkeypatch.setattr(attention_file, "STORED_SCORE_BYTES", 2**18)
+    inputs = torch.randn(1, 800, 32)
+    with LargestTensor() as forward:
+        attend(module, inputs)
+    assert forward.num_bytes <= 2**18
+    stored = {}
+
+    def store(tensor):
+        stored[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hidden = inputs.clone().requires_grad_()
+    with LargestTensor() as both_passes:
+        with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
+            output = module(hidden, ParakeetEncoderRelPositionalEncoding(config)(hidden))[0]
+        output.sum().backward()
+    assert both_passes.num_bytes <= 2**18
+    # at most 8 tensors of the size of the frames: queries, keys, values, outputs of groups
+    assert sum(stored.values()) <= 8 * 800 * 32 * 4
 
 
 def test_positions_of_an_uneven_local_context():

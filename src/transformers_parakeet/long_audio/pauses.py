@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 # frames over which the power is averaged: 50 ms, longer than a pitch period and shorter than a pause between words
 SMOOTHING_FRAMES = 5
-# mean power that is added before the logarithm, -100 dB for a full scale of 1, so that digital silence has a finite level
+# mean power that is added before the logarithm, so that digital silence has a finite level: -100 dB
 POWER_FLOOR = 1e-10
 # a frame belongs to a pause if its level is below the middle, in dB, of these two quantiles of the levels around it
 QUIET_QUANTILE, LOUD_QUANTILE = 0.05, 0.95

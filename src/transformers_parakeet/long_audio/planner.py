@@ -32,7 +32,7 @@ SAMPLE_COPIES = 3
 FEATURE_COPIES = 2
 # encoder frames of width H
 HIDDEN_COPIES = 16
-# relative positions of width H for each frame, of which there are 2 N - 1: sinusoids, and their projection for one block
+# relative positions of width H, of which there are 2 N - 1: sinusoids, and their projection in one block
 POSITION_COPIES = 4
 # logits of a CTC head, and their conversion to scores
 LOGIT_COPIES = 3
@@ -218,7 +218,11 @@ def read_group_memory(folder: Path) -> float:
         limit_path, usage_path = folder / limit_name, folder / usage_name
         if limit_path.is_file() and usage_path.is_file() and (limit := limit_path.read_text().strip()).isdigit():
             statistics = usage_path.with_name("memory.stat")
-            match = re.search(rf"^{cache_key} (\d+)$", statistics.read_text(), re.MULTILINE) if statistics.is_file() else None
+            match = (
+                re.search(rf"^{cache_key} (\d+)$", statistics.read_text(), re.MULTILINE)
+                if statistics.is_file()
+                else None
+            )
             cache = 0 if match is None else int(match[1])
             return max(0, int(limit) - int(usage_path.read_text()) + cache)
     return inf

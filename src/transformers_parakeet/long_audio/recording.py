@@ -1,25 +1,25 @@
 """Computes the features of a long recording, or of its windows, while the samples arrive in blocks.
 
-`windows.py` chooses the positions of the windows. No function here holds all samples or all features of a recording,
-except `read_short_recording`, whose length is limited by its caller.
+`windows.py` chooses the positions of the windows, and `audio.py` reads the samples. No function here holds all samples
+or all features of a recording.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..audio import FloatArray
 from ..feature_extraction_parakeet import ParakeetFeatureExtractor, normalize_per_feature, normalize_with_statistics
 from .pauses import compute_frame_powers, compute_smoothed_levels
-from .voice_activity import SpeechDetector, SpeechRange, join_ranges
 from .windows import Window
 
-# length in seconds of the blocks in which features are computed and speech is detected
-BLOCK_S = 60
+# length in seconds of the blocks in which a recording is read, features are computed and speech is detected: 60 s of
+# samples at 16 kHz are 4 MB, and their spectra 12 MB
+BLOCK_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,12 @@ class RecordingSummary:
         mean: (F,) mean of the log-mel energies of each bin over all frames of the recording.
         std: (F,) unbiased standard deviation of the log-mel energies of each bin.
         levels: (S // hop_length,) smoothed level of every feature frame in dB.
-        speech: ranges of samples with speech; `None` if no detector was used.
     """
 
     num_samples: int
     mean: Tensor
     std: Tensor
     levels: Tensor
-    speech: list[SpeechRange] | None
 
 
 @dataclass
@@ -80,55 +78,8 @@ class RunningStatistics:
         return (self.squares / max(self.num_frames - 1, 1)).sqrt()
 
 
-def split_into_blocks(blocks: Iterable[np.ndarray], block_size: int) -> Iterator[Tensor]:
-    """Change the length of the blocks in which a recording arrives.
-
-    Args:
-        blocks: (S_i,) float32 samples of consecutive parts of a recording.
-        block_size: number of samples of a block.
-
-    Yields:
-        (block_size,) samples; the last block can be shorter. A recording without samples has no block.
-    """
-    pending: list[Tensor] = []
-    num_pending = 0
-    for block in blocks:
-        # no copy: the samples are only read
-        samples = torch.from_numpy(np.ascontiguousarray(block, dtype=np.float32))
-        while num_pending + len(samples) >= block_size:
-            needed = block_size - num_pending
-            yield torch.cat([*pending, samples[:needed]])
-            pending, num_pending, samples = [], 0, samples[needed:]
-        pending.append(samples)
-        num_pending += len(samples)
-    if num_pending:
-        yield torch.cat(pending)
-
-
-def read_short_recording(blocks: Iterable[np.ndarray], max_samples: float) -> Tensor | None:
-    """Read a recording into memory unless it is too long.
-
-    Args:
-        blocks: (S_i,) float32 samples of consecutive parts of the recording.
-        max_samples: maximum number of samples; infinity for no limit.
-
-    Returns:
-        (S,) samples of the whole recording; `None` if the recording is longer than `max_samples`.
-    """
-    parts: list[Tensor] = []
-    num_samples = 0
-    for block in blocks:
-        num_samples += len(block)
-        if num_samples > max_samples:
-            return None
-        parts.append(torch.from_numpy(np.ascontiguousarray(block, dtype=np.float32)))
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts) if parts else torch.zeros(0)
-
-
 def iterate_log_mel(
-    blocks: Iterable[Tensor], extractor: ParakeetFeatureExtractor, device: torch.device
+    blocks: Iterable[FloatArray], extractor: ParakeetFeatureExtractor, device: torch.device
 ) -> Iterator[Tensor]:
     """Compute the log-mel energies of a recording whose samples arrive in blocks.
 
@@ -145,7 +96,8 @@ def iterate_log_mel(
     buffer = torch.zeros(extractor.left_margin, device=device)
     num_samples = num_frames = 0
     for block in blocks:
-        buffer = torch.cat([buffer, block.to(device)])
+        # `torch.tensor` copies the samples, because an array may be read-only
+        buffer = torch.cat([buffer, torch.tensor(block, device=device)])
         num_samples += len(block)
         # the frame t is complete if its last sample, t * hop_length + right_margin - 1, has arrived
         num_complete = (num_samples - extractor.right_margin) // extractor.hop_length + 1
@@ -179,18 +131,17 @@ def compute_first_frames(
 
 
 def summarize_recording(
-    blocks: Iterable[np.ndarray],
+    blocks: Iterable[FloatArray],
     extractor: ParakeetFeatureExtractor,
     device: torch.device,
-    speech_detector: SpeechDetector | None = None,
 ) -> RecordingSummary:
-    """Make the first pass over a recording: length, statistics of the features, levels, and speech.
+    """Make the first pass over a recording: compute its length, the statistics of its features, and its levels.
 
     Args:
-        blocks: (S_i,) float32 samples of consecutive parts of the recording.
+        blocks: (S_i,) float32 samples of consecutive parts of the recording. The length of every block except the last
+            one is a multiple of the hop length.
         extractor: the feature extractor.
         device: device on which the features are computed.
-        speech_detector: detector of speech; `None` for no detection. It is called for every block of `BLOCK_S` seconds.
 
     Returns:
         The summary of the recording.
@@ -198,32 +149,28 @@ def summarize_recording(
     num_bins = len(extractor.mel_filters)
     statistics = RunningStatistics(0, torch.zeros(num_bins).double(), torch.zeros(num_bins).double())
     powers: list[Tensor] = []
-    speech: list[SpeechRange] | None = None if speech_detector is None else []
     num_samples = 0
 
-    def read_blocks() -> Iterator[Tensor]:
-        """Yield the blocks of samples; count the samples, and collect powers and speech."""
+    def observe_blocks() -> Iterator[FloatArray]:
+        """Yield the blocks unchanged; count the samples, and collect the powers of the frames."""
         nonlocal num_samples
-        for block in split_into_blocks(blocks, BLOCK_S * extractor.sampling_rate):
-            powers.append(compute_frame_powers(block, extractor.hop_length))
-            if speech is not None and speech_detector is not None:
-                speech.extend((first + num_samples, stop + num_samples) for first, stop in speech_detector(block))
+        for block in blocks:
+            powers.append(compute_frame_powers(torch.tensor(block), extractor.hop_length))
             num_samples += len(block)
             yield block
 
-    for log_mel in iterate_log_mel(read_blocks(), extractor, device):
+    for log_mel in iterate_log_mel(observe_blocks(), extractor, device):
         statistics.add(log_mel)
     return RecordingSummary(
         num_samples,
         statistics.mean.float(),
         statistics.compute_std().float(),
         compute_smoothed_levels(torch.cat(powers) if powers else torch.zeros(0)),
-        None if speech is None else join_ranges(speech),
     )
 
 
 def iterate_window_features(
-    blocks: Iterable[np.ndarray],
+    blocks: Iterable[FloatArray],
     windows: Iterable[Window],
     extractor: ParakeetFeatureExtractor,
     device: torch.device,
@@ -240,7 +187,7 @@ def iterate_window_features(
         Each window with its (T, F) log-mel energies, which are frames of the whole recording, without normalisation.
     """
     hop_length = extractor.hop_length
-    log_mel_blocks = iterate_log_mel(split_into_blocks(blocks, BLOCK_S * extractor.sampling_rate), extractor, device)
+    log_mel_blocks = iterate_log_mel(blocks, extractor, device)
     # frames from `first_frame` on that a window may still need
     buffer = torch.zeros(0, len(extractor.mel_filters), device=device)
     first_frame = 0

@@ -1,6 +1,7 @@
 """Detects speech in samples: by energy, or with the neural detector of the package `silero-vad`.
 
-A detector is any callable that takes (S,) samples and returns ranges of samples. `recording.py` calls it block by block.
+A detector is any callable that takes (S,) samples and returns ranges of samples. `detect_speech` calls it
+for every block of a recording.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..audio import FloatArray
 from ..decoding import Hypotheses
 from .pauses import compute_frame_powers, compute_smoothed_levels
 from .windows import Window, select_tokens
@@ -152,6 +154,24 @@ class SileroSpeechDetector:
             speech_pad_ms=round(1000 * self.margin_s),
         )
         return join_ranges((entry["start"], min(entry["end"], len(samples))) for entry in ranges)
+
+
+def detect_speech(blocks: Iterable[FloatArray], detector: SpeechDetector) -> list[SpeechRange]:
+    """Detect the speech of a recording block by block.
+
+    Args:
+        blocks: (S_i,) float32 samples of consecutive parts of the recording.
+        detector: the detector, which is called for every block.
+
+    Returns:
+        Ranges of samples, counted from the start of the recording, in chronological order and without overlaps.
+    """
+    speech: list[SpeechRange] = []
+    num_samples = 0
+    for block in blocks:
+        speech += [(first + num_samples, stop + num_samples) for first, stop in detector(torch.tensor(block))]
+        num_samples += len(block)
+    return join_ranges(speech)
 
 
 def join_ranges(ranges: Iterable[SpeechRange], min_gap: int = 1) -> list[SpeechRange]:

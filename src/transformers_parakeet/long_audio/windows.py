@@ -19,7 +19,7 @@ from .pauses import find_longest_pause
 # window of 30 s. Fluent speech has a pause of 0.2 s or longer every few seconds.
 CUT_SEARCH_FRACTION = 1 / 6
 # The outer edge of the context is searched in this fraction of the context, counted from its nominal edge.
-CONTEXT_SEARCH_FRACTION = 0.4
+CONTEXT_SEARCH_FRACTION = 0.2
 # The windows on both sides of a cut can emit a token one or two encoder frames apart. The tokens are therefore divided
 # in the longest stretch without tokens that lies within this number of seconds of the cut.
 SEAM_SEARCH_S = 0.4
@@ -182,15 +182,15 @@ def merge_windows(
     ]
     # first and last kept frame (exclusive) of every window; a token on the frame that contains a cut precedes the cut
     first_frames = [-(-window.keep_from // samples_per_frame) for window in windows]
-    stop_frames = [
-        None if window.keep_to is None else -(-window.keep_to // samples_per_frame) for window in windows
-    ]
+    stop_frames = [None if window.keep_to is None else -(-window.keep_to // samples_per_frame) for window in windows]
     for index, (previous, following) in enumerate(pairwise(windows)):
         if previous.keep_to == following.keep_from:
             seam = find_seam(
                 torch.cat([hypotheses[index].frames[0], hypotheses[index + 1].frames[0]]),
                 cut=first_frames[index + 1],
-                first=max(first_frames[index + 1] - search_frames, following.start // samples_per_frame, first_frames[index]),
+                first=max(
+                    first_frames[index + 1] - search_frames, following.start // samples_per_frame, first_frames[index]
+                ),
                 stop=min(first_frames[index + 1] + search_frames, previous.stop // samples_per_frame),
             )
             stop_frames[index] = first_frames[index + 1] = seam

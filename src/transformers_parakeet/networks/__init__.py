@@ -1,6 +1,7 @@
 """The neural networks of the models: attention, FastConformer blocks, prediction network and joint network."""
 
-from .attention import ParakeetEncoderAttention, ParakeetEncoderRelPositionalEncoding
+from .attention import ParakeetEncoderAttention
+from .attention_layout import ParakeetEncoderRelPositionalEncoding
 from .conformer import (
     ParakeetEncoderBlock,
     ParakeetEncoderSubsamplingConv2D,

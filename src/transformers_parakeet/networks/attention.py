@@ -1,83 +1,35 @@
 """Self-attention of the encoder with relative positions and full, limited, chunked or local context.
 
-If the context is limited on both sides, memory grows linearly with the number of frames. The blocks that make this
-possible are in `attention_layout.py`, the other modules of the encoder in `conformer.py`.
+Memory grows linearly with the number of frames. If the context is limited on both sides, time grows linearly too. The
+blocks and query groups that make this possible are in `attention_layout.py`, the other modules of the encoder in
+`conformer.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration_parakeet import ParakeetEncoderConfig
 from .attention_layout import (
+    ATTENTION_WORKSPACE_BYTES,
+    SCORE_TENSORS,
+    STORED_SCORE_BYTES,
     BlockLayout,
+    QueryGroup,
     build_context_mask,
     choose_block_layout,
-    map_to_nemo_local_positions,
+    choose_query_groups,
     relative_shift,
 )
-
-# base of the wavelengths of the sinusoidal embeddings, "Attention Is All You Need" section 3.5
-WAVELENGTH_BASE = 10000.0
-
-
-class ParakeetEncoderRelPositionalEncoding(nn.Module):
-    """Sinusoidal embeddings of relative positions (query index - key index): sines on even, cosines on odd channels.
-
-    Args:
-        config: configuration of the encoder; `hidden_size` is the width H of the embeddings.
-    """
-
-    inv_freq: Tensor
-
-    def __init__(self, config: ParakeetEncoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.register_buffer("inv_freq", self.compute_frequencies(config), persistent=False)
-
-    @staticmethod
-    def compute_frequencies(config: ParakeetEncoderConfig) -> Tensor:
-        """Compute the (H/2,) angular frequencies of the sinusoids, in radians per frame.
-
-        Args:
-            config: configuration of the encoder.
-        """
-        exponents = torch.arange(0, config.hidden_size, 2, dtype=torch.float32) / config.hidden_size
-        return 1.0 / WAVELENGTH_BASE**exponents
-
-    @torch.no_grad()
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Compute the embeddings of all relative positions in an attention block.
-
-        The result is the same for all blocks and clips.
-
-        Args:
-            hidden: (B, N, H) frames; only their number N, dtype and device are used.
-
-        Returns:
-            (K + c - 1, H) embeddings in the dtype of `hidden`, in decreasing order of the position, for K keys and c
-            queries per block. Without a context limit K = c = N.
-        """
-        context_size = self.config.attention_context_size
-        layout = choose_block_layout(self.config.attention_context_style, context_size, hidden.shape[1])
-        positions = layout.compute_relative_positions(hidden.device)
-        has_embedding = None
-        left, right = context_size[0], context_size[-1]
-        if self.config.self_attention_model == "rel_pos_local_attn" and left != right:
-            positions, has_embedding = map_to_nemo_local_positions(positions, left, right)
-        angles = positions[:, None].float() * self.inv_freq.float()
-        # interleave sines and cosines: (positions, H/2, 2) -> (positions, H)
-        embeddings = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
-        if has_embedding is not None:
-            embeddings = embeddings * has_embedding[:, None]
-        return embeddings.to(hidden.dtype)
+from .fast_linear import is_unmodified
 
 
 def get_masked_score(dtype: torch.dtype) -> float:
@@ -159,6 +111,28 @@ class GlobalTokens:
     value: Tensor
 
 
+@dataclass(frozen=True)
+class ClipProjections:
+    """Projections of the frames and positions of a batch, from which the attention inputs of every block are taken.
+
+    Args:
+        query: (B, N, heads, head_dim) queries.
+        key: (B, N, heads, head_dim) keys.
+        value: (B, N, heads, head_dim) values.
+        position_keys: (heads, head_dim, K + c - 1) keys of the relative positions in a block of c queries and K keys,
+            in decreasing order of the position.
+        attention_mask: (B, N) boolean mask, True on non-padding frames; `None` if there is no padding.
+        global_tokens: the global tokens; `None` if the model has none.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    position_keys: Tensor
+    attention_mask: Tensor | None
+    global_tokens: GlobalTokens | None
+
+
 class ParakeetEncoderAttention(nn.Module):
     """Multi-head attention with relative positions (Transformer-XL, arXiv 1901.02860, section 3.3).
 
@@ -196,6 +170,9 @@ class ParakeetEncoderAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Apply block-wise self-attention with relative positions and optional global tokens.
 
+        If the scores of all queries do not fit into `ATTENTION_WORKSPACE_BYTES` (in training, `STORED_SCORE_BYTES`),
+        the attention of one group of queries after another is computed.
+
         Args:
             hidden: (B, N, H) frames.
             position_embeddings: (K + c - 1, H) embeddings of the relative positions, for blocks of c queries that read
@@ -205,23 +182,21 @@ class ParakeetEncoderAttention(nn.Module):
 
         Returns:
             (B, N, H) output, and the (B, heads, N, N) attention weights. The weights are `None` if there are several
-            blocks or if the attention function does not return weights.
+            blocks or several groups of queries, or if the attention function does not return weights. With
+            `output_attentions`, the queries of a single block are not divided into groups.
         """
         config = self.config
         layout = choose_block_layout(config.attention_context_style, config.attention_context_size, hidden.shape[1])
         query, key, value = (self._split_heads(project(hidden)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        queries = layout.split_queries(query)
-        attention_bias = self._compute_position_scores(queries, position_embeddings, layout)
-        visible_mask = self._build_visible_mask(hidden, attention_mask, layout)
-        if visible_mask is not None:
-            attention_bias = attention_bias.masked_fill(~visible_mask, get_masked_score(attention_bias.dtype))
-        inputs = AttentionInputs(queries, layout.split_keys(key), layout.split_keys(value), attention_bias)
+        # (K + c - 1, H) -> (heads, head_dim, K + c - 1)
+        position_keys = self._split_heads(self.relative_k_proj(position_embeddings)).permute(1, 2, 0)
         global_tokens = self._get_global_tokens(hidden, query, key, value)
-        if global_tokens is not None:
-            global_scores = layout.split_queries(self._compute_global_key_scores(global_tokens))
-            inputs = prepend_global_keys(inputs, global_scores, value[:, global_tokens.frame_indices])
-        block_output, weights = self._attend(inputs, kwargs)
-        output = layout.join_blocks(block_output)
+        projections = ClipProjections(query, key, value, position_keys, attention_mask, global_tokens)
+        groups = self._choose_query_groups(query, layout, kwargs)
+        if groups is None:
+            output, weights = self._attend(projections, layout, None, kwargs)
+        else:
+            output, weights = self._attend_in_groups(projections, layout, groups, kwargs), None
         if global_tokens is not None:
             output = replace_global_token_output(output, global_tokens, attention_mask)
         return self.o_proj(output.flatten(2)), weights if layout.is_single_block else None
@@ -230,48 +205,156 @@ class ParakeetEncoderAttention(nn.Module):
         """Reshape (..., H) to (..., heads, head_dim)."""
         return hidden.unflatten(-1, (self.num_heads, self.head_dim))
 
-    def _compute_position_scores(self, queries: Tensor, position_embeddings: Tensor, layout: BlockLayout) -> Tensor:
+    def _choose_query_groups(
+        self, query: Tensor, layout: BlockLayout, kwargs: dict[str, Any]
+    ) -> list[QueryGroup] | None:
+        """Divide the queries into groups whose scores fit into the workspace.
+
+        Args:
+            query: (B, N, heads, head_dim) queries.
+            layout: block layout of the clips.
+            kwargs: further arguments of the attention function.
+
+        Returns:
+            The groups. `None` if all queries fit into one group, if the attention weights are requested, or in a
+            compiled or exported model, whose graph should not depend on the number of frames.
+        """
+        returns_weights = kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))
+        if torch.compiler.is_compiling() or (returns_weights and layout.is_single_block):
+            return None
+        # in training mode, a forward pass without gradients can precede its recomputation with gradients (reentrant
+        # gradient checkpointing); the same groups are necessary for the same dropout
+        stores_scores = self.training or torch.is_grad_enabled()
+        bytes_per_query = SCORE_TENSORS * self.num_heads * layout.num_keys * query.element_size()
+        return choose_query_groups(
+            layout, len(query), bytes_per_query, STORED_SCORE_BYTES if stores_scores else ATTENTION_WORKSPACE_BYTES
+        )
+
+    def _attend_in_groups(
+        self,
+        projections: ClipProjections,
+        layout: BlockLayout,
+        groups: list[QueryGroup],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Compute the attention of one group of queries after another.
+
+        The backward pass computes the scores of each group again, because all scores together would need memory that
+        grows quadratically with the length of a clip.
+
+        Args:
+            projections: queries, keys and values of all frames; without gradients, `query` can be overwritten.
+            layout: block layout of the clips.
+            groups: groups of queries, ordered by clip and then by frame.
+            kwargs: further arguments of the attention function.
+
+        Returns:
+            (B, N, heads, head_dim) output.
+        """
+        query = projections.query
+
+        def attend(query: Tensor, group: QueryGroup) -> Tensor:
+            """Compute the (clips, frames, heads, head_dim) output of a group."""
+            return self._attend(replace(projections, query=query), layout, group, kwargs)[0]
+
+        if torch.is_grad_enabled():
+            # `checkpoint` finds the device whose random numbers it has to restore from the argument `query`
+            outputs = [checkpoint(attend, query, group, use_reentrant=False).flatten(0, 1) for group in groups]
+            return torch.cat(outputs).unflatten(0, query.shape[:2])
+        # an unmodified layer has no hook that stores its output, and no other group needs the queries of a group
+        may_overwrite = projections.global_tokens is None and is_unmodified(self.q_proj, nn.Linear)
+        output = query if may_overwrite else torch.empty_like(query)
+        for group in groups:
+            clips = slice(group.clips.start, group.clips.stop)
+            output[clips, layout.get_query_frames(group)] = attend(query, group)
+        return output
+
+    def _attend(
+        self, projections: ClipProjections, layout: BlockLayout, group: QueryGroup | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the attention of a group of queries at once.
+
+        Args:
+            projections: queries, keys and values of all frames.
+            layout: block layout of the clips.
+            group: the group of queries; `None` for all queries.
+            kwargs: further arguments of the attention function.
+
+        Returns:
+            (B, N, heads, head_dim) output, or the output of the clips and frames of the group; and the attention
+            weights (M, heads, c, K) of M blocks, or `None`.
+        """
+        queries = layout.split_queries(projections.query, group)
+        keys, values = layout.split_keys(projections.key, group), layout.split_keys(projections.value, group)
+        bias = self._compute_position_scores(queries, projections.position_keys, layout, group)
+        visible_mask = self._build_visible_mask(projections, layout, group)
+        if visible_mask is not None:
+            bias = bias.masked_fill(~visible_mask, get_masked_score(bias.dtype))
+        inputs = AttentionInputs(queries, keys, values, bias)
+        tokens = projections.global_tokens
+        if tokens is not None:
+            global_scores = layout.split_queries(self._compute_global_key_scores(tokens), group)
+            global_values = projections.value[:, tokens.frame_indices]
+            if group is not None:
+                global_values = global_values[group.clips.start : group.clips.stop]
+            inputs = prepend_global_keys(inputs, global_scores, global_values)
+        output, weights = self._call_attention_function(inputs, kwargs)
+        return layout.join_blocks(output, group), weights
+
+    def _compute_position_scores(
+        self, queries: Tensor, position_keys: Tensor, layout: BlockLayout, group: QueryGroup | None
+    ) -> Tensor:
         """Compute the part of the attention scores that depends on the relative position of query and key.
 
         Args:
-            queries: (B * num_blocks, c, heads, head_dim), c queries per block.
-            position_embeddings: (K + c - 1, H) embeddings of the relative positions, for K keys per block.
+            queries: (M, c, heads, head_dim) queries of M blocks.
+            position_keys: (heads, head_dim, K + c - 1) keys of the relative positions, in decreasing order of the
+                position, for K keys per block.
             layout: block layout of the queries and keys.
+            group: the group of queries that `queries` contains; `None` for all queries.
 
         Returns:
-            (B * num_blocks, heads, c, K) scaled scores.
+            (M, heads, c, K) scaled scores.
         """
-        total_blocks, block_size = queries.shape[:2]
-        position_keys = self._split_heads(self.relative_k_proj(position_embeddings)).permute(1, 2, 0)
+        if group is not None:
+            # query i and key j have the position key c - 1 - i + j
+            first_position = layout.block_size - group.queries.stop
+            position_keys = position_keys[..., first_position:][..., : layout.num_keys + len(group.queries) - 1]
         # one matrix product per head for all clips: (heads, all queries, head_dim) x (heads, head_dim, K + c - 1)
         flat_queries = ((queries + self.bias_v) * self.scaling).flatten(0, 1).transpose(0, 1)
-        scores = torch.bmm(flat_queries, position_keys).unflatten(1, (total_blocks, block_size)).transpose(0, 1)
+        scores = torch.bmm(flat_queries, position_keys).unflatten(1, queries.shape[:2]).transpose(0, 1)
         return relative_shift(scores, layout.num_keys)
 
-    def _build_visible_mask(self, hidden: Tensor, attention_mask: Tensor | None, layout: BlockLayout) -> Tensor | None:
+    def _build_visible_mask(
+        self, projections: ClipProjections, layout: BlockLayout, group: QueryGroup | None
+    ) -> Tensor | None:
         """Build the mask of the keys that a query may attend to: non-padding frames in the context of the query.
 
         Args:
-            hidden: (B, N, H) frames; only their number and device are used.
-            attention_mask: (B, N) boolean mask, True on non-padding frames; `None` if there is no padding.
+            projections: attention mask of the batch, and queries, of which only shape and device are used.
             layout: block layout, with c queries and K keys per block.
+            group: the group of queries; `None` for all queries.
 
         Returns:
-            Boolean mask that broadcasts to (B * num_blocks, heads, c, K); `None` if every key is visible.
+            Boolean mask that broadcasts to (M, heads, c, K) for M blocks; `None` if every key is visible.
         """
-        config = self.config
+        config, query, attention_mask = self.config, projections.query, projections.attention_mask
         context_mask = build_context_mask(
-            config.attention_context_style, config.attention_context_size, layout, hidden.device
+            config.attention_context_style,
+            config.attention_context_size,
+            layout,
+            query.device,
+            None if group is None else group.queries,
         )
         if attention_mask is None and not layout.is_single_block:
             # the first and last blocks read zeros outside the N frames; `split_keys` gives them the mask value False
-            attention_mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+            attention_mask = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
         if attention_mask is None:
             return context_mask
-        clip_mask = layout.split_keys(attention_mask)[:, None, None]
+        clip_mask = layout.split_keys(attention_mask, group)[:, None, None]
         return clip_mask if context_mask is None else clip_mask & context_mask
 
-    def _attend(self, inputs: AttentionInputs, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _call_attention_function(self, inputs: AttentionInputs, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Call the attention function that the configuration selects, such as eager or SDPA.
 
         Args:

@@ -1,4 +1,4 @@
-"""Blocks, masks and relative positions of attention with a limited context.
+"""Blocks, query groups, masks and relative positions of attention.
 
 The attention module that uses them is in `attention.py`.
 """
@@ -9,11 +9,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..configuration_parakeet import ParakeetEncoderConfig
+
+# base of the wavelengths of the sinusoidal embeddings, "Attention Is All You Need" section 3.5
+WAVELENGTH_BASE = 10000.0
 
 # minimum number of queries in a block: neighbouring blocks read overlapping keys, and short blocks copy each key often
 MIN_BLOCK_SIZE = 64
+
+# bytes of the attention scores that are computed at once outside training. The scores of one clip of 30 s take 36 MiB
+# with 8 heads in float32. With 20 minutes of full attention, a group still has about 70 queries, enough for efficient
+# matrix products.
+ATTENTION_WORKSPACE_BYTES = 128 * 2**20
+
+# bytes of the attention scores of one encoder block, up to which training stores them for the backward pass. A batch of
+# 32 clips of 15 s takes 144 MiB with 8 heads in float32. Larger scores are computed a second time in the backward pass.
+STORED_SCORE_BYTES = 2**30
+
+# number of tensors with one entry per score: position scores, the same with masked keys, and two tensors of eager
+# attention
+SCORE_TENSORS = 4
 
 
 def pad_frames(frames: Tensor, before: int, after: int) -> Tensor:
@@ -58,6 +76,11 @@ class BlockLayout:
         return self.keys_before + self.block_size + self.keys_after
 
     @property
+    def num_blocks(self) -> int:
+        """Number of blocks of a clip."""
+        return 1 if self.is_single_block else -(-self.num_frames // self.block_size)
+
+    @property
     def padding(self) -> int:
         """Number of frames to add at the end to fill the last block."""
         return -self.num_frames % self.block_size
@@ -76,51 +99,130 @@ class BlockLayout:
         smallest = 1 - self.block_size - self.keys_after
         return torch.arange(largest, smallest - 1, -1, device=device)
 
-    def split_queries(self, queries: Tensor) -> Tensor:
+    def split_queries(self, queries: Tensor, group: QueryGroup | None = None) -> Tensor:
         """Split the queries of each clip into blocks of equal size, and fill the last block with zeros.
 
         Args:
             queries: (B, N, ...) one query per frame.
+            group: the queries to return; `None` for all.
 
         Returns:
-            (B * num_blocks, c, ...) blocks of c queries.
+            (M, c, ...) M blocks of c queries; M = B * num_blocks for all queries. For a group that is a range of r
+            queries of one block, (1, r, ...).
         """
-        if self.is_single_block:
+        if group is not None:
+            queries = queries[group.clips.start : group.clips.stop, self.get_query_frames(group)]
+        if self.is_single_block or (group is not None and len(group.queries) < self.block_size):
             return queries
-        padded = pad_frames(queries, 0, self.padding)
+        padded = pad_frames(queries, 0, -queries.shape[1] % self.block_size)
         return padded.unflatten(1, (-1, self.block_size)).flatten(0, 1)
 
-    def split_keys(self, keys: Tensor) -> Tensor:
+    def split_keys(self, keys: Tensor, group: QueryGroup | None = None) -> Tensor:
         """Gather the keys that the queries of each block attend to; a single block is returned unchanged.
 
         Keys before the first and after the last frame are zeros.
 
         Args:
             keys: (B, N, ...) one key per frame.
+            group: the queries that attend to the keys; `None` for all.
 
         Returns:
-            (B * num_blocks, K, ...) keys, K per block.
+            (M, K, ...) keys of M blocks, K per block; M = B * num_blocks for all queries.
         """
+        if group is not None:
+            keys = keys[group.clips.start : group.clips.stop]
         if self.is_single_block:
             return keys
-        padded = pad_frames(keys, self.keys_before, self.padding + self.keys_after)
+        blocks = range(self.num_blocks) if group is None else group.blocks
+        start = blocks.start * self.block_size - self.keys_before
+        stop = blocks.stop * self.block_size + self.keys_after
+        inside = keys[:, max(start, 0) : min(stop, self.num_frames)]
+        padded = pad_frames(inside, max(-start, 0), max(stop - self.num_frames, 0))
         # (B, num_blocks, ..., K) view, in which the keys of neighbouring blocks overlap
         overlapping = padded.unfold(1, self.num_keys, self.block_size)
         return overlapping.movedim(-1, 2).flatten(0, 1)
 
-    def join_blocks(self, blocks: Tensor) -> Tensor:
+    def join_blocks(self, blocks: Tensor, group: QueryGroup | None = None) -> Tensor:
         """Undo `split_queries`: concatenate the blocks of each clip and remove the padding frames of the last block.
 
         Args:
-            blocks: (B * num_blocks, c, ...) blocks of c frames.
+            blocks: (M, c, ...) blocks of c frames.
+            group: the group of queries that the blocks belong to; `None` for all.
 
         Returns:
-            (B, N, ...) frames.
+            (B, N, ...) frames, or the frames of the clips of the group.
         """
-        if self.is_single_block:
+        if self.is_single_block or (group is not None and len(group.queries) < self.block_size):
             return blocks
-        num_blocks = (self.num_frames + self.padding) // self.block_size
-        return blocks.unflatten(0, (-1, num_blocks)).flatten(1, 2)[:, : self.num_frames]
+        num_blocks, num_frames = self.num_blocks, self.num_frames
+        if group is not None:
+            frames = self.get_query_frames(group)
+            num_blocks, num_frames = len(group.blocks), frames.stop - frames.start
+        return blocks.unflatten(0, (-1, num_blocks)).flatten(1, 2)[:, :num_frames]
+
+    def get_query_frames(self, group: QueryGroup) -> slice:
+        """Return the frames of the queries of a group, the same for all its clips; padding frames are not included.
+
+        Args:
+            group: queries whose attention is computed at once.
+        """
+        start = group.blocks.start * self.block_size + group.queries.start
+        stop = (group.blocks.stop - 1) * self.block_size + group.queries.stop
+        return slice(start, min(stop, self.num_frames))
+
+
+@dataclass(frozen=True)
+class QueryGroup:
+    """Queries whose attention is computed at once: whole blocks of several clips, or a range of queries of one block.
+
+    Args:
+        clips: indices of the clips in the batch.
+        blocks: indices of the attention blocks of each clip.
+        queries: indices of the queries in each block.
+    """
+
+    clips: range
+    blocks: range
+    queries: range
+
+
+def choose_query_groups(
+    layout: BlockLayout, batch_size: int, bytes_per_query: int, max_bytes: int
+) -> list[QueryGroup] | None:
+    """Divide the queries of a batch into groups whose attention scores fit into a limited memory.
+
+    Args:
+        layout: block layout of the clips.
+        batch_size: number of clips B.
+        bytes_per_query: memory for the scores of one query, in bytes.
+        max_bytes: maximum memory for the scores of a group, in bytes; a group has at least one query.
+
+    Returns:
+        The groups, ordered by clip and then by frame; `None` if all queries fit into one group.
+    """
+    block_size, num_blocks = layout.block_size, layout.num_blocks
+    if batch_size * num_blocks * block_size * bytes_per_query <= max_bytes:
+        return None
+    max_queries = max(1, max_bytes // bytes_per_query)
+    max_blocks = max_queries // block_size
+    groups = []
+    for clips in split_range(batch_size, max_blocks // num_blocks):
+        for blocks in split_range(num_blocks, max_blocks):
+            # the last block of a clip can have fewer frames than queries
+            num_queries = block_size if max_blocks else min(block_size, layout.num_frames - blocks.start * block_size)
+            groups += [QueryGroup(clips, blocks, queries) for queries in split_range(num_queries, max_queries)]
+    return groups
+
+
+def split_range(length: int, max_length: int) -> list[range]:
+    """Split the integers 0 to `length - 1` into consecutive ranges of at most `max_length` (at least 1) integers.
+
+    Args:
+        length: number of integers.
+        max_length: maximum length of a range; 0 is treated as 1.
+    """
+    step = max(1, max_length)
+    return [range(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def choose_block_layout(context_style: str, context_size: Sequence[int], num_frames: int) -> BlockLayout:
@@ -152,7 +254,11 @@ def choose_block_layout(context_style: str, context_size: Sequence[int], num_fra
 
 
 def build_context_mask(
-    context_style: str, context_size: Sequence[int], layout: BlockLayout, device: torch.device
+    context_style: str,
+    context_size: Sequence[int],
+    layout: BlockLayout,
+    device: torch.device,
+    queries: range | None = None,
 ) -> Tensor | None:
     """Build the mask of the keys in the attention context of each query in a block.
 
@@ -163,14 +269,17 @@ def build_context_mask(
         context_size: `[left, right]` or `[left, chunk, right]` encoder frames, -1 for no limit.
         layout: block layout for this context, with c queries and K keys per block.
         device: device of the mask.
+        queries: indices of the queries in the block; `None` for all c queries.
 
     Returns:
-        (c, K) boolean mask, True if the query may attend to the key; `None` if every key is visible to every query.
+        (c, K) boolean mask, True if the query may attend to the key, with one row for each entry of `queries`; `None`
+        if every key is visible to every query.
     """
     if max(context_size) < 0:
         return None
     # frame indices relative to the first query of the block: queries as a column, keys as a row
-    query_frames = torch.arange(layout.block_size, device=device)[:, None]
+    first_query, end_query = (0, layout.block_size) if queries is None else (queries.start, queries.stop)
+    query_frames = torch.arange(first_query, end_query, device=device)[:, None]
     key_frames = torch.arange(-layout.keys_before, layout.block_size + layout.keys_after, device=device)[None]
     left, right = context_size[0], context_size[-1]
     # visible keys: from `left` frames before `first_frame` to `right` frames after `last_frame`
@@ -185,12 +294,64 @@ def build_context_mask(
         chunk_size = context_size[1]
         first_frame = query_frames // chunk_size * chunk_size
         last_frame = first_frame + chunk_size - 1
-    is_visible = torch.ones(layout.block_size, layout.num_keys, dtype=torch.bool, device=device)
+    is_visible = torch.ones(len(query_frames), layout.num_keys, dtype=torch.bool, device=device)
     if left >= 0:
         is_visible &= key_frames >= first_frame - left
     if right >= 0:
         is_visible &= key_frames <= last_frame + right
     return is_visible
+
+
+class ParakeetEncoderRelPositionalEncoding(nn.Module):
+    """Sinusoidal embeddings of relative positions (query index - key index): sines on even, cosines on odd channels.
+
+    Args:
+        config: configuration of the encoder; `hidden_size` is the width H of the embeddings.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, config: ParakeetEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("inv_freq", self.compute_frequencies(config), persistent=False)
+
+    @staticmethod
+    def compute_frequencies(config: ParakeetEncoderConfig) -> Tensor:
+        """Compute the (H/2,) angular frequencies of the sinusoids, in radians per frame.
+
+        Args:
+            config: configuration of the encoder.
+        """
+        exponents = torch.arange(0, config.hidden_size, 2, dtype=torch.float32) / config.hidden_size
+        return 1.0 / WAVELENGTH_BASE**exponents
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Compute the embeddings of all relative positions in an attention block.
+
+        The result is the same for all blocks and clips.
+
+        Args:
+            hidden: (B, N, H) frames; only their number N, dtype and device are used.
+
+        Returns:
+            (K + c - 1, H) embeddings in the dtype of `hidden`, in decreasing order of the position, for K keys and c
+            queries per block. Without a context limit K = c = N.
+        """
+        context_size = self.config.attention_context_size
+        layout = choose_block_layout(self.config.attention_context_style, context_size, hidden.shape[1])
+        positions = layout.compute_relative_positions(hidden.device)
+        has_embedding = None
+        left, right = context_size[0], context_size[-1]
+        if self.config.self_attention_model == "rel_pos_local_attn" and left != right:
+            positions, has_embedding = map_to_nemo_local_positions(positions, left, right)
+        angles = positions[:, None].float() * self.inv_freq.float()
+        # interleave sines and cosines: (positions, H/2, 2) -> (positions, H)
+        embeddings = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        if has_embedding is not None:
+            embeddings = embeddings * has_embedding[:, None]
+        return embeddings.to(hidden.dtype)
 
 
 def map_to_nemo_local_positions(positions: Tensor, left_context: int, right_context: int) -> tuple[Tensor, Tensor]:
