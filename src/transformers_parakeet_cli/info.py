@@ -81,8 +81,8 @@ def describe_context(model_info: Any, context: tuple[int, ...]) -> str:
         return f"chunks of {right + 1} frames ({seconds:.2f} s): each frame attends to its chunk and {before} before it"
     seconds = context[1] * model_info.frame_duration_s
     return (
-        f"chunks of {context[1]} frames ({seconds:.2f} s): each frame attends to its chunk, {before} before and {after} "
-        "after it"
+        f"chunks of {context[1]} frames ({seconds:.2f} s): each frame attends to its chunk, {before} before and "
+        f"{after} after it"
     )
 
 

@@ -55,11 +55,10 @@ def print_next_command(*arguments: str) -> None:
     """Print to stderr the command that uses the result of the present command.
 
     Args:
-        *arguments: the command and its arguments. They are quoted for a shell where necessary, except words in capital
-            letters, which the user replaces.
+        *arguments: the command and its arguments, which are quoted for a shell. A word in capital letters stands for a
+            name that the user knows.
     """
-    words = [argument if argument.isupper() else shlex.quote(argument) for argument in arguments]
-    print_note(f"next: {' '.join(words)}")
+    print_note(f"next: {shlex.join(arguments)}")
 
 
 def print_error(message: str) -> None:

@@ -67,7 +67,7 @@ def changed_weights(old_folder, new_folder):
 
 def printed_error_rate(output):
     """Return the word error rate that `parakeet evaluate` printed, as a fraction."""
-    return float(re.search(r"word error rate ([\d.]+) ?%", output).group(1)) / 100
+    return float(re.search(r"word error rate +([\d.]+) ?%", output).group(1)) / 100
 
 
 def test_a_model_is_trained_saved_and_scored(digits, tmp_path):
@@ -155,7 +155,7 @@ def test_a_broken_clip_ends_the_training_with_its_name_or_is_skipped(tmp_path):
     (line,) = [line for line in result.stderr.splitlines() if str(tmp_path / "bad.wav") in line]
     assert line.count("bad.wav") == 1
     result = finetune(tmp_path / "out", *options, "--skip_broken", data=manifest)
-    assert "'broken_clips': '2'" in result.stdout or "'broken_clips': 2" in result.stdout
+    assert "skipped clips 2" in result.stderr
 
 
 def test_options_can_come_from_a_file(tmp_path):

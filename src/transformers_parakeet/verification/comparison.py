@@ -10,17 +10,21 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import recognition
+from .recognition import recognize
+
+# the program
+PROGRAM = Path(__file__).with_name("recognition.py")
 
 # start of the line that the program prints
 RESULT_PREFIX = "result: "
 
-# name of the folder that contains this package and the command, in which the other process must not find modules
-PACKAGE_NAME = "transformers_parakeet"
+# longest text of stock transformers in a difference, in characters
+MAX_TEXT_LENGTH = 200
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def compare_with_stock(folder: Path, clip: Path) -> Comparison:
         The comparison. If stock transformers fails, the error is one of the differences.
     """
     stock_result, stock_error = run_stock(folder, clip)
-    result = recognition.recognize(str(folder), str(clip))
+    result = recognize(str(folder), str(clip))
     differences = list_differences(result, stock_result) if stock_result is not None else (stock_error,)
     return Comparison(
         text=result["text"],
@@ -77,7 +81,7 @@ def run_stock(folder: Path, clip: Path) -> tuple[dict[str, Any] | None, str]:
     Returns:
         The result of `recognize`, and an empty text. If the program fails: None, and a description of the error.
     """
-    source = Path(recognition.__file__).read_text(encoding="utf-8")
+    source = PROGRAM.read_text(encoding="utf-8")
     # the program is passed as text, because Python would add the folder of a program file to its search path
     command = [sys.executable, "-c", source, str(folder.resolve()), str(clip.resolve())]
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
@@ -105,14 +109,21 @@ def list_differences(result: dict[str, Any], stock_result: dict[str, Any]) -> tu
     differences = []
     if ids != stock_ids:
         pairs = zip(ids, stock_ids, strict=False)
-        num_equal = next((index for index, (one, other) in enumerate(pairs) if one != other), min(map(len, (ids, stock_ids))))
+        num_equal = next(
+            (index for index, (one, other) in enumerate(pairs) if one != other), min(map(len, (ids, stock_ids)))
+        )
         differences.append(f"tokens: {len(ids)} against {len(stock_ids)} of stock, equal up to number {num_equal}")
     else:
-        shifts = [abs(token[key] - stock[key]) for token, stock in zip(tokens, stock_tokens, strict=True) for key in ("start", "end")]
+        shifts = [
+            abs(token[key] - stock[key])
+            for token, stock in zip(tokens, stock_tokens, strict=True)
+            for key in ("start", "end")
+        ]
         if max(shifts, default=0.0) > 0:
             differences.append(f"times: up to {max(shifts):.2f} s")
     if result["text"] != stock_result["text"]:
-        differences.append(f"text: stock has {stock_result['text']!r}")
+        stock_text = textwrap.shorten(stock_result["text"], MAX_TEXT_LENGTH)
+        differences.append(f"text: stock has {stock_text!r}")
     return tuple(differences)
 
 
