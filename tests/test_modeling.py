@@ -10,8 +10,8 @@ from torch.nn import functional as F
 import transformers_parakeet as tp
 from transformers_parakeet.losses.transducer import rnnt_loss, tdt_loss
 from transformers_parakeet.networks.attention_layout import relative_shift
-from transformers_parakeet.networks.conformer import compute_subsampled_lengths
 from transformers_parakeet.networks.fast_linear import apply_pointwise_conv
+from transformers_parakeet.networks.subsampling import compute_subsampled_lengths
 
 # two orders of float32 sums in a two-layer encoder of width 32, measured: 4e-6
 TOLERANCE = 2e-5

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from .audio import AudioSource
 from .configuration_parakeet import get_head_type
-from .long_audio import InputOptions, SpeechDetector, iterate_model_inputs, merge_recording
+from .long_audio import InputOptions, iterate_model_inputs, merge_recording
 from .processing_parakeet import HEAD_TYPES, TIMESTAMP_LEVELS, ParakeetProcessor, to_emitted_tokens
 from .timestamps import DEFAULT_AGGREGATION
 
@@ -24,8 +24,15 @@ STOCK_MODULE_NAME = "transformers.models.parakeet.modeling_parakeet"
 # keys of an input dict that describe the audio; the values of all other keys are returned with the result
 AUDIO_KEYS = {"array", "raw", "sampling_rate", "path", "bytes"}
 
-# arguments of a call that `preprocess` receives
-INPUT_ARGUMENTS = ("chunk_length_s", "stride_length_s", "normalize_over", "memory_budget", "speech_detector")
+# arguments of `preprocess`, and the fields of `InputOptions` that they set
+INPUT_ARGUMENTS = {
+    "chunk_length_s": "window_s",
+    "stride_length_s": "context_s",
+    "normalize_over": "normalize_over",
+    "memory_budget": "memory_budget",
+    "speech_detector": "speech_detector",
+    "batch_size": "batch_size",
+}
 
 # keys of a decoded window that are not returned with the result
 WINDOW_KEYS = {"hypotheses", "window", "speech", "is_last"}
@@ -125,29 +132,14 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
         preprocess_params = {**preprocess_params, "batch_size": batch_size}
         return super().get_iterator(inputs, num_workers, batch_size, preprocess_params, *args)
 
-    def preprocess(
-        self,
-        inputs: Any,
-        chunk_length_s: float | None = None,
-        stride_length_s: Any = None,
-        normalize_over: str = "recording",
-        memory_budget: int | None = None,
-        speech_detector: SpeechDetector | None = None,
-        batch_size: int = 1,
-        **kwargs: Any,
-    ) -> Iterator[dict[str, Any]]:
+    def preprocess(self, inputs: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
         """Read one input, divide it into windows if necessary, and compute the features of each window.
 
         Args:
             inputs: the audio. If it is a dict, the values of the keys that do not describe the audio are returned with
                 the result.
-            chunk_length_s: see the class, as for the next four arguments.
-            stride_length_s: seconds of context of a window.
-            normalize_over: `"recording"` or `"chunk"`.
-            memory_budget: number of bytes.
-            speech_detector: detector of speech.
-            batch_size: number of windows that the model processes together.
-            **kwargs: unused.
+            **kwargs: `INPUT_ARGUMENTS`, described in the class, and `batch_size`, the number of windows that the model
+                processes together.
 
         Yields:
             For each window, the features and their mask, the keys `window`, `speech` and `is_last`, and the additional
@@ -161,9 +153,7 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
                 "an input must not have the key `stride`: pass the whole audio and set `chunk_length_s` and "
                 "`stride_length_s`"
             )
-        options = InputOptions(
-            chunk_length_s, stride_length_s, normalize_over, memory_budget, speech_detector, batch_size
-        )
+        options = InputOptions(**{name: kwargs[key] for key, name in INPUT_ARGUMENTS.items() if key in kwargs})
         extractor = self.processor.feature_extractor
         source = AudioSource(inputs, target_rate=extractor.sampling_rate)
         # a forked worker of a data loader cannot use the GPU of its parent process

@@ -9,9 +9,7 @@ from torch.nn import functional as F
 import transformers_parakeet as tp
 from transformers_parakeet.networks.conformer import (
     ParakeetEncoderConvolutionModule,
-    ParakeetEncoderSubsamplingConv2D,
     activate,
-    apply_channels_last_conv,
     apply_depthwise_conv,
     fold_batch_norm,
 )
@@ -59,20 +57,6 @@ def test_a_depthwise_convolution_equals_conv1d(frames, bias):
     torch.testing.assert_close(module_gradients(fast, inputs), module_gradients(plain, inputs), **EXACT)
 
 
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("frames", ODD_SIZES)
-@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (16, 16), (16, 1)])
-def test_a_channels_last_convolution_equals_conv2d(frames, channels, groups):
-    torch.manual_seed(0)
-    conv = nn.Conv2d(channels, 16, 3, stride=2, padding=1, groups=groups).double()
-    images = torch.randn(2, channels, frames, 13).double().requires_grad_()
-    plain, fast = conv(images), apply_channels_last_conv(conv, images)
-    torch.testing.assert_close(fast, plain, **EXACT)
-    assert fast.is_contiguous(memory_format=torch.channels_last)
-    inputs = [images, *conv.parameters()]
-    torch.testing.assert_close(module_gradients(fast, inputs), module_gradients(plain, inputs), **EXACT)
-
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_folded_batch_norm_equals_convolution_and_norm(bias):
     torch.manual_seed(0)
@@ -82,23 +66,6 @@ def test_a_folded_batch_norm_equals_convolution_and_norm(bias):
     folded = F.conv1d(hidden, weight, folded_bias, padding=4, groups=17)
     # the filter is folded in float32; measured: 8e-7
     torch.testing.assert_close(folded, norm(conv(hidden)), rtol=0, atol=1e-5)
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("frames", ODD_SIZES)
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_the_subsampling_equals_its_layers_called_in_turn(frames, is_causal):
-    torch.manual_seed(0)
-    config = tp.ParakeetEncoderConfig(**encoder_fields(causal_downsampling=is_causal))
-    module = ParakeetEncoderSubsamplingConv2D(config).double()
-    features = torch.randn(2, frames, 80).double()
-    hidden = features[:, None]
-    for layer in module.layers:
-        if is_causal and getattr(layer, "stride", None) == (2, 2):
-            hidden = F.pad(hidden, (2, 1, 2, 1))
-        hidden = layer(hidden)
-    expected = module.linear(hidden.transpose(1, 2).flatten(2))
-    torch.testing.assert_close(module(features), expected, **EXACT)
 
 
 @pytest.mark.parametrize("training", [False, True])

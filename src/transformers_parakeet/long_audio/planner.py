@@ -77,9 +77,6 @@ def estimate_peak_memory(config: Any, num_samples: int, batch_size: int = 1, dty
     total = WORKSPACE_BYTES + batch_size * bytes_per_clip
     if not has_limited_context(encoder):
         total += 2 * num_frames * encoder.hidden_size * dtype_bytes * POSITION_COPIES
-    if encoder._attn_implementation == "eager":
-        # eager attention holds the scores of all pairs of frames
-        total += 3 * batch_size * encoder.num_attention_heads * num_frames**2 * dtype_bytes
     return total
 
 

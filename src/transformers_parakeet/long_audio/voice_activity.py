@@ -220,15 +220,15 @@ def drop_tokens_outside_speech(
         samples_per_frame: number of samples per encoder frame.
 
     Returns:
-        The hypothesis without the tokens whose encoder frames are more than `TOKEN_MARGIN_S` seconds away from speech.
+        The hypothesis without the tokens whose first encoder frame is more than `TOKEN_MARGIN_S` seconds away from
+        speech.
     """
     if speech is None:
         return hypothesis
     margin = round(TOKEN_MARGIN_S * sampling_rate)
-    # (1, num_tokens) first and last sample (exclusive) of the frames of each token
+    # (1, num_tokens) first sample of the frame of each token
     starts = hypothesis.frames * samples_per_frame
-    stops = starts + hypothesis.durations.clamp(min=1) * samples_per_frame
     is_speech = torch.zeros_like(starts, dtype=torch.bool)
     for first, stop in speech:
-        is_speech |= (starts < stop + margin) & (stops > first - margin)
+        is_speech |= (starts < stop + margin) & (starts + samples_per_frame > first - margin)
     return select_tokens(hypothesis, is_speech)

@@ -1,16 +1,14 @@
 """The neural networks of the models: attention, FastConformer blocks, prediction network and joint network."""
 
 from .attention import ParakeetEncoderAttention
-from .attention_layout import ParakeetEncoderRelPositionalEncoding
 from .conformer import (
     ParakeetEncoderBlock,
-    ParakeetEncoderSubsamplingConv2D,
-    build_length_mask,
+    ParakeetEncoderRelPositionalEncoding,
     compute_drop_probabilities,
-    compute_subsampled_lengths,
     drop_block,
 )
 from .fast_linear import apply_pointwise_conv
+from .subsampling import ParakeetEncoderSubsamplingConv2D, build_length_mask, compute_subsampled_lengths
 from .transducer import ParakeetRNNTDecoder, ParakeetRNNTJointNetwork
 
 __all__ = [

@@ -9,13 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-
-from ..configuration_parakeet import ParakeetEncoderConfig
-
-# base of the wavelengths of the sinusoidal embeddings, "Attention Is All You Need" section 3.5
-WAVELENGTH_BASE = 10000.0
 
 # minimum number of queries in a block: neighbouring blocks read overlapping keys, and short blocks copy each key often
 MIN_BLOCK_SIZE = 64
@@ -300,58 +295,6 @@ def build_context_mask(
     if right >= 0:
         is_visible &= key_frames <= last_frame + right
     return is_visible
-
-
-class ParakeetEncoderRelPositionalEncoding(nn.Module):
-    """Sinusoidal embeddings of relative positions (query index - key index): sines on even, cosines on odd channels.
-
-    Args:
-        config: configuration of the encoder; `hidden_size` is the width H of the embeddings.
-    """
-
-    inv_freq: Tensor
-
-    def __init__(self, config: ParakeetEncoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.register_buffer("inv_freq", self.compute_frequencies(config), persistent=False)
-
-    @staticmethod
-    def compute_frequencies(config: ParakeetEncoderConfig) -> Tensor:
-        """Compute the (H/2,) angular frequencies of the sinusoids, in radians per frame.
-
-        Args:
-            config: configuration of the encoder.
-        """
-        exponents = torch.arange(0, config.hidden_size, 2, dtype=torch.float32) / config.hidden_size
-        return 1.0 / WAVELENGTH_BASE**exponents
-
-    @torch.no_grad()
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Compute the embeddings of all relative positions in an attention block.
-
-        The result is the same for all blocks and clips.
-
-        Args:
-            hidden: (B, N, H) frames; only their number N, dtype and device are used.
-
-        Returns:
-            (K + c - 1, H) embeddings in the dtype of `hidden`, in decreasing order of the position, for K keys and c
-            queries per block. Without a context limit K = c = N.
-        """
-        context_size = self.config.attention_context_size
-        layout = choose_block_layout(self.config.attention_context_style, context_size, hidden.shape[1])
-        positions = layout.compute_relative_positions(hidden.device)
-        has_embedding = None
-        left, right = context_size[0], context_size[-1]
-        if self.config.self_attention_model == "rel_pos_local_attn" and left != right:
-            positions, has_embedding = map_to_nemo_local_positions(positions, left, right)
-        angles = positions[:, None].float() * self.inv_freq.float()
-        # interleave sines and cosines: (positions, H/2, 2) -> (positions, H)
-        embeddings = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
-        if has_embedding is not None:
-            embeddings = embeddings * has_embedding[:, None]
-        return embeddings.to(hidden.dtype)
 
 
 def map_to_nemo_local_positions(positions: Tensor, left_context: int, right_context: int) -> tuple[Tensor, Tensor]:

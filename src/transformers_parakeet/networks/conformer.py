@@ -1,13 +1,13 @@
-"""Modules of the FastConformer encoder: subsampling, feed-forward module, convolution module and encoder block.
+"""Modules of the FastConformer encoder: position embeddings, feed-forward module, convolution module, encoder block.
 
-Attention is in `attention.py`. The encoder model, which stacks the blocks, is in `modeling_parakeet.py`.
+Attention is in `attention.py`, subsampling in `subsampling.py`. The encoder model, which stacks the blocks, is in
+`modeling_parakeet.py`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,187 +17,70 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration_parakeet import ParakeetEncoderConfig
 from .attention import ParakeetEncoderAttention
+from .attention_layout import choose_block_layout, map_to_nemo_local_positions
 from .fast_linear import apply_pointwise_conv, is_unmodified
+
+# base of the wavelengths of the sinusoidal embeddings, "Attention Is All You Need" section 3.5
+WAVELENGTH_BASE = 10000.0
 
 # transformers' class of the activation "silu"
 SILU_CLASS = type(ACT2FN["silu"])
 
-# a number of frames, or an integer tensor with one number of frames per clip
-Lengths = TypeVar("Lengths", int, Tensor)
+# bytes of the inner activations of a feed-forward module that are computed at once outside training. They are 4 times
+# as wide as the frames: 128 MiB are 22 minutes of audio with 512 channels in float32.
+FEED_FORWARD_WORKSPACE_BYTES = 128 * 2**20
 
 
-def compute_subsampled_lengths(lengths: Lengths, config: ParakeetEncoderConfig) -> Lengths:
-    """Compute the number of encoder frames from the number of mel frames.
-
-    Args:
-        lengths: number of mel frames: an integer, or an integer tensor of any shape.
-        config: configuration of the encoder.
-
-    Returns:
-        Number of encoder frames, as an integer or a tensor of the shape of `lengths`; 0 mel frames give 0 encoder
-        frames.
-    """
-    is_empty = lengths == 0
-    for _ in range(int(math.log2(config.subsampling_factor))):
-        lengths = compute_strided_lengths(lengths, config)
-    if isinstance(lengths, Tensor):
-        return lengths.masked_fill(is_empty, 0)
-    return 0 if is_empty else lengths
-
-
-def compute_strided_lengths(lengths: Lengths, config: ParakeetEncoderConfig) -> Lengths:
-    """Compute the number of output frames of one strided subsampling convolution.
+class ParakeetEncoderRelPositionalEncoding(nn.Module):
+    """Sinusoidal embeddings of relative positions (query index - key index): sines on even, cosines on odd channels.
 
     Args:
-        lengths: number of input frames: an integer, or an integer tensor of any shape.
-        config: configuration of the encoder.
-
-    Returns:
-        Number of output frames, as an integer or a tensor of the shape of `lengths`.
+        config: configuration of the encoder; `hidden_size` is the width H of the embeddings.
     """
-    total_padding, kernel_size = sum(get_subsampling_padding(config)), config.subsampling_conv_kernel_size
-    return (lengths + total_padding - kernel_size) // config.subsampling_conv_stride + 1
 
-
-def get_subsampling_padding(config: ParakeetEncoderConfig) -> tuple[int, int]:
-    """Return the zero padding of a strided subsampling convolution, the same for time and frequency.
-
-    Args:
-        config: configuration of the encoder.
-
-    Returns:
-        Number of zeros before the first and number of zeros after the last position.
-    """
-    kernel_size, stride = config.subsampling_conv_kernel_size, config.subsampling_conv_stride
-    if config.causal_downsampling:
-        # as in NeMo's CausalConv2D
-        return kernel_size - 1, stride - 1
-    return (kernel_size - 1) // 2, (kernel_size - 1) // 2
-
-
-def build_length_mask(lengths: Tensor, padded_length: int) -> Tensor:
-    """Build the padding mask of a batch of sequences from their lengths.
-
-    Args:
-        lengths: (B,) length of each sequence.
-        padded_length: length of the padded sequences.
-
-    Returns:
-        (B, padded_length) boolean mask, True on non-padding positions.
-    """
-    return torch.arange(padded_length, device=lengths.device) < lengths[:, None]
-
-
-def build_frame_mask(lengths: Tensor, images: Tensor) -> Tensor:
-    """Build the padding mask for an input of the subsampling convolutions.
-
-    Args:
-        lengths: (B,) number of non-padding frames.
-        images: (B, channels, frames, frequencies) input of a convolution; only its number of frames is used.
-
-    Returns:
-        (B, 1, frames, 1) boolean mask, True on non-padding frames.
-    """
-    return build_length_mask(lengths, images.shape[2])[:, None, :, None]
-
-
-class ParakeetEncoderSubsamplingConv2D(nn.Module):
-    """Depthwise-separable convolutions that downsample time and frequency by `subsampling_factor` (arXiv 2305.05084).
-
-    Args:
-        config: configuration of the encoder.
-    """
+    inv_freq: Tensor
 
     def __init__(self, config: ParakeetEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        channels, kernel_size = config.subsampling_conv_channels, config.subsampling_conv_kernel_size
-        before, after = get_subsampling_padding(config)
-        # `nn.Conv2d` pads both ends of an axis equally, so `forward` applies unequal padding itself
-        self.asymmetric_padding = None if before == after else (before, after)
-        conv_options: dict[str, Any] = {
-            "stride": config.subsampling_conv_stride,
-            "padding": before if before == after else 0,
-        }
-        num_stages = int(math.log2(config.subsampling_factor))
-        layers: list[nn.Module] = [nn.Conv2d(1, channels, kernel_size, **conv_options), nn.ReLU()]
-        # `forward` cannot recognise a layer by its class, because an adapter may have replaced the layer
-        self.layer_roles = ["strided", "activation", *["strided", "pointwise", "activation"] * (num_stages - 1)]
-        for _ in range(num_stages - 1):
-            layers.append(nn.Conv2d(channels, channels, kernel_size, groups=channels, **conv_options))
-            layers.append(nn.Conv2d(channels, channels, kernel_size=1))
-            layers.append(nn.ReLU())
-        self.layers = nn.ModuleList(layers)
-        num_frequencies = compute_subsampled_lengths(config.num_mel_bins, config)
-        self.linear = nn.Linear(channels * num_frequencies, config.hidden_size)
+        self.register_buffer("inv_freq", self.compute_frequencies(config), persistent=False)
 
-    def forward(self, features: Tensor, frame_lengths: Tensor | None = None) -> Tensor:
-        """Downsample a batch of mel features and project the result to the width of the encoder.
+    @staticmethod
+    def compute_frequencies(config: ParakeetEncoderConfig) -> Tensor:
+        """Compute the (H/2,) angular frequencies of the sinusoids, in radians per frame.
 
         Args:
-            features: (B, T, F) mel features.
-            frame_lengths: (B,) number of non-padding mel frames; `None` if there is no padding.
-
-        Returns:
-            (B, N, H) frames; every padding frame is the bias of the projection.
+            config: configuration of the encoder.
         """
-        # one input channel: (B, 1, T, F)
-        hidden = features[:, None]
-        if frame_lengths is not None:
-            hidden = hidden * build_frame_mask(frame_lengths, hidden)
-        # an activation may overwrite the output of an unmodified convolution, because no hook can have stored it
-        may_overwrite = False
-        for layer, role in zip(self.layers, self.layer_roles, strict=True):
-            if role == "activation":
-                hidden = self._mask_and_activate(layer, hidden, frame_lengths, may_overwrite)
-                continue
-            if role == "strided" and self.asymmetric_padding:
-                # the same padding for frequency and time
-                hidden = F.pad(hidden, self.asymmetric_padding * 2)
-            may_overwrite = is_unmodified(layer, nn.Conv2d)
-            hidden = apply_channels_last_conv(layer, hidden) if may_overwrite else layer(hidden)
-            if frame_lengths is not None and role == "strided":
-                frame_lengths = compute_strided_lengths(frame_lengths, self.config)
-        # (B, channels, N, frequencies) -> (B, N, channels * frequencies), channel-major as in NeMo
-        return self.linear(hidden.transpose(1, 2).flatten(2))
+        exponents = torch.arange(0, config.hidden_size, 2, dtype=torch.float32) / config.hidden_size
+        return 1.0 / WAVELENGTH_BASE**exponents
 
-    def _mask_and_activate(
-        self, activation: nn.Module, hidden: Tensor, frame_lengths: Tensor | None, may_overwrite: bool
-    ) -> Tensor:
-        """Set the padding frames to zero and apply the activation.
+    @torch.no_grad()
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Compute the embeddings of all relative positions in an attention block.
+
+        The result is the same for all blocks and clips.
 
         Args:
-            activation: an `nn.ReLU`, or a module that replaces it.
-            hidden: (B, channels, frames, frequencies) output of a convolution.
-            frame_lengths: (B,) number of non-padding frames; `None` if there is no padding.
-            may_overwrite: whether the result may overwrite `hidden`. Autograd permits this, because a convolution does
-                not save its output for the backward pass.
+            hidden: (B, N, H) frames; only their number N, dtype and device are used.
 
         Returns:
-            Output of the activation, in the shape of `hidden`.
+            (K + c - 1, H) embeddings in the dtype of `hidden`, in decreasing order of the position, for K keys and c
+            queries per block. Without a context limit K = c = N.
         """
-        mask = None if frame_lengths is None else build_frame_mask(frame_lengths, hidden)
-        if may_overwrite and is_unmodified(activation, nn.ReLU):
-            return hidden.relu_() if mask is None else hidden.mul_(mask).relu_()
-        activated: Tensor = activation(hidden if mask is None else hidden * mask)
-        return activated
-
-
-def apply_channels_last_conv(conv: Any, images: Tensor) -> Tensor:
-    """Compute `conv(images)` in channels-last memory format.
-
-    PyTorch's depthwise and 1 x 1 convolutions are several times faster in this format.
-
-    Args:
-        conv: an unmodified `nn.Conv2d` (not quantised or wrapped).
-        images: (B, channels, frames, frequencies) input of the convolution.
-
-    Returns:
-        Output of the convolution, (B, channels, frames, frequencies), in channels-last memory format.
-    """
-    # `contiguous` would not change the format of a weight with one input channel; `clone` does
-    weight = conv.weight.clone(memory_format=torch.channels_last)
-    return F.conv2d(images, weight, conv.bias, conv.stride, conv.padding, groups=conv.groups)
+        context_size = self.config.attention_context_size
+        layout = choose_block_layout(self.config.attention_context_style, context_size, hidden.shape[1])
+        positions = layout.compute_relative_positions(hidden.device)
+        has_embedding = None
+        left, right = context_size[0], context_size[-1]
+        if self.config.self_attention_model == "rel_pos_local_attn" and left != right:
+            positions, has_embedding = map_to_nemo_local_positions(positions, left, right)
+        angles = positions[:, None].float() * self.inv_freq.float()
+        # interleave sines and cosines: (positions, H/2, 2) -> (positions, H)
+        embeddings = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        if has_embedding is not None:
+            embeddings = embeddings * has_embedding[:, None]
+        return embeddings.to(hidden.dtype)
 
 
 class ParakeetEncoderFeedForward(nn.Module):
@@ -213,13 +96,28 @@ class ParakeetEncoderFeedForward(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         self.linear2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.attention_bias)
         self.dropout = config.activation_dropout
+        self.intermediate_size = config.intermediate_size
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Apply linear layer, activation, dropout and linear layer to (B, N, H) frames, and keep their shape.
 
+        Outside training and without gradients, the frames of long clips are divided into ranges, because the
+        activations between the linear layers are wider than the frames. A compiled or exported model is not divided,
+        because its graph should not depend on the number of frames.
+
         Args:
             hidden: (B, N, H) frames.
         """
+        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
+            return self._apply_layers(hidden)
+        bytes_per_frame = len(hidden) * self.intermediate_size * hidden.element_size()
+        if hidden.shape[1] * bytes_per_frame <= FEED_FORWARD_WORKSPACE_BYTES:
+            return self._apply_layers(hidden)
+        ranges = hidden.split(max(1, FEED_FORWARD_WORKSPACE_BYTES // bytes_per_frame), 1)
+        return torch.cat([self._apply_layers(frames) for frames in ranges], 1)
+
+    def _apply_layers(self, hidden: Tensor) -> Tensor:
+        """Apply the layers to (B, N, H) frames."""
         hidden = activate(self.activation, self.linear1(hidden), self.linear1)
         hidden = F.dropout(hidden, self.dropout, self.training)
         return self.linear2(hidden)
