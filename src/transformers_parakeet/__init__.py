@@ -25,6 +25,7 @@ from .pipeline_parakeet import ParakeetASRPipeline
 from .processing_parakeet import ParakeetProcessor
 from .registration import register
 from .tokenization_parakeet import ParakeetTokenizer
+from .transcription import transcribe
 
 __version__ = "0.1.0"
 
@@ -75,4 +76,5 @@ __all__ = [
     "load_audio",
     "load_nemo",
     "replace_tokenizer",
+    "transcribe",
 ]

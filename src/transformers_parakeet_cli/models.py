@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from .messages import print_note
 
-def load_pipeline(model: str | None, device: str | None = None) -> Any:
+
+def load_pipeline(model: str, **options: Any) -> Any:
     """Load a model and create a speech recognition pipeline.
 
     Args:
-        model: Hub id, path of a folder, or path of a `.nemo` file; None or `demo` for the bundled demo model.
-        device: device of the model; None for a GPU if there is one.
+        model: Hub id, path of a folder, or path of a `.nemo` file; `demo` for the bundled demo model.
+        **options: `device`, `dtype` and `attention`, as in `transformers_parakeet.transcription.load_pipeline`.
+
+    Raises:
+        OSError: the model cannot be found or downloaded. The message names the other kinds of models.
     """
     from transformers.utils import logging
 
-    from transformers_parakeet import ParakeetASRPipeline, demo_model_path, load_nemo
+    from transformers_parakeet import transcription
 
     logging.disable_progress_bar()
-    loaded_model, processor = load_nemo(demo_model_path() if model in (None, "demo") else model)
-    return ParakeetASRPipeline(loaded_model, processor=processor, task="automatic-speech-recognition", device=device)
+    try:
+        return transcription.load_pipeline(model, **options)
+    except OSError as error:
+        if os.path.exists(model):
+            raise
+        raise OSError(
+            f"{error}. For a model on this machine use `--model FOLDER` or `--model FILE.nemo`; for the bundled model "
+            "of spoken digits use `--model demo`"
+        ) from error
 
 
-__all__ = ["load_pipeline"]
+def print_model_note(pipeline: Any, is_default_dtype: bool) -> None:
+    """Print to stderr which model runs, on which device and in which dtype.
+
+    Args:
+        pipeline: the loaded pipeline.
+        is_default_dtype: whether the dtype was chosen by `load_pipeline`.
+    """
+    dtype = str(pipeline.model.dtype).removeprefix("torch.")
+    reason = ""
+    if is_default_dtype:
+        verb = "computes" if dtype == "bfloat16" else "does not compute"
+        reason = f", because the device {verb} bfloat16 natively"
+    print_note(f"model {pipeline.model.name_or_path} on {pipeline.device} in {dtype}{reason}")
+
+
+__all__ = ["load_pipeline", "print_model_note"]

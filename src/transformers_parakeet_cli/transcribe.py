@@ -1,103 +1,160 @@
-"""`parakeet transcribe`: speech recognition of files."""
+"""`parakeet transcribe`: speech recognition of files, folders, URLs and standard input.
+
+This file defines the options. `inputs.py` finds the recordings, `job.py` transcribes them, and `outputs.py` writes the
+results.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .messages import format_error, print_error, print_error_and_exit, print_text, print_traceback
-from .models import load_pipeline
+from .job import Job
+from .messages import print_error_and_exit
+from .outputs import FORMAT_NAMES, OutputOptions
+
+DEFAULT_MODEL = "nvidia/parakeet-tdt-0.6b-v3"
 
 
 class Format(str, Enum):
-    """Output format of `parakeet transcribe`."""
+    """Values of `--format`."""
 
     txt = "txt"
     json = "json"
+    srt = "srt"
+    vtt = "vtt"
+    tsv = "tsv"
+    all = "all"
+
+
+class Level(str, Enum):
+    """Values of `--timestamps`."""
+
+    word = "word"
+    segment = "segment"
+    char = "char"
+
+
+class Decoder(str, Enum):
+    """Values of `--decoder`."""
+
+    transducer = "transducer"
+    ctc = "ctc"
+
+
+class Attention(str, Enum):
+    """Values of `--attention`."""
+
+    local = "local"
+    full = "full"
+
+
+class Dtype(str, Enum):
+    """Values of `--dtype`."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def option(help_text: str, *names: str, envvar: str | None = None) -> Any:
+    """Create an option of the command.
+
+    Args:
+        help_text: what the option does.
+        *names: names of the option; without names, the name of the parameter.
+        envvar: environment variable with the default; `None` for no variable.
+    """
+    return typer.Option(*names, help=help_text, envvar=envvar)
+
+
+Inputs = Annotated[
+    list[str], typer.Argument(help="Audio or video files, folders, patterns such as 'a*.mp3', URLs, or - for stdin.")
+]
+Model = Annotated[
+    str, option("Hub id, folder or .nemo file; demo: the bundled model of spoken digits.", envvar="PARAKEET_MODEL")
+]
+Formats = Annotated[list[Format] | None, option("Format of the output; repeatable. Default: txt.", "--format")]
+OutputDir = Annotated[Path | None, option("Folder of the output files. Default: print one format to stdout.")]
+Timestamps = Annotated[
+    Level | None, option("Level of the lines with times in txt, and of the rows in tsv; word: also word times in vtt.")
+]
+DecoderOption = Annotated[Decoder | None, option("Head of a hybrid model. Default: transducer.")]
+BatchSize = Annotated[int | None, option("Number of windows per batch. Default: chosen by memory.")]
+ChunkLength = Annotated[
+    float | None, option("Length of windows in seconds; 0: whole files. Default: windows if a file needs them.")
+]
+AttentionOption = Annotated[
+    Attention | None, option("local: memory grows linearly with the length. Default: that of the model.")
+]
+Device = Annotated[str | None, option("cpu, cuda or cuda:1. Default: cuda if there is a GPU.")]
+DtypeOption = Annotated[Dtype | None, option("Default: bfloat16 if the device computes it natively, else float32.")]
+Overwrite = Annotated[bool, option("Replace existing output files; otherwise they are kept.", "--overwrite")]
+JsonLines = Annotated[bool, option("Print each result to stdout as a JSON object on one line.", "--jsonl")]
+Quiet = Annotated[bool, option("Print only results and errors.", "--quiet")]
 
 
 def transcribe(
-    files: Annotated[list[str], typer.Argument(help="Audio files or URLs: WAV, FLAC, MP3, OGG, Opus, M4A, WebM, …")],
-    model: Annotated[
-        str | None, typer.Option(help="Hub id, folder or .nemo file; default: the bundled demo model (spoken digits).")
-    ] = None,
-    output_format: Annotated[
-        Format, typer.Option("--format", help="txt: text only; json: text and word times in seconds.")
-    ] = Format.txt,
+    inputs: Inputs,
+    model: Model = DEFAULT_MODEL,
+    formats: Formats = None,
+    output_dir: OutputDir = None,
+    timestamps: Timestamps = None,
+    decoder: DecoderOption = None,
+    batch_size: BatchSize = None,
+    chunk_length: ChunkLength = None,
+    attention: AttentionOption = None,
+    device: Device = None,
+    dtype: DtypeOption = None,
+    overwrite: Overwrite = False,
+    jsonl: JsonLines = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Transcribe audio files.
+    """Transcribe audio and video files.
 
-    If a file fails, the error is printed to stderr and the remaining files are transcribed. The exit status is then 1.
+    Existing output files are kept. If a file fails, the others are transcribed, and the exit status is 1.
     """
     with print_error_and_exit():
-        pipeline = load_pipeline(model)
-    # `transcribe_files` is a generator, which appends to this list while its results are printed
-    failed_files: list[str] = []
-    results = transcribe_files(pipeline, files, failed_files)
-    if output_format is Format.json:
-        print_json_list(results)
-    else:
-        for result in results:
-            # name the file if there are several
-            print_text(f"{result['file']}: {result['text']}" if len(files) > 1 else result["text"])
-    raise typer.Exit(int(bool(failed_files)))
+        outputs = OutputOptions(
+            formats=choose_formats(formats, has_output=output_dir is not None or not jsonl),
+            folder=output_dir,
+            timestamps=get_value(timestamps),
+            overwrite=overwrite,
+            prints_lines=jsonl,
+        )
+        job = Job(inputs, outputs, quiet)
+        job.run(
+            model,
+            {"device": device, "dtype": get_value(dtype), "attention": get_value(attention)},
+            {"decoder": get_value(decoder), "batch_size": batch_size, "chunk_length_s": chunk_length},
+        )
+    raise typer.Exit(int(bool(job.errors)))
 
 
-def transcribe_files(pipeline: Any, files: list[str], failed_files: list[str]) -> Iterator[dict[str, Any]]:
-    """Transcribe files one by one. If a file fails, print the error and continue with the next file.
-
-    Args:
-        pipeline: speech recognition pipeline.
-        files: names or URLs of audio files.
-        failed_files: output list, to which the name of each failed file is appended.
-
-    Yields:
-        One dict `{"file", "text", "words"}` per transcribed file. Each word is a dict `{"text", "start", "end"}` with
-        times in seconds.
-    """
-    for file in files:
-        try:
-            result = pipeline(file, return_timestamps="word")
-        # no error in one file may prevent the transcription of the other files
-        except Exception as error:  # noqa: BLE001
-            print_traceback()
-            print_error(format_error(error, file))
-            failed_files.append(file)
-            continue
-        yield {"file": file, "text": result["text"], "words": [to_word_entry(chunk) for chunk in result["chunks"]]}
-
-
-def to_word_entry(chunk: dict[str, Any]) -> dict[str, Any]:
-    """Convert a word of the pipeline output to a dict `{"text", "start", "end"}` with times in seconds.
+def choose_formats(formats: list[Format] | None, has_output: bool) -> tuple[str, ...]:
+    """Choose the formats of the outputs.
 
     Args:
-        chunk: a dict `{"text", "timestamp"}`, with start and end in seconds.
+        formats: values of `--format`; `None` for the default.
+        has_output: whether there is an output other than that of `--jsonl`.
+
+    Returns:
+        Names of formats in the order of `FORMAT_NAMES`, each once.
     """
-    start, end = chunk["timestamp"]
-    return {"text": chunk["text"], "start": start, "end": end}
+    names = {value.value for value in formats or ([Format.txt] if has_output else [])}
+    return tuple(name for name in FORMAT_NAMES if name in names or "all" in names)
 
 
-def print_json_list(results: Iterator[dict[str, Any]]) -> None:
-    """Print results as a JSON list, each result as soon as it is available.
-
-    The closing bracket is printed even if the program is interrupted, so the output is always valid JSON.
+def get_value(choice: Enum | None) -> str | None:
+    """Return the text of a value of an option.
 
     Args:
-        results: dicts to print, one per file.
+        choice: the value; `None` if the option was not given.
     """
-    separator = "[\n"
-    try:
-        for result in results:
-            entry = json.dumps(result, ensure_ascii=False, indent=2)
-            print_text(separator + entry, end="")
-            separator = ",\n"
-    finally:
-        # no result was printed if the separator is still the opening bracket
-        print_text("[]" if separator == "[\n" else "\n]")
+    return None if choice is None else str(choice.value)
 
 
 __all__ = ["transcribe"]
