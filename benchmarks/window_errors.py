@@ -22,6 +22,7 @@ from digit_strings import SAMPLE_RATE, DigitString, create_evaluation_strings, r
 
 from transformers_parakeet import demo_model_path, load_nemo
 from transformers_parakeet.audio import AudioSource
+from transformers_parakeet.decoding import Hypotheses, collapse_ctc, greedy_decode_ctc
 from transformers_parakeet.long_audio import Window, WindowOptions, merge_recording
 from transformers_parakeet.long_audio.inputs import get_window_options, iterate_windows
 from transformers_parakeet.long_audio.windows import merge_windows
@@ -124,13 +125,9 @@ def recognise(model: Any, processor: Any, samples: np.ndarray, row: Row) -> dict
             for first in range(0, len(pieces), BATCH_SIZE)
         ]
     results = {}
+    all_hypotheses = [decode_both_heads(model, features, mask) for features, mask in batches]
     for decoder in HEADS:
-        hypotheses = []
-        for features, mask in batches:
-            output = model.generate(
-                input_features=features, attention_mask=mask, decoder=decoder, return_dict_in_generate=True
-            )
-            hypotheses += [output.hypotheses[index] for index in range(len(features))]
+        hypotheses = [batch[decoder][index] for batch in all_hypotheses for index in range(len(batch[decoder]))]
         if row.moves_seams:
             merged = merge_recording(hypotheses, windows, None, SAMPLE_RATE, frame)
         else:
@@ -141,6 +138,22 @@ def recognise(model: Any, processor: Any, samples: np.ndarray, row: Row) -> dict
         cuts = np.array([window.keep_from / SAMPLE_RATE for window in windows[1:]])
         results[decoder] = Recognised([chunk["text"].strip() for chunk in chunks], times, cuts)
     return results
+
+
+@torch.inference_mode()
+def decode_both_heads(model: Any, features: torch.Tensor, mask: torch.Tensor) -> dict[str, Hypotheses]:
+    """Decode a batch greedily with the CTC head and the transducer; the encoder runs once.
+
+    Args:
+        model: hybrid model.
+        features: (B, T, F) features.
+        mask: (B, T) mask, True for valid frames.
+    """
+    encoded = model.get_audio_features(input_features=features, attention_mask=mask)
+    logits, blank_id = model.ctc_logits(encoded.last_hidden_state), model.config.blank_token_id
+    best_tokens = greedy_decode_ctc(logits, encoded.attention_mask.sum(-1), blank_id)
+    transducer_output = model.generate(encoder_outputs=encoded, return_dict_in_generate=True)
+    return {"ctc": collapse_ctc(best_tokens, blank_id), "transducer": transducer_output.hypotheses}
 
 
 def pad_windows(features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,11 @@
 """Tests of decoding audio files: formats, damaged and malicious files, and exact lengths."""
 
+import contextlib
 import io
 import json
+import tracemalloc
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import soundfile as sf
 from audio_files import SECONDS, chirp, correlation, encoded, stereo, write_with_ffmpeg
 
 from transformers_parakeet import audio_decoding
-from transformers_parakeet.audio import AudioError, load_audio
+from transformers_parakeet.audio import AudioError, AudioSource, load_audio
 
 TESTS = Path(__file__).resolve().parent
 
@@ -250,3 +253,133 @@ def test_the_number_of_decoded_samples_is_limited(container: str, rate: int, mon
     monkeypatch.setattr(audio_decoding, "MAX_SAMPLES", 4 * rate)
     with pytest.raises(AudioError, match=r"bytes> must have at most 64000 samples"):
         load_audio(data)
+
+
+def read_blocks(source: Any) -> np.ndarray:
+    """Read a source in blocks of 0.3 s, with no samples in memory, so that a file is decoded a second time."""
+    return np.concatenate(list(AudioSource(source, in_memory_s=0.0).blocks(0.3)))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("container", ["WAV", "FLAC", "MP3", "OGG"])
+def test_blocks_of_damaged_files_equal_load_audio(container: str, cut: bool) -> None:
+    data = bytearray(encoded(44_100, container, np.tile(chirp(44_100), 5)))
+    middle = len(data) // 2
+    if cut:
+        del data[middle:]
+    else:
+        data[middle : middle + 500] = bytes(500)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        expected = load_audio(bytes(data))
+        num_warnings = len(caught)
+        np.testing.assert_array_equal(read_blocks(bytes(data)), expected)
+    # the warning of the first pass is not repeated when the blocks are read
+    assert len(caught) == 2 * num_warnings
+    assert {Path(warning.filename).name for warning in caught} <= {"test_audio_decoding.py"}
+
+
+def test_flac_with_a_damaged_middle_continues_with_the_other_decoder() -> None:
+    """libsndfile stops in the middle and FFmpeg skips the damage; all blocks must come from FFmpeg."""
+    data = bytearray(encoded(16_000, "FLAC", np.tile(chirp(), 5)))
+    data[len(data) // 2 : len(data) // 2 + 500] = bytes(500)
+    pieces = []
+    with av.open(io.BytesIO(bytes(data))) as container:
+        for packet in container.demux(audio=0):
+            with contextlib.suppress(av.error.InvalidDataError):
+                pieces += [frame.to_ndarray().reshape(-1) for frame in packet.decode()]
+    expected = np.concatenate(pieces) / np.float32(32768)
+    with pytest.warns(UserWarning, match="lost sync"):
+        got = read_blocks(bytes(data))
+    assert 9.5 * 16_000 < len(expected) < 10 * 16_000
+    np.testing.assert_array_equal(got, expected)
+
+
+def scripted_decoder(values: list[float], rate: int, problem: str | None) -> Callable[..., Iterator[np.ndarray]]:
+    """Make a decoder that yields blocks of 1000 samples with planted values and then stops with a problem."""
+
+    def decode(source: object, state: Any) -> Iterator[np.ndarray]:
+        """Yield the planted blocks."""
+        state.rate = rate
+        for value in values:
+            state.num_samples += 1000
+            yield np.full(1000, value, dtype=np.float32)
+        state.problem = problem
+
+    return decode
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        # the first decoder fails: the longer result is used, from its first sample
+        (([1, 2], 16_000, "broken"), ([5, 6, 7], 16_000, None), [5, 6, 7]),
+        (([1, 2], 16_000, "broken"), ([5], 16_000, None), [1, 2]),
+        (([1, 2], 16_000, "broken"), ([5, 6], 16_000, None), [5, 6]),
+        (([1, 2], 16_000, "broken"), ([5, 6], 16_000, "broken"), [1, 2]),
+        # longer in seconds, not in samples
+        (([1, 2], 16_000, "broken"), ([5, 6, 7], 48_000, None), [1, 2]),
+        # the second decoder is used only if the first one fails or returns nothing
+        (([1], 16_000, None), ([5, 6], 16_000, None), [1]),
+        (([], 16_000, None), ([5, 6], 16_000, None), [5, 6]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+def test_a_decoder_that_fails_never_doubles_or_loses_samples(
+    first: Any, second: Any, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoders = [scripted_decoder(*first), scripted_decoder(*second)]
+    monkeypatch.setattr(audio_decoding, "_order_decoders", lambda *_: decoders)
+    for got in (load_audio(b"file"), read_blocks(b"file")):
+        np.testing.assert_array_equal(got, np.repeat(np.float32(expected), 1000))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 1.999, 2.5])
+def test_a_file_that_changes_between_two_passes_is_refused(seconds: float, tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(encoded(samples=chirp(seconds=2.0)))
+    source = AudioSource(path, in_memory_s=0.0)
+    assert len(source.load()) == 32_000
+    path.write_bytes(encoded(samples=chirp(seconds=3.0)[: round(seconds * 16_000)]))
+    with pytest.raises(AudioError, match=r"a\.wav must not change while it is read, but at first it had 32000 samples"):
+        list(source.blocks(0.3))
+    path.unlink()
+    with pytest.raises(AudioError, match="and then 0 samples at 0 Hz"):
+        list(source.blocks(0.3))
+    # a short file stays in memory and is not read again
+    path.write_bytes(encoded())
+    source = AudioSource(path)
+    path.unlink()
+    np.testing.assert_allclose(source.load(), chirp(), atol=2 / 32768)
+
+
+@pytest.mark.parametrize(("in_memory_s", "is_in_memory"), [(0.0, False), (1.9999, False), (2.0, True)])
+def test_only_short_files_stay_in_memory(in_memory_s: float, is_in_memory: bool) -> None:
+    decoded = audio_decoding.decode_audio(encoded(44_100, "MP3"), "a.mp3", in_memory_s)
+    assert (decoded.samples is not None) == is_in_memory
+    assert decoded.duration_s == 2.0
+
+
+@pytest.mark.parametrize(("container", "rate", "seconds"), [("FLAC", 16_000, 600), ("MP3", 48_000, 60)])
+def test_blocks_of_a_long_file_need_little_memory(container: str, rate: int, seconds: int) -> None:
+    data = encoded(rate, container, np.zeros(seconds * rate, dtype=np.int16))
+    # NumPy reports its arrays to tracemalloc
+    tracemalloc.start()
+    try:
+        lengths = [len(block) for block in AudioSource(data, in_memory_s=1.0).blocks(2.0)]
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert lengths == [32_000] * (seconds // 2)
+    # all samples are 38 MB (FLAC) or 12 MB (MP3)
+    print(container, peak_bytes)
+    assert peak_bytes < 1
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], [1], [5, 0, 7, 1, 1, 30], [64], [3] * 50])
+@pytest.mark.parametrize("block_length", [1, 2, 7, 64, 1000])
+def test_cut_blocks_keeps_every_sample(lengths: list[int], block_length: int) -> None:
+    samples = np.arange(sum(lengths), dtype=np.float32)
+    got = list(audio_decoding.cut_blocks(np.split(samples, np.cumsum(lengths)[:-1]) if lengths else [], block_length))
+    expected = [samples[start : start + block_length] for start in range(0, len(samples), block_length)]
+    assert [block.tolist() for block in got] == [block.tolist() for block in expected]

@@ -25,6 +25,7 @@ from .audio_decoding import (
     FloatArray,
     SampleCounter,
     average_channels,
+    cut_blocks,
     decode_audio,
     import_package,
     to_float32,
@@ -38,6 +39,8 @@ MAX_STREAM_BYTES = 2 * 1024**3
 URL_TIMEOUT_S = 30.0
 # bytes that are read from a stream at a time
 READ_CHUNK_BYTES = 1 << 20
+# maximum number of samples that are resampled at a time (1 MiB); soxr is slower with 100 MiB
+RESAMPLED_LENGTH = 1 << 18
 # seconds of a block of samples
 BLOCK_S = 30.0
 # seconds up to which decoded samples stay in memory, so that they are not decoded twice (12 MB at 48 kHz)
@@ -122,7 +125,7 @@ class AudioSource:
         else:
             self._source = audio
             counter.add(audio.samples)
-        counter.check(audio.name)
+        _check_finite(counter, audio.name)
         self.name = audio.name
         self.num_samples = _count_resampled(counter.num_samples, self._source.rate, self.sampling_rate)
 
@@ -161,11 +164,11 @@ class AudioSource:
         """Yield all samples at `sampling_rate` Hz in blocks of `block_length` samples; the last can be shorter."""
         rate, source_blocks = self._source.rate, self._source.read_blocks()
         if rate == self.sampling_rate:
-            return _cut_blocks(source_blocks, block_length)
-        # samples that give about one block: resampling a whole file to a higher rate would give a very large block
-        source_length = math.ceil(block_length * rate / self.sampling_rate)
-        resampled = _resample(_cut_blocks(source_blocks, source_length), rate, self.sampling_rate)
-        return _cut_blocks(resampled, block_length)
+            return cut_blocks(source_blocks, block_length)
+        # a piece of the source gives at most about one block, because a higher target rate increases the memory
+        source_length = min(RESAMPLED_LENGTH, math.ceil(block_length * rate / self.sampling_rate))
+        resampled = _resample(cut_blocks(source_blocks, source_length), rate, self.sampling_rate)
+        return cut_blocks(resampled, block_length)
 
 
 def load_audio(source: Any, sampling_rate: int | None = None, *, target_rate: int = TARGET_RATE) -> FloatArray:
@@ -436,30 +439,23 @@ def _to_mono(array: npt.NDArray[Any]) -> FloatArray:
     return average_channels(samples, axis=channel_axis)
 
 
-def _cut_blocks(blocks: Iterable[FloatArray], block_length: int) -> Iterator[FloatArray]:
-    """Join and cut blocks, so that all have the same length.
+def _check_finite(counter: SampleCounter, name: str) -> None:
+    """Check that no sample is NaN or infinite.
 
     Args:
-        blocks: blocks of (S,) samples of any lengths.
-        block_length: number of samples per block.
+        counter: counts of all samples of the source.
+        name: name of the source, used in the error message.
 
-    Returns:
-        The same samples in blocks of `block_length` samples. The last block can be shorter and is not empty.
+    Raises:
+        ValueError: A sample is not finite. The message contains the number of such samples, and the position and value
+            of the first one.
     """
-    pending: list[FloatArray] = []
-    num_pending = 0
-    for block in blocks:
-        start = 0
-        while num_pending + len(block) - start >= block_length:
-            end = start + block_length - num_pending
-            pending.append(block[start:end])
-            yield pending[0] if len(pending) == 1 else np.concatenate(pending)
-            pending, num_pending, start = [], 0, end
-        if start < len(block):
-            pending.append(block[start:])
-            num_pending += len(block) - start
-    if pending:
-        yield pending[0] if len(pending) == 1 else np.concatenate(pending)
+    if counter.first_not_finite is not None:
+        position, value = counter.first_not_finite
+        raise ValueError(
+            f"samples must be finite, but {counter.num_not_finite} of {counter.num_samples} in {name} are NaN or "
+            f"infinite, the first at position {position} ({value}): repair the audio, or use np.nan_to_num"
+        )
 
 
 def _resample(blocks: Iterable[FloatArray], rate: int, target_rate: int) -> Iterator[FloatArray]:

@@ -5,9 +5,8 @@ Paths, URLs, arrays and resampling are in `audio.py`.
 
 import importlib
 import io
-import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, BinaryIO, TypeAlias
@@ -26,6 +25,8 @@ MAX_SAMPLES = 2**31
 # number of values that libsndfile decodes per call (4 MiB); memory is never allocated for the length in a header, which
 # can be wrong
 BLOCK_VALUES = 1 << 20
+# number of samples that are counted at a time (256 KiB)
+COUNTED_LENGTH = 1 << 16
 # seconds (one week); a longer duration in a header is treated as a placeholder for an unknown length
 MAX_HEADER_DURATION_S = 7 * 86_400.0
 # a file is reported as truncated if less than this fraction of the duration in the header was decoded; the fraction is
@@ -66,29 +67,11 @@ class SampleCounter:
         """
         is_finite = np.isfinite(block)
         if not is_finite.all():
-            # `argmin` of a bool array is the position of the first False
-            position = int(np.argmin(is_finite))
+            positions = np.flatnonzero(~is_finite)
             if self.first_not_finite is None:
-                self.first_not_finite = (self.num_samples + position, float(block[position]))
-            self.num_not_finite += int((~is_finite).sum())
+                self.first_not_finite = (self.num_samples + int(positions[0]), float(block[positions[0]]))
+            self.num_not_finite += len(positions)
         self.num_samples += len(block)
-
-    def check(self, name: str) -> None:
-        """Check that all counted samples are finite.
-
-        Args:
-            name: name of the source, used in the error message.
-
-        Raises:
-            ValueError: A sample is NaN or infinite. The message contains the number of such samples, and the position
-                and value of the first one.
-        """
-        if self.first_not_finite is not None:
-            position, value = self.first_not_finite
-            raise ValueError(
-                f"samples must be finite, but {self.num_not_finite} of {self.num_samples} in {name} are NaN or "
-                f"infinite, the first at position {position} ({value}): repair the audio, or use np.nan_to_num"
-            )
 
 
 @dataclass
@@ -163,7 +146,7 @@ class DecodedFile:
             )
 
 
-def decode_audio(source: str | bytes, name: str, in_memory_s: float = math.inf) -> DecodedFile:
+def decode_audio(source: str | bytes, name: str, in_memory_s: float) -> DecodedFile:
     """Decode an audio file completely, to choose its decoder and to count its samples.
 
     A damaged file is decoded as far as possible, with a warning.
@@ -200,10 +183,7 @@ def decode_audio(source: str | bytes, name: str, in_memory_s: float = math.inf) 
 def _run_decoders(source: str | bytes, name: str, in_memory_s: float) -> list[DecodedFile]:
     """Decode a file with the preferred decoder, and also with the fallback decoder if the preferred decoder fails.
 
-    Args:
-        source: path of the file as a str, or content of the file as bytes.
-        name: name of the file, used in error messages.
-        in_memory_s: duration in seconds up to which the samples stay in memory.
+    The arguments are those of `decode_audio`.
 
     Returns:
         The result of each decoder that was used (one or two results).
@@ -227,11 +207,7 @@ def _run_decoders(source: str | bytes, name: str, in_memory_s: float) -> list[De
 def _run_decoder(decoder: _Decoder, source: str | bytes, name: str, in_memory_s: float) -> DecodedFile:
     """Decode a file with one decoder, count the samples, and store them if they are not too long.
 
-    Args:
-        decoder: the decoder.
-        source: path of the file as a str, or content of the file as bytes.
-        name: name of the file, used in error messages.
-        in_memory_s: duration in seconds up to which the samples stay in memory.
+    The arguments after `decoder` are those of `decode_audio`.
 
     Returns:
         The samples that could be decoded, and their counts.
@@ -242,7 +218,8 @@ def _run_decoder(decoder: _Decoder, source: str | bytes, name: str, in_memory_s:
     state, counter = _DecoderState(), SampleCounter()
     blocks: list[FloatArray] = []
     is_in_memory = True
-    for block in decoder(source, state):
+    # FFmpeg yields frames of about 1000 samples, and counting the samples of longer blocks is faster
+    for block in cut_blocks(decoder(source, state), COUNTED_LENGTH):
         counter.add(block)
         if counter.num_samples > MAX_SAMPLES:
             raise AudioError(f"{name} must have at most {MAX_SAMPLES} samples, got more: split the file")
@@ -279,11 +256,7 @@ def _order_decoders(source: str | bytes, first_bytes: bytes) -> list[_Decoder]:
 
 
 def _is_single_vorbis_stream(source: str | bytes) -> bool:
-    """Return whether a file consists only of complete Ogg pages of one Vorbis stream (RFC 3533, section 6).
-
-    Args:
-        source: path of the file as a str, or content of the file as bytes.
-    """
+    """Return whether a file consists only of complete Ogg pages of one Vorbis stream (RFC 3533, section 6)."""
     is_first_page = True
     with _open_binary(source) as file:
         while header := file.read(OGG_HEADER_BYTES):
@@ -439,6 +412,32 @@ def _describe_missing_audio(decoded_duration_s: float, header_duration_s: float)
     if decoded_duration_s >= min_duration_s:
         return None
     return f"only {decoded_duration_s:.2f} s of the {header_duration_s:.2f} s stated in the header"
+
+
+def cut_blocks(blocks: Iterable[FloatArray], block_length: int) -> Iterator[FloatArray]:
+    """Join and cut blocks, so that all have the same length.
+
+    Args:
+        blocks: blocks of (S,) samples of any lengths.
+        block_length: number of samples per block.
+
+    Returns:
+        The same samples in blocks of `block_length` samples. The last block can be shorter and is not empty.
+    """
+    pending: list[FloatArray] = []
+    num_pending = 0
+    for block in blocks:
+        start = 0
+        while num_pending + len(block) - start >= block_length:
+            end = start + block_length - num_pending
+            pending.append(block[start:end])
+            yield pending[0] if len(pending) == 1 else np.concatenate(pending)
+            pending, num_pending, start = [], 0, end
+        if start < len(block):
+            pending.append(block[start:])
+            num_pending += len(block) - start
+    if pending:
+        yield pending[0] if len(pending) == 1 else np.concatenate(pending)
 
 
 def to_float32(array: npt.NDArray[Any]) -> FloatArray:

@@ -7,8 +7,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import transformers_parakeet as tp
+from transformers_parakeet.networks import conformer
 from transformers_parakeet.networks.conformer import (
     ParakeetEncoderConvolutionModule,
+    ParakeetEncoderFeedForward,
     activate,
     apply_depthwise_conv,
     fold_batch_norm,
@@ -66,6 +68,24 @@ def test_a_folded_batch_norm_equals_convolution_and_norm(bias):
     folded = F.conv1d(hidden, weight, folded_bias, padding=4, groups=17)
     # the filter is folded in float32; measured: 8e-7
     torch.testing.assert_close(folded, norm(conv(hidden)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [1, 3, 7, 8, 9, 30])
+def test_the_feed_forward_module_in_ranges_of_frames_equals_its_layers(frames, monkeypatch):
+    torch.manual_seed(0)
+    module = ParakeetEncoderFeedForward(tp.ParakeetEncoderConfig(**encoder_fields())).double().eval()
+    hidden = torch.randn(2, frames, 32).double()
+    expected = module.linear2(F.silu(module.linear1(hidden)))
+    # the inner activations of 4 frames of 2 clips
+    monkeypatch.setattr(conformer, "FEED_FORWARD_WORKSPACE_BYTES", 4 * 2 * 48 * 8)
+    sizes = []
+    module.linear1.register_forward_hook(lambda linear, inputs, output: sizes.append(output.shape[1]))
+    with torch.no_grad():
+        torch.testing.assert_close(module(hidden), expected, **EXACT)
+    assert sizes == [4] * (frames // 4) + [frames % 4] * (frames % 4 > 0)
+    # with gradients, all frames are computed at once
+    torch.testing.assert_close(module(hidden), expected, **EXACT)
+    assert sizes[-1] == frames
 
 
 @pytest.mark.parametrize("training", [False, True])

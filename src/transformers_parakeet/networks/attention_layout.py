@@ -15,13 +15,13 @@ from torch.nn import functional as F
 # minimum number of queries in a block: neighbouring blocks read overlapping keys, and short blocks copy each key often
 MIN_BLOCK_SIZE = 64
 
-# bytes of the attention scores that are computed at once outside training. The scores of one clip of 30 s take 36 MiB
-# with 8 heads in float32. With 20 minutes of full attention, a group still has about 70 queries, enough for efficient
-# matrix products.
-ATTENTION_WORKSPACE_BYTES = 128 * 2**20
+# bytes of the attention scores that are computed at once outside training. One clip of 30 s takes 17 MiB with 8 heads
+# in float32. With 20 minutes of full attention, a group still has 35 queries, enough for efficient matrix products: on
+# a CPU, 32 to 256 MiB take about the same time.
+ATTENTION_WORKSPACE_BYTES = 64 * 2**20
 
 # bytes of the attention scores of one encoder block, up to which training stores them for the backward pass. A batch of
-# 32 clips of 15 s takes 144 MiB with 8 heads in float32. Larger scores are computed a second time in the backward pass.
+# 32 clips of 15 s takes 138 MiB with 8 heads in float32. Larger scores are computed a second time in the backward pass.
 STORED_SCORE_BYTES = 2**30
 
 # number of tensors with one entry per score: position scores, the same with masked keys, and two tensors of eager
