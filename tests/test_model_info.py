@@ -15,7 +15,9 @@ from transformers_parakeet.model_info import describe_config, read_model_info
 from transformers_parakeet.nemo import load_config
 
 REAL_CONFIGS = TESTS / "golden" / "real_configs"
-NAMES = sorted(path.parent.name for path in REAL_CONFIGS.glob("*/model.nemo") if not path.parent.name.startswith("old_"))
+NAMES = sorted(
+    path.parent.name for path in REAL_CONFIGS.glob("*/model.nemo") if not path.parent.name.startswith("old_")
+)
 # models whose YAML has chunked attention and causal convolutions
 CACHE_AWARE = {"eou", "nemotron", "streaming_ctc", "streaming_hybrid", "streaming_transducer"}
 HYBRIDS = {"hybrid_rnnt_ctc", "hybrid_tdt_ctc", "streaming_hybrid", "tdt_ctc_1b"}

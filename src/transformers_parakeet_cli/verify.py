@@ -20,7 +20,9 @@ def verify(
         typer.Option(help="Test data: NeMo manifest, folder or Hub dataset; default: LibriSpeech test-clean."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Number of clips per batch.", min=1)] = 8,
-    device: Annotated[str, typer.Option(help="Device for the test data, such as cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="Device for the test data: cpu, cuda or cuda:1; default: cuda if there is a GPU.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
 ) -> None:
     """Compare a checkpoint with stock transformers, score test data, and print a table for an issue.
@@ -90,7 +92,10 @@ def list_scores(evaluation: Any, data: str) -> list[tuple[str, str]]:
     """
     word_rate, character_rate = evaluation.rates["wer"], evaluation.rates["cer"]
     return [
-        ("test data", f"{data}, the first {len(evaluation.scores)} clips, {evaluation.audio_seconds:.0f} s"),
+        (
+            "test data",
+            f"{data}, the first {len(evaluation.scores)} clips, {evaluation.audio_seconds:.0f} s, in float32",
+        ),
         ("word error rate (95 % interval)", format_rate(word_rate)),
         ("character error rate (95 % interval)", format_rate(character_rate)),
         ("seconds of audio per second", f"{1 / evaluation.real_time_factor:.1f}"),

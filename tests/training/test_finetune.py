@@ -73,7 +73,12 @@ def printed_error_rate(output):
 def test_a_model_is_trained_saved_and_scored(digits, tmp_path):
     options = ["--eval_data", digits, "--max_steps", 2, "--per_device_train_batch_size", 4, "--freeze", "encoder"]
     options += ["--spec_augment", '{"time_masks": 2, "time_width": 0.05}']
-    finetune(tmp_path / "out", *options, data=digits)
+    result = finetune(tmp_path / "out", *options, data=digits)
+    # one line per update with the loss, and an evaluation after the epoch, which is not repeated at the end
+    assert len(re.findall(r"^step [12] of 2, epoch .*: loss [\d.]+, learning rate ", result.stderr, re.MULTILINE)) == 2
+    (rate,) = re.findall(r"^step 2 of 2, epoch 1\.00: evaluation loss .*word error rate ([\d.]+%)", result.stderr, re.M)
+    assert result.stdout.splitlines()[-1] == f"wrote {tmp_path / 'out'}; word error rate {rate}"
+    assert result.stderr.splitlines()[-1] == f"next: parakeet transcribe --model {tmp_path / 'out'} FILE"
     changed = changed_weights(tp.demo_model_path(), tmp_path / "out")
     assert changed
     assert not [name for name in changed if name.startswith("encoder.")]

@@ -17,8 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 
-from ..nemo import convert_checkpoint, download_checkpoint, load_nemo
+from ..nemo import (
+    HUB_TIMEOUT_S,
+    REQUEST_ERRORS,
+    convert_checkpoint,
+    download_checkpoint,
+    load_nemo,
+    summarize_error,
+)
 from ..pipeline_parakeet import ParakeetASRPipeline
 from ..training import Evaluation, create_english_normalizer, load_speech, run_evaluation
 from .comparison import Comparison, compare_with_stock
@@ -41,14 +49,15 @@ class VerifyOptions:
         num_clips: number of clips of the test data that are scored; 0 for none.
         data: test data in the forms of `load_speech`; None for LibriSpeech test-clean from the Hub.
         batch_size: number of clips per batch.
-        device: device for the test data, such as `"cuda"`; the comparison with stock transformers runs on the CPU.
+        device: device for the test data, such as `"cuda"`; None for a GPU if there is one. The comparison with stock
+            transformers runs on the CPU.
         revision: branch, tag or commit of a Hub model; None for the default branch.
     """
 
     num_clips: int = 100
     data: str | None = None
     batch_size: int = 8
-    device: str = "cpu"
+    device: str | None = None
     revision: str | None = None
 
 
@@ -111,7 +120,7 @@ def verify_checkpoint(model: str, options: VerifyOptions, report: Callable[[str]
         data=options.data or f"{LIBRISPEECH} {LIBRISPEECH_CONFIGURATION} {LIBRISPEECH_SPLIT}",
         evaluation=evaluation,
         versions={"Python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
-        machine=describe_machine(options.device),
+        machine=describe_machine(choose_device(options.device)),
     )
 
 
@@ -132,20 +141,22 @@ def read_test_clips(options: VerifyOptions, report: Callable[[str], None]) -> li
         return list(itertools.islice(load_speech(options.data, default_split="test"), options.num_clips))
     report(f"downloading {options.num_clips} clips of LibriSpeech test-clean")
     try:
+        # this request fails at once without a network; `datasets` would repeat its requests for half a minute
+        HfApi().dataset_info(LIBRISPEECH, timeout=HUB_TIMEOUT_S)
         dataset = load_speech(LIBRISPEECH, LIBRISPEECH_SPLIT, LIBRISPEECH_CONFIGURATION, streaming=True)
         return list(itertools.islice(dataset, options.num_clips))
-    except OSError as error:
-        reason = str(error).partition("\n")[0]
+    except REQUEST_ERRORS as error:
         raise OSError(
-            f"LibriSpeech test-clean must be downloaded from the Hub, but it cannot be reached ({reason}): check the "
-            "connection, name other test data with `--data`, or score no clips with `--clips 0`"
+            "LibriSpeech test-clean must be downloaded from the Hub, but it cannot be reached "
+            f"({summarize_error(error)}): check the connection, name other test data with `--data`, or score no clips "
+            "with `--clips 0`"
         ) from error
 
 
 def score_test_clips(
     checkpoint: Path, clips: list[Any], options: VerifyOptions, report: Callable[[str], None]
 ) -> Evaluation:
-    """Recognise clips with this package and compute the error rates after Whisper's English normalisation.
+    """Recognise clips in float32 and compute the error rates after Whisper's English normalisation.
 
     Args:
         checkpoint: path of a `.nemo` file or folder.
@@ -154,10 +165,9 @@ def score_test_clips(
         report: function that is called with the name of the step.
     """
     report(f"recognising {len(clips)} clips of the test data")
-    model, processor = load_nemo(checkpoint)
-    pipe = ParakeetASRPipeline(
-        model, processor=processor, task="automatic-speech-recognition", device=torch.device(options.device)
-    )
+    model, processor = load_nemo(checkpoint, dtype=torch.float32)
+    device = choose_device(options.device)
+    pipe = ParakeetASRPipeline(model, processor=processor, task="automatic-speech-recognition", device=device)
     return run_evaluation(pipe, clips, options.batch_size, normalize=create_english_normalizer())
 
 
@@ -171,7 +181,16 @@ def find_commit(checkpoint: Path) -> str | None:
     return match[1] if match is not None else None
 
 
-def describe_machine(device: str) -> dict[str, str]:
+def choose_device(device: str | None) -> torch.device:
+    """Return the device with a name, or by default a GPU if there is one.
+
+    Args:
+        device: name of the device; None for the default.
+    """
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
     """Describe the machine: system, CPU, number of threads, and GPU if it is used.
 
     Args:
@@ -184,8 +203,8 @@ def describe_machine(device: str) -> dict[str, str]:
         "system": platform.platform(),
         "CPU": f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
     }
-    if torch.device(device).type == "cuda":
-        machine["GPU"] = torch.cuda.get_device_name(torch.device(device))
+    if device.type == "cuda":
+        machine["GPU"] = torch.cuda.get_device_name(device)
     return machine
 
 
