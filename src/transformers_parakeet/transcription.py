@@ -1,7 +1,7 @@
 """Transcribes many files with one model, and returns one result per file in the order of the files.
 
-This file batches the windows of several files, and continues with the next file if a file fails. The pipeline computes
-the features and decodes, and `subtitles.py` writes the results.
+If a file fails, the other files are still transcribed. `window_batches.py` decodes the windows of several files in
+batches, and `subtitles.py` writes the results.
 """
 
 from __future__ import annotations
@@ -9,32 +9,32 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers.utils import logging
 
 from .configuration_parakeet import get_head_type
 from .nemo import demo_model_path, load_nemo
 from .pipeline_parakeet import ParakeetASRPipeline
 from .results import TranscriptionResult, to_timed_texts
-
-logger = logging.get_logger(__name__)
+from .window_batches import (
+    Recording,
+    batch_windows,
+    count_new_samples,
+    create_batch_check,
+    decode_batch,
+    read_windows,
+)
 
 DEFAULT_MODEL = "nvidia/parakeet-tdt-0.6b-v3"
 # name of the bundled model of spoken digits
 DEMO_MODEL = "demo"
 # encoder frames before and after a frame in local attention; NVIDIA recommends this context for long recordings
 LOCAL_CONTEXT_SIZE = 128
-# largest number of windows in a batch whose size is chosen by memory
-MAX_BATCH_SIZE = 16
-# largest length in seconds of a batch whose size is chosen by memory: the longest window times the number of windows
-MAX_BATCH_S = 240.0
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -46,9 +46,11 @@ class TranscriptionOptions:
         decoder: `"ctc"` for the CTC head of a hybrid, `"transducer"` for its transducer; `None` for the default decoder
             of the model.
         chunk_length_s: length in seconds of the windows of a longer recording; 0 for the whole recording at once;
-            `None` for the default of the pipeline.
-        batch_size: number of windows that the model processes together; `None` for as many as fit `MAX_BATCH_S` seconds
-            with padding, at most `MAX_BATCH_SIZE`.
+            `None` for windows only if the whole recording does not fit the memory budget.
+        batch_size: number of windows that the model processes together; `None` for as many as fit the memory budget,
+            at most 16 windows and 240 s of audio with padding.
+        memory_budget: number of bytes that may be used in addition to the model; `None` for a quarter of the free
+            memory, at least 1 GB.
         confidence: whether to compute the confidence of tokens, words, segments and texts.
 
     Raises:
@@ -58,6 +60,7 @@ class TranscriptionOptions:
     decoder: str | None = None
     chunk_length_s: float | None = None
     batch_size: int | None = None
+    memory_budget: int | None = None
     confidence: bool = True
 
     def __post_init__(self) -> None:
@@ -85,27 +88,6 @@ class FailedFile:
     error: Exception
 
 
-@dataclass
-class _Recording:
-    """A file while its windows are read and decoded.
-
-    Args:
-        file: path or URL of the file; `None` for samples or bytes in memory.
-        outputs: results of the pipeline's `_forward`, one dict per decoded window.
-        is_decoded: whether the last window of the file is decoded.
-        error: exception that reading or decoding raised; the other windows of the file are then ignored.
-    """
-
-    file: str | None
-    outputs: list[dict[str, Any]] = field(default_factory=list)
-    is_decoded: bool = False
-    error: Exception | None = None
-
-
-# a recording, and the model input of one of its windows, as the pipeline's `preprocess` returns it
-_WindowInput = tuple[_Recording, dict[str, Any]]
-
-
 def transcribe(
     files: Any,
     model: str | Path | ParakeetASRPipeline = DEFAULT_MODEL,
@@ -113,6 +95,7 @@ def transcribe(
     decoder: str | None = None,
     chunk_length_s: float | None = None,
     batch_size: int | None = None,
+    memory_budget: int | None = None,
     confidence: bool = True,
     device: str | torch.device | None = None,
     dtype: str | None = None,
@@ -120,19 +103,14 @@ def transcribe(
 ) -> Iterator[TranscriptionResult]:
     """Transcribe files with text, words, segments and tokens with times.
 
-    The model is loaded at once. The files are read while the results are requested.
+    The files are read while the results are requested.
 
     Args:
         files: paths, URLs, bytes, binary file objects or arrays of samples; see `load_audio`. A single path or URL is
             one file.
         model: Hub id, folder, `.nemo` file, `"demo"` for the bundled model of spoken digits, or a loaded pipeline.
-        decoder: see `TranscriptionOptions`, as for the next three arguments.
-        chunk_length_s: length of windows in seconds.
-        batch_size: number of windows in a batch.
-        confidence: whether to compute confidences.
-        device: see `load_pipeline`, as for the next two arguments; must be `None` for a loaded pipeline.
-        dtype: dtype of the model.
-        attention: `"local"` or `"full"`.
+        decoder, chunk_length_s, batch_size, memory_budget, confidence: see `TranscriptionOptions`.
+        device, dtype, attention: see `load_pipeline`; `None` for a loaded pipeline.
 
     Returns:
         A generator of one result per file, in the order of the files. If a file fails, it raises the error of the file;
@@ -142,19 +120,18 @@ def transcribe(
         ValueError: an option is invalid, or the model does not have the decoder.
         OSError: the model cannot be loaded.
     """
-    options = TranscriptionOptions(decoder, chunk_length_s, batch_size, confidence)
-    if isinstance(model, ParakeetASRPipeline):
-        if (device, dtype, attention) != (None, None, None):
-            raise ValueError(
-                "`device`, `dtype` and `attention` must be None for a loaded pipeline, got "
-                f"{device!r}, {dtype!r} and {attention!r}: pass them to `load_pipeline`"
-            )
-        pipeline = model
-    else:
-        pipeline = load_pipeline(model, device=device, dtype=dtype, attention=attention)
-    check_decoder(pipeline.model.config, decoder)
+    options = TranscriptionOptions(decoder, chunk_length_s, batch_size, memory_budget, confidence)
+    loading_options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention}
+    if not isinstance(model, ParakeetASRPipeline):
+        model = load_pipeline(model, **loading_options)
+    elif set(loading_options.values()) != {None}:
+        raise ValueError(
+            "`device`, `dtype` and `attention` must be None for a loaded pipeline, got "
+            f"{loading_options}: pass them to `load_pipeline`"
+        )
+    check_decoder(model.model.config, decoder)
     sources = [files] if isinstance(files, (str, os.PathLike)) else files
-    return _raise_errors(transcribe_files(pipeline, sources, options))
+    return _raise_errors(transcribe_files(model, sources, options))
 
 
 def _raise_errors(entries: Iterable[TranscriptionResult | FailedFile]) -> Iterator[TranscriptionResult]:
@@ -286,18 +263,15 @@ def transcribe_files(
     options = options or TranscriptionOptions()
     config = pipeline.model.config
     check_decoder(config, options.decoder)
-    call_options: dict[str, Any] = {"chunk_length_s": options.chunk_length_s}
-    call_options["return_confidence"] = options.confidence
-    # a CTC model has one decoder, and its `generate` has no argument for it
-    if options.decoder is not None and get_head_type(config) != "ctc":
-        call_options["generate_kwargs"] = {"decoder": options.decoder}
-    arguments = pipeline._sanitize_parameters(**call_options)
+    arguments = pipeline._sanitize_parameters(**_get_pipeline_options(options, config))
     preprocess_arguments, generate_arguments, postprocess_arguments = arguments
-    recordings: deque[_Recording] = deque()
-    windows = _read_windows(pipeline, files, recordings, preprocess_arguments)
+    # the pipeline plans recordings of which this number fit the memory budget together
+    preprocess_arguments["batch_size"] = options.batch_size or 1
+    recordings: deque[Recording] = deque()
+    windows = read_windows(pipeline, files, recordings, preprocess_arguments)
     sampling_rate = pipeline.processor.feature_extractor.sampling_rate
-    for batch in _batch_windows(windows, options.batch_size, sampling_rate):
-        _decode_batch(pipeline, batch, generate_arguments)
+    for batch in batch_windows(windows, options.batch_size, create_batch_check(pipeline, options.memory_budget)):
+        decode_batch(pipeline, batch, generate_arguments)
         if on_progress is not None:
             on_progress(sum(count_new_samples(window_input["window"]) for _, window_input in batch) / sampling_rate)
         while recordings and (recordings[0].is_decoded or recordings[0].error is not None):
@@ -307,101 +281,27 @@ def transcribe_files(
         yield _build_entry(pipeline, recording, options, postprocess_arguments)
 
 
-def _read_windows(
-    pipeline: ParakeetASRPipeline,
-    files: Iterable[Any],
-    recordings: deque[_Recording],
-    preprocess_arguments: dict[str, Any],
-) -> Iterator[_WindowInput]:
-    """Yield the model inputs of all windows of all files, and append every file to `recordings` when its turn comes.
-
-    If a file cannot be read, its `error` is set, and the next file is read.
-    """
-    for file in files:
-        is_named = isinstance(file, (str, os.PathLike))
-        recording = _Recording(os.fspath(file) if is_named else None)
-        recordings.append(recording)
-        try:
-            for window_input in pipeline.preprocess(file, **preprocess_arguments):
-                yield recording, window_input
-        # no error in one file may prevent the transcription of the other files
-        except Exception as error:
-            logger.debug("%s could not be read", recording.file, exc_info=True)
-            recording.error = error
-
-
-def _batch_windows(
-    windows: Iterable[_WindowInput], batch_size: int | None, sampling_rate: int
-) -> Iterator[list[_WindowInput]]:
-    """Group windows into batches, in their order.
+def _get_pipeline_options(options: TranscriptionOptions, config: Any) -> dict[str, Any]:
+    """Convert the options to arguments of a call of the pipeline.
 
     Args:
-        windows: the windows of all files.
-        batch_size: number of windows in a batch; `None` for batches of limited length, see `TranscriptionOptions`.
-        sampling_rate: samples per second.
-
-    Yields:
-        Lists of one or more windows.
+        options: decoder, windows and confidence.
+        config: configuration of the model.
     """
-    batch: list[_WindowInput] = []
-    longest = 0
-    for recording, window_input in windows:
-        num_samples = window_input["window"].stop - window_input["window"].start
-        is_too_long = (len(batch) + 1) * max(longest, num_samples) > MAX_BATCH_S * sampling_rate
-        if batch and batch_size is None and is_too_long:
-            yield batch
-            batch, longest = [], 0
-        batch.append((recording, window_input))
-        longest = max(longest, num_samples)
-        if len(batch) == (batch_size or MAX_BATCH_SIZE):
-            yield batch
-            batch, longest = [], 0
-    if batch:
-        yield batch
-
-
-def count_new_samples(window: Any) -> int:
-    """Count the samples of a window that are not context.
-
-    Args:
-        window: a `Window`.
-    """
-    return int((window.stop if window.keep_to is None else window.keep_to) - window.keep_from)
-
-
-def _decode_batch(pipeline: ParakeetASRPipeline, batch: list[_WindowInput], generate_arguments: dict[str, Any]) -> None:
-    """Decode a batch, and append the outputs to the recordings; if it fails, decode its windows one by one.
-
-    A window that also fails alone sets the `error` of its recording.
-    """
-    batch = [(recording, window_input) for recording, window_input in batch if recording.error is None]
-    if not batch:
-        return
-    features = [window_input["input_features"][0] for _, window_input in batch]
-    masks = [window_input["attention_mask"][0] for _, window_input in batch]
-    model_inputs = {
-        "input_features": pad_sequence(features, batch_first=True),
-        "attention_mask": pad_sequence(masks, batch_first=True),
+    arguments: dict[str, Any] = {
+        "chunk_length_s": options.chunk_length_s,
+        "memory_budget": options.memory_budget,
+        "return_confidence": options.confidence,
     }
-    try:
-        hypotheses = pipeline.forward(model_inputs, **generate_arguments)["hypotheses"]
-    except Exception as error:
-        logger.debug("a batch of %d windows failed", len(batch), exc_info=True)
-        if len(batch) == 1:
-            batch[0][0].error = error
-            return
-        for entry in batch:
-            _decode_batch(pipeline, [entry], generate_arguments)
-        return
-    for row, (recording, window_input) in enumerate(batch):
-        output = {name: value for name, value in window_input.items() if name not in model_inputs}
-        recording.is_decoded = bool(output.pop("is_last"))
-        recording.outputs.append({**output, "hypotheses": hypotheses[row]})
+    # a CTC model has one decoder, and its `generate` has no argument for it
+    if options.decoder is not None and get_head_type(config) != "ctc":
+        arguments["generate_kwargs"] = {"decoder": options.decoder}
+    return arguments
 
 
 def _build_entry(
     pipeline: ParakeetASRPipeline,
-    recording: _Recording,
+    recording: Recording,
     options: TranscriptionOptions,
     postprocess_arguments: dict[str, Any],
 ) -> TranscriptionResult | FailedFile:
@@ -452,6 +352,7 @@ __all__ = [
     "TranscriptionOptions",
     "check_decoder",
     "load_pipeline",
+    "set_attention",
     "transcribe",
     "transcribe_files",
 ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .inputs import Recording, choose_output_names, find_recordings
-from .messages import error_console, format_error, print_error, print_note, print_text
+from .messages import error_console, format_error, print_error, print_note, print_text, print_traceback
 from .models import load_pipeline, print_model_note
 from .outputs import OutputOptions, format_result, print_json_line, print_json_list
 from .progress import ProgressBar
@@ -136,6 +136,7 @@ class Job:
         for task, entry in zip(tasks, entries, strict=True):
             bar.pause()
             if isinstance(entry, FailedFile):
+                print_traceback(entry.error)
                 self.fail(task.recording.name, format_error(entry.error, task.recording.label))
             else:
                 durations.append(entry.duration)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -90,10 +91,14 @@ def format_error(error: Exception, file: str = "") -> str:
     return message if file in message else f"{file}: {message}"
 
 
-def print_traceback() -> None:
-    """Print the traceback of the exception that is being handled, if `TRANSFORMERS_VERBOSITY` is `debug`."""
+def print_traceback(error: Exception) -> None:
+    """Print the traceback of an exception to stderr, if the environment variable `TRANSFORMERS_VERBOSITY` is `debug`.
+
+    Args:
+        error: the exception.
+    """
     if os.environ.get("TRANSFORMERS_VERBOSITY") == "debug":
-        error_console.print_exception()
+        print_note("".join(traceback.format_exception(error)))
 
 
 @contextmanager
@@ -105,7 +110,7 @@ def print_error_and_exit() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, MemoryError) as error:
-        print_traceback()
+        print_traceback(error)
         print_error(format_error(error))
         raise typer.Exit(1) from error
 
