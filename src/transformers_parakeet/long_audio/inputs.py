@@ -118,15 +118,32 @@ def iterate_model_inputs(
     if options.speech_detector is not None:
         speech = detect_speech(source.blocks(BLOCK_S), options.speech_detector)
     if plan.window_s is None or speech == []:
-        # the feature extractor returns one frame of padding for a recording without samples
-        samples = np.zeros(0, np.float32) if speech == [] else source.load()
-        inputs = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="pt", device=device)
-        window = Window(0, source.num_samples, 0, None)
-        yield ModelInput(window, inputs["input_features"], inputs["attention_mask"], True, speech)
+        features, mask = compute_features(source, extractor, device, is_silent=speech == [])
+        yield ModelInput(Window(0, source.num_samples, 0, None), features, mask, True, speech)
         return
     if window_options is None:
         window_options = get_window_options(plan.window_s, options.context_s, extractor, config)
     yield from iterate_windows(source, window_options, options.normalize_over, extractor, config, device, speech)
+
+
+def compute_features(
+    source: AudioSource, extractor: ParakeetFeatureExtractor, device: torch.device, is_silent: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute the features of a whole recording. The samples are not in memory after the function returns.
+
+    Args:
+        source: the recording.
+        extractor: the feature extractor.
+        device: device on which the features are computed.
+        is_silent: whether no speech was detected; the recording is then replaced by one without samples.
+
+    Returns:
+        (1, T, F) features and a (1, T) mask, True for valid frames. For a recording without samples T is 1, and the
+        frame is not valid.
+    """
+    samples = np.zeros(0, np.float32) if is_silent else source.load()
+    inputs = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="pt", device=device)
+    return inputs["input_features"], inputs["attention_mask"]
 
 
 def get_window_options(

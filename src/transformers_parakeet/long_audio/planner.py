@@ -25,19 +25,19 @@ MIN_BUDGET_BYTES = 10**9
 BUDGET_FRACTION = 1 / 4
 SAMPLE_BYTES = FLOAT_BYTES = 4
 
-# Factors of the estimate, measured by benchmarks/window_memory.py on CPUs: how many tensors of each kind exist at once.
-# samples: those read, and their concatenation or padded copy
-SAMPLE_COPIES = 3
-# features: log-mel energies and one copy
+# Number of tensors of each kind in the estimate, which is an upper limit. For the sizes of the 110M models, attention
+# that is limited on both sides, float32 and a CPU it gives 0.33 GB for 5 minutes and 0.59 GB for 15 minutes, where a CTC
+# model needed 0.18 and 0.32 GB, and 0.72 GB for 20 minutes, where a TDT model needed 0.40 GB.
+SAMPLE_COPIES = 1
 FEATURE_COPIES = 2
 # encoder frames of width H
-HIDDEN_COPIES = 16
+HIDDEN_COPIES = 8
 # relative positions of width H, of which there are 2 N - 1: sinusoids, and their projection in one block
 POSITION_COPIES = 4
 # logits of a CTC head, and their conversion to scores
-LOGIT_COPIES = 3
-# workspace of the attention, of the features and of the subsampling, in bytes; independent of the length
-WORKSPACE_BYTES = 300 * 10**6
+LOGIT_COPIES = 2
+# attention scores, spectra and subsampling, in bytes; independent of the length of the recording
+WORKSPACE_BYTES = 200 * 10**6
 
 
 @dataclass(frozen=True)
