@@ -126,8 +126,26 @@ def test_a_long_word_is_broken_between_its_tokens():
     assert all(text_width(join_words(line)) <= 42 for cue in cues for line in cue.lines)
     assert all(cue.end_ms - cue.start_ms <= 7000 for cue in cues)
     assert "".join(join_words(line) for cue in cues for line in cue.lines) == text
+    # no line starts with the comma
+    assert not any(join_words(line).startswith("\u3001") for cue in cues for line in cue.lines)
     # without tokens the word cannot be broken
     assert cue_texts(words, 8.0) == [[text]]
+
+
+def test_punctuation_is_joined_to_the_token_before_it():
+    text = "\u4eca" * 21 + "\u3002" + "\u65e5" * 9
+    tokens = [TimedText(character, 0.2 * index, 0.2 * (index + 1)) for index, character in enumerate(text)]
+    parts = split_long_words([TimedText(text, 0.0, 6.2)], tokens, 42)
+    assert [part.text for part in parts] == ["\u4eca"] * 20 + ["\u4eca\u3002"] + ["\u65e5"] * 9
+    assert [part.continues_word for part in parts] == [False] + [True] * 29
+    # the end of the joined part is that of the punctuation
+    assert (parts[20].start_ms, parts[20].end_ms) == (4000, 4400)
+
+
+def test_a_long_word_in_latin_letters_stays_whole():
+    word = "https://example.org/" + "a" * 40
+    tokens = [TimedText(word[index : index + 5], index, index + 5) for index in range(0, len(word), 5)]
+    assert [part.text for part in split_long_words([TimedText(word, 0, 60)], tokens, 42)] == [word]
 
 
 def test_tokens_are_assigned_to_words_by_their_text():
@@ -142,7 +160,9 @@ def test_tokens_are_assigned_to_words_by_their_text():
     ]
     assert match_tokens(words, tokens[:-1]) is None
     # tokens that do not match the words are ignored
-    assert [word.text for word in split_long_words(words, tokens[1:], line_width=3)] == ["hello", "42 -", "you"]
+    text = "\u4eca\u65e5\u306f"
+    long_word, other_tokens = TimedText(text, 0, 1), [TimedText("\u4eca", 0, 1)]
+    assert [word.text for word in split_long_words([long_word], other_tokens, line_width=4)] == [text]
 
 
 def test_times_are_limited_to_the_recording_and_ordered():

@@ -19,6 +19,7 @@ SENTENCE_ENDS = frozenset(".?!\u2026\u3002\uff1f\uff01\u0964\u061f")
 CLAUSE_ENDS = frozenset(",;:\u3001\uff0c\uff1b\uff1a\u060c")
 # quotation marks and brackets that can follow the punctuation at the end of a sentence or clause
 CLOSING_MARKS = "\"')]\u00bb\u2019\u201d\u300d\u300f\u3011\uff09"
+TRAILING_MARKS = SENTENCE_ENDS | CLAUSE_ENDS | frozenset(CLOSING_MARKS)
 # titles end with a period, but not a sentence
 TITLES = frozenset({"mr.", "mrs.", "ms.", "dr.", "prof.", "st."})
 
@@ -120,8 +121,8 @@ def build_cues(
     Args:
         words: the words with times in seconds. Words without text are skipped.
         duration: length of the recording in seconds.
-        tokens: the tokens of the words. If a word is longer than a line, it can be broken between its tokens; languages
-            without spaces need this. Without tokens, such a word is a line of its own.
+        tokens: the tokens of the words. A Chinese or Japanese word that is longer than a line is broken between its
+            tokens. Without tokens, and in other scripts, such a word is a line of its own.
         options: limits of the cues.
 
     Returns:
@@ -139,11 +140,12 @@ def build_cues(
 
 
 def split_long_words(words: Sequence[TimedText], tokens: Sequence[TimedText], line_width: int) -> list[CueWord]:
-    """Convert words to words of cues, and split every word that is longer than a line into its tokens.
+    """Convert words to words of cues, and split every word in a script without spaces that is longer than a line.
 
     Args:
         words: the words with times in seconds.
-        tokens: the tokens of all words. If their texts do not match the words, no word is split.
+        tokens: the tokens of all words, between which words are split. If their texts do not match the words, no word
+            is split.
         line_width: maximum width of a line in characters.
 
     Returns:
@@ -152,12 +154,34 @@ def split_long_words(words: Sequence[TimedText], tokens: Sequence[TimedText], li
     tokens_per_word = match_tokens(words, tokens) or [[] for _ in words]
     cue_words = []
     for word, word_tokens in zip(words, tokens_per_word, strict=True):
-        is_long = text_width(" ".join(word.text.split())) > line_width
-        parts = word_tokens if is_long and word_tokens else [word]
-        for index, part in enumerate(part for part in parts if part.text.strip()):
-            text = " ".join(part.text.split())
-            cue_words.append(CueWord(text, to_milliseconds(part.start), to_milliseconds(part.end), index > 0))
+        text = " ".join(word.text.split())
+        # Chinese and Japanese characters are wide; a long word of other characters, such as a URL, stays whole
+        has_wide_characters = text_width(text) > len(text)
+        is_long = text_width(text) > line_width
+        parts = attach_punctuation(word_tokens if is_long and has_wide_characters and word_tokens else [word])
+        for index, part in enumerate(parts):
+            part_text = " ".join(part.text.split())
+            cue_words.append(CueWord(part_text, to_milliseconds(part.start), to_milliseconds(part.end), index > 0))
     return cue_words
+
+
+def attach_punctuation(tokens: Sequence[TimedText]) -> list[TimedText]:
+    """Join punctuation to the token before it, so that no line starts with punctuation.
+
+    Args:
+        tokens: the tokens of one word.
+
+    Returns:
+        The joined tokens. Tokens without text are left out.
+    """
+    joined: list[TimedText] = []
+    for token in tokens:
+        text = token.text.strip()
+        if joined and text and all(character in TRAILING_MARKS for character in text):
+            joined[-1] = replace(joined[-1], text=joined[-1].text + text, end=max(joined[-1].end, token.end))
+        elif text:
+            joined.append(token)
+    return joined
 
 
 def match_tokens(words: Sequence[TimedText], tokens: Sequence[TimedText]) -> list[list[TimedText]] | None:
