@@ -44,12 +44,13 @@ def list_sizes(model_info: Any) -> list[tuple[str, str]]:
         ("parameters", f"{model_info.num_parameters / 1e6:.1f} million, {model_info.dtype}"),
         (
             "encoder",
-            f"FastConformer, {model_info.num_layers} layers of width {model_info.hidden_size}, {model_info.num_heads} "
+            f"FastConformer, {format_count(model_info.num_layers, 'layer')} of width {model_info.hidden_size}, {model_info.num_heads} "
             f"attention heads, {model_info.num_mel_bins} mel bins, frames of {model_info.frame_duration_s * 1000:g} ms",
         ),
     ]
     if model_info.prediction_hidden_size is not None:
-        size = f"{model_info.num_prediction_layers} LSTM layers of width {model_info.prediction_hidden_size}"
+        layers = format_count(model_info.num_prediction_layers, "LSTM layer")
+        size = f"{layers} of width {model_info.prediction_hidden_size}"
         rows.append(("prediction network", size))
     rows.append(("vocabulary", f"{model_info.vocab_size} tokens with the blank"))
     if model_info.durations is not None:
@@ -70,7 +71,7 @@ def describe_context(model_info: Any, context: tuple[int, ...]) -> str:
     if max(context) < 0:
         return "full: each frame attends to the whole clip"
     left, right = context[0], context[-1]
-    before, after = (f"{count} frames" if count >= 0 else "all frames" for count in (left, right))
+    before, after = (format_count(count, "frame") if count >= 0 else "all frames" for count in (left, right))
     if model_info.attention_style == "regular":
         name = "local" if model_info.is_local_attention else "limited"
         return f"{name}: each frame attends to {before} before and {after} after it"
@@ -78,12 +79,23 @@ def describe_context(model_info: Any, context: tuple[int, ...]) -> str:
         if right < 0:
             return f"limited: each frame attends to {before} before and all frames after it"
         seconds = (right + 1) * model_info.frame_duration_s
-        return f"chunks of {right + 1} frames ({seconds:.2f} s): each frame attends to its chunk and {before} before it"
+        chunk = f"{format_count(right + 1, 'frame')} ({seconds:.2f} s)"
+        return f"chunks of {chunk}: each frame attends to its chunk and {before} before it"
     seconds = context[1] * model_info.frame_duration_s
     return (
-        f"chunks of {context[1]} frames ({seconds:.2f} s): each frame attends to its chunk, {before} before and "
+        f"chunks of {format_count(context[1], 'frame')} ({seconds:.2f} s): each frame attends to its chunk, {before} before and "
         f"{after} after it"
     )
+
+
+def format_count(number: int, noun: str) -> str:
+    """Format a number with a noun in the singular or plural.
+
+    Args:
+        number: the number.
+        noun: the noun in the singular.
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def list_memory(model_info: Any) -> list[tuple[str, str]]:

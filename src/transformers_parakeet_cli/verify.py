@@ -96,6 +96,7 @@ def list_scores(evaluation: Any, data: str) -> list[tuple[str, str]]:
             "test data",
             f"{data}, the first {len(evaluation.scores)} clips, {evaluation.audio_seconds:.0f} s, in float32",
         ),
+        ("text normalisation", "that of Whisper for English, without a list of British spellings"),
         ("word error rate (95 % interval)", format_rate(word_rate)),
         ("character error rate (95 % interval)", format_rate(character_rate)),
         ("seconds of audio per second", f"{1 / evaluation.real_time_factor:.1f}"),

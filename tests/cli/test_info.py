@@ -33,6 +33,7 @@ def test_the_demo_model_is_described():
     assert rows["head"] == ["TDT and CTC (hybrid); --decoder transducer or ctc"]
     # the README of the demo model states the number of parameters, 1,788,367
     assert rows["parameters"] == ["1.8 million, float32"]
+    assert rows["prediction network"] == ["1 LSTM layer of width 64"]
     assert rows["durations"] == ["0, 1, 2, 3, 4, 5, 6, 7, 8 frames"]
     assert rows["attention"] == ["full: each frame attends to the whole clip"]
     assert rows["memory"][0] == "weights: 7.2 MB in float32, 3.6 MB in bfloat16"
@@ -43,7 +44,7 @@ def test_the_demo_model_is_described():
 def test_every_trained_context_is_listed():
     rows = run_info(REAL_CONFIGS / "nemotron" / "model.nemo")
     # contexts of the YAML: [70, 13], [70, 6], [70, 1], [70, 0]
-    seconds = ["14 frames (1.12 s)", "7 frames (0.56 s)", "2 frames (0.16 s)", "1 frames (0.08 s)"]
+    seconds = ["14 frames (1.12 s)", "7 frames (0.56 s)", "2 frames (0.16 s)", "1 frame (0.08 s)"]
     expected = [f"chunks of {chunk}: each frame attends to its chunk and 70 frames before it" for chunk in seconds]
     assert rows["attention"] == [expected[0], *(f"also trained: {text}" for text in expected[1:])]
     assert rows["streaming"] == ["yes, cache-aware: each frame is encoded once"]

@@ -119,7 +119,7 @@ def verify_checkpoint(model: str, options: VerifyOptions, report: Callable[[str]
         comparison=comparison,
         data=options.data or f"{LIBRISPEECH} {LIBRISPEECH_CONFIGURATION} {LIBRISPEECH_SPLIT}",
         evaluation=evaluation,
-        versions={"Python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        versions={"Python": platform.python_version(), **{name: get_version(name) for name in PACKAGES}},
         machine=describe_machine(choose_device(options.device)),
     )
 
@@ -179,6 +179,18 @@ def find_commit(checkpoint: Path) -> str | None:
     """
     match = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", checkpoint.as_posix())
     return match[1] if match is not None else None
+
+
+def get_version(package: str) -> str:
+    """Return the version of an installed package, or "not installed" if it is used without an installation.
+
+    Args:
+        package: name of the package.
+    """
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def choose_device(device: str | None) -> torch.device:
