@@ -17,7 +17,7 @@ def demo() -> None:
 
     folder = demo_model_path()
     with print_error_and_exit():
-        pipeline = load_pipeline("demo")
+        pipeline = load_pipeline("demo", dtype="float32")
     clips = json.loads((folder / "clips" / "manifest.json").read_text(encoding="utf-8"))
     files = [str(folder / "clips" / clip["file"]) for clip in clips]
     tdt_results = pipeline(files, return_timestamps="word", return_confidence=True)

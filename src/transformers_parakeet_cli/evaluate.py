@@ -50,9 +50,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Number of clips per batch.", min=1)] = 8,
     decoder: Annotated[str | None, typer.Option(help="ctc: use the CTC head of a hybrid.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; default: cuda if there is a GPU.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Default: bfloat16 if the device computes it natively, else float32.")
-    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     report: Annotated[Path | None, typer.Option(help="HTML file with rates, diagram and worst clips.")] = None,
     output_path: Annotated[
         Path | None, typer.Option("--output", help="File for references and hypotheses, one JSON object per line.")
@@ -65,7 +63,7 @@ def evaluate(
         normalize_text = choose_normalization(normalize, spellings)
         dataset = load_speech(data, split, name, default_split="test")
         pipeline = load_pipeline(model, device=device, dtype=dtype)
-        print_model_note(pipeline, dtype is None)
+        print_model_note(pipeline, is_default_dtype=False)
         evaluation = run_evaluation(pipeline, dataset, batch_size, decoder, normalize_text)
         if output_path is not None:
             write_clips(evaluation, output_path)
