@@ -420,7 +420,7 @@ def run_without(package, *arguments, status=0):
 
 def test_a_manifest_does_not_need_the_package_datasets(digits, tmp_path):
     output = run_without("datasets", "evaluate", tp.demo_model_path(), digits)
-    assert output.startswith("8 clips, word error rate")
+    assert "8 clips, " in output
     options = ["--model", tp.demo_model_path(), "--train_data", digits, "--output_dir", tmp_path / "out", *QUICK]
     run_without("datasets", "finetune", *options, "--max_steps", "1", "--batch_duration_s", "9")
     assert (tmp_path / "out" / "model.safetensors").exists()
