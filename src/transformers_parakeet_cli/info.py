@@ -44,8 +44,9 @@ def list_sizes(model_info: Any) -> list[tuple[str, str]]:
         ("parameters", f"{model_info.num_parameters / 1e6:.1f} million, {model_info.dtype}"),
         (
             "encoder",
-            f"FastConformer, {format_count(model_info.num_layers, 'layer')} of width {model_info.hidden_size}, {model_info.num_heads} "
-            f"attention heads, {model_info.num_mel_bins} mel bins, frames of {model_info.frame_duration_s * 1000:g} ms",
+            f"FastConformer, {format_count(model_info.num_layers, 'layer')} of width {model_info.hidden_size}, "
+            f"{model_info.num_heads} attention heads, {model_info.num_mel_bins} mel bins, "
+            f"frames of {model_info.frame_duration_s * 1000:g} ms",
         ),
     ]
     if model_info.prediction_hidden_size is not None:
@@ -81,11 +82,8 @@ def describe_context(model_info: Any, context: tuple[int, ...]) -> str:
         seconds = (right + 1) * model_info.frame_duration_s
         chunk = f"{format_count(right + 1, 'frame')} ({seconds:.2f} s)"
         return f"chunks of {chunk}: each frame attends to its chunk and {before} before it"
-    seconds = context[1] * model_info.frame_duration_s
-    return (
-        f"chunks of {format_count(context[1], 'frame')} ({seconds:.2f} s): each frame attends to its chunk, {before} before and "
-        f"{after} after it"
-    )
+    chunk = f"{format_count(context[1], 'frame')} ({context[1] * model_info.frame_duration_s:.2f} s)"
+    return f"chunks of {chunk}: each frame attends to its chunk, {before} before and {after} after it"
 
 
 def format_count(number: int, noun: str) -> str:
