@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .messages import print_error_and_exit, print_text
+from .messages import print_error_and_exit, print_next_command, print_note, print_text
 
 
 def convert(
@@ -27,9 +27,11 @@ def convert(
     from transformers_parakeet.nemo import convert_checkpoint
 
     logging.disable_progress_bar()
+    print_note(f"converting {source} and comparing the result with it")
     with print_error_and_exit():
         written_path = convert_checkpoint(source, target, dtype=dtype, push_to_hub=push_to_hub, revision=revision)
     print_text(f"wrote {written_path}; weights and output for random noise equal those of {source}")
+    print_next_command("parakeet", "transcribe", "--model", str(written_path), "FILE")
 
 
 __all__ = ["convert"]

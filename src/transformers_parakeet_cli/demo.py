@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 
-from .messages import console, print_error_and_exit
+from .messages import print_error_and_exit, print_next_command, print_table, print_text
 from .models import load_pipeline
-
-# width in characters of a table that is not printed to a terminal
-DEFAULT_TABLE_WIDTH = 200
 
 
 def demo() -> None:
@@ -31,7 +27,8 @@ def demo() -> None:
     for head, results in (("TDT", tdt_results), ("CTC", ctc_results)):
         rate = compute_word_error_rate(references, [result["text"] for result in results])
         rate_text = "not computed, because it needs jiwer (in the extra `cli`)" if rate is None else f"{rate:.1%}"
-        console.print(f"word error rate, {head}: {rate_text} on {len(clips)} clips", highlight=False)
+        print_text(f"word error rate, {head}: {rate_text} on {len(clips)} clips")
+    print_next_command("parakeet", "transcribe", "--model", "HUB_ID", "FILE")
 
 
 def print_demo_table(
@@ -50,10 +47,7 @@ def print_demo_table(
     for clip, tdt_result, ctc_result in zip(clips, tdt_results, ctc_results, strict=True):
         words = "\n".join(map(format_word, tdt_result["chunks"]))
         table.add_row(clip["file"], clip["text"], words, ctc_result["text"], end_section=True)
-    # without a terminal, rich assumes a width of 80 characters and truncates the table
-    is_terminal = console.file.isatty()
-    table_console = console if is_terminal else Console(file=console.file, width=DEFAULT_TABLE_WIDTH)
-    table_console.print(table)
+    print_table(table)
 
 
 def format_word(chunk: dict[str, Any]) -> str:

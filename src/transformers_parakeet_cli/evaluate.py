@@ -1,39 +1,137 @@
-"""`parakeet evaluate`: the word error rate of a model; `transformers_parakeet.training` computes it."""
+"""`parakeet evaluate`: the error rates and the speed of a model; `transformers_parakeet.training` computes them."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from .messages import print_error_and_exit, print_text
-from .models import load_pipeline
+from .messages import print_error_and_exit, print_next_command, print_note, print_rows
+from .models import load_pipeline, print_model_note
+
+# number of clips with the most errors that are printed
+NUM_WORST_CLIPS = 3
+
+# names of the rates in `Evaluation.rates`, and their names in the output
+RATE_NAMES = {
+    "wer": "word error rate",
+    "substitutions": "  substitutions",
+    "deletions": "  deletions",
+    "insertions": "  insertions",
+    "cer": "character error rate",
+}
+
+
+class Normalization(str, Enum):
+    """Text normalisations before scoring."""
+
+    basic = "basic"
+    english = "english"
+    none = "none"
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, folder or .nemo file.")],
+    model: Annotated[str, typer.Argument(help="Hub id, folder or .nemo file; demo: the bundled digits.")],
     data: Annotated[str, typer.Argument(help="NeMo manifest, folder, or name of a Hub dataset.")],
     split: Annotated[str | None, typer.Option(help="Split of the dataset; default: test.")] = None,
     name: Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Number of clips per batch.")] = 8,
+    normalize: Annotated[
+        Normalization,
+        typer.Option(help="basic: lower case, no punctuation; english: as the Open ASR leaderboard; none: as it is."),
+    ] = Normalization.basic,
+    spellings: Annotated[
+        Path | None,
+        typer.Option(help="normalizer.json of a Whisper checkpoint: British spellings, for --normalize english."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Number of clips per batch.", min=1)] = 8,
     decoder: Annotated[str | None, typer.Option(help="ctc: use the CTC head of a hybrid.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; default: cuda if there is a GPU.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    report: Annotated[Path | None, typer.Option(help="HTML file with rates, diagram and worst clips.")] = None,
     output_path: Annotated[
-        str | None, typer.Option("--output", help="File for references and hypotheses, one JSON object per line.")
+        Path | None, typer.Option("--output", help="File for references and hypotheses, one JSON object per line.")
     ] = None,
 ) -> None:
-    """Measure the word error rate of a model on audio with transcripts."""
+    """Measure word and character error rates with 95 % intervals and the speed, on audio with transcripts."""
     with print_error_and_exit():
-        from transformers_parakeet.training import evaluate_pipeline, load_speech
+        from transformers_parakeet.training import load_speech, run_evaluation, write_report
 
+        normalize_text = choose_normalization(normalize, spellings)
         dataset = load_speech(data, split, name, default_split="test")
-        result = evaluate_pipeline(load_pipeline(model, dtype="float32"), dataset, batch_size, decoder)
-    if output_path is not None:
-        with open(output_path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(clip, ensure_ascii=False) + "\n" for clip in result["clips"])
-    print_text(
-        f"{len(result['clips'])} clips, word error rate {result['wer']:.2%}, character error rate {result['cer']:.2%}"
-    )
+        pipeline = load_pipeline(model, device=device, dtype=dtype)
+        print_model_note(pipeline, is_default_dtype=False)
+        evaluation = run_evaluation(pipeline, dataset, batch_size, decoder, normalize_text)
+        if output_path is not None:
+            write_clips(evaluation, output_path)
+        if report is not None:
+            settings = {"model": model, "data": data, "normalisation": normalize.value, "decoder": decoder or "default"}
+            write_report(evaluation, report, f"Evaluation of {model}", settings)
+    print_rows(list_results(evaluation))
+    for score in evaluation.worst_clips(NUM_WORST_CLIPS):
+        print_note(f"{score.words.errors} word errors in {score.clip.name}")
+        print_note(f"  reference:  {score.clip.reference}\n  hypothesis: {score.clip.hypothesis}")
+    for path in filter(None, (output_path, report)):
+        print_note(f"wrote {path}")
+    if report is None:
+        print_next_command("parakeet", "evaluate", model, data, "--report", "REPORT.html")
+
+
+def choose_normalization(normalization: Normalization, spellings: Path | None) -> Callable[[str], str]:
+    """Return the text normalisation that an option names.
+
+    Args:
+        normalization: value of the option `--normalize`.
+        spellings: value of the option `--spellings`.
+
+    Raises:
+        ValueError: `--spellings` was given for another normalisation than `english`, or is not a list of spellings.
+        OSError: the file cannot be read.
+    """
+    from transformers_parakeet.training import create_english_normalizer, normalize_text
+
+    if normalization is Normalization.english:
+        return create_english_normalizer(spellings)
+    if spellings is not None:
+        raise ValueError(f"`--spellings` must come with `--normalize english`, got {normalization.value!r}: change one")
+    return normalize_text if normalization is Normalization.basic else str
+
+
+def list_results(evaluation: Any) -> list[tuple[str, str]]:
+    """List the names and values of the error rates and the speed.
+
+    Args:
+        evaluation: an `Evaluation`.
+    """
+    rates = evaluation.rates
+    rows = [("data", f"{len(evaluation.scores)} clips, {evaluation.audio_seconds:.0f} s")]
+    for key, name in RATE_NAMES.items():
+        rows.append((name, f"{rates[key].value:.2%} (95 % interval {rates[key].low:.2%} to {rates[key].high:.2%})"))
+    factor = evaluation.real_time_factor
+    rows.append(("real-time factor", f"{factor:.4f} ({1 / factor:.1f} seconds of audio per second)"))
+    return rows
+
+
+def write_clips(evaluation: Any, path: Path) -> None:
+    """Write the name, reference and hypothesis of each clip as one JSON object per line.
+
+    Args:
+        evaluation: an `Evaluation`.
+        path: the file to write; an existing file is replaced.
+    """
+    with open(path, "w", encoding="utf-8") as file:
+        for score in evaluation.scores:
+            clip = {
+                "name": score.clip.name,
+                "duration": score.clip.duration,
+                "reference": score.clip.reference,
+                "hypothesis": score.clip.hypothesis,
+                "word_errors": score.words.errors,
+            }
+            file.write(json.dumps(clip, ensure_ascii=False) + "\n")
 
 
 __all__ = ["evaluate"]

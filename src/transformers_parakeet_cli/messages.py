@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import shlex
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 console = Console()
 error_console = Console(stderr=True)
+
+# width in characters of a table that is not printed to a terminal
+DEFAULT_TABLE_WIDTH = 200
 
 
 def print_text(text: str, end: str = "\n") -> None:
@@ -22,6 +27,39 @@ def print_text(text: str, end: str = "\n") -> None:
         end: text that is printed after `text`.
     """
     typer.echo(text + end, nl=False)
+
+
+def print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    """Print names and values to stdout in two aligned columns, without line wrapping.
+
+    Args:
+        rows: pairs of name and value. A row with an empty name continues the value of the row before.
+    """
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print_text(f"{name:{width}}  {value}")
+
+
+def print_table(table: Table) -> None:
+    """Print a table to stdout: as wide as the terminal, or without a terminal 200 characters wide.
+
+    Args:
+        table: the table.
+    """
+    # without a terminal, rich assumes a width of 80 characters and truncates the table
+    is_terminal = console.file.isatty()
+    table_console = console if is_terminal else Console(file=console.file, width=DEFAULT_TABLE_WIDTH)
+    table_console.print(table)
+
+
+def print_next_command(*arguments: str) -> None:
+    """Print to stderr the command that uses the result of the present command.
+
+    Args:
+        *arguments: the command and its arguments, which are quoted for a shell. A word in capital letters stands for a
+            name that the user knows.
+    """
+    print_note(f"next: {shlex.join(arguments)}")
 
 
 def print_error(message: str) -> None:
@@ -83,7 +121,10 @@ __all__ = [
     "format_error",
     "print_error",
     "print_error_and_exit",
+    "print_next_command",
     "print_note",
+    "print_rows",
+    "print_table",
     "print_text",
     "print_traceback",
 ]

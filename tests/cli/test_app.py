@@ -11,5 +11,5 @@ def test_the_help_lists_every_subcommand():
     result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
     assert "Transcribe audio and video files." in result.stdout
-    for command in ("transcribe", "demo", "convert", "finetune", "evaluate"):
+    for command in ("transcribe", "demo", "info", "convert", "finetune", "evaluate", "verify"):
         assert re.search(rf"\b{command}  ", result.stdout)

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import transformers_parakeet as tp
 from transformers_parakeet import load_nemo
+from transformers_parakeet.nemo import download_checkpoint
 from transformers_parakeet_cli.app import app
 
 GOLDEN = TESTS / "golden"
@@ -151,6 +152,17 @@ def test_safetensors_on_the_hub_are_preferred_with_a_warning(hub, tmp_path, capl
     assert same_weights(model, load_nemo(tp.demo_model_path())[0])
     assert processor.decoder_type == "tdt"
     assert "parakeet.nemo" not in hub.downloads()
+
+
+def test_a_checkpoint_is_downloaded_without_the_files_of_other_formats(hub, tmp_path):
+    hub.files = {**demo_files(), "onnx/model.safetensors": CTC, "README.md": CTC}
+    folder = download_checkpoint("nvidia/parakeet", cache_dir=tmp_path)
+    assert folder.name == COMMIT
+    assert {path.name for path in folder.rglob("*") if path.is_file()} == demo_files().keys()
+    assert same_weights(load_nemo(folder)[0], load_nemo(tp.demo_model_path())[0])
+    hub.files = {"parakeet.nemo": CTC}
+    assert download_checkpoint("nvidia/parakeet", cache_dir=tmp_path).name == "parakeet.nemo"
+    assert download_checkpoint(CTC) == CTC
 
 
 @pytest.mark.parametrize("obstacle", ["local_files_only", "offline", "no connection", "server error"])

@@ -19,7 +19,7 @@ from torch import Tensor
 from .archive import Archive, NemoError
 from .fields import SAMPLING_RATE
 from .hub import find_checkpoint
-from .reader import load_archive, load_folder
+from .reader import describe_head, load_archive, load_folder
 from .writer import export_nemo
 
 # maximum size of one safetensors file
@@ -265,12 +265,10 @@ def build_model_card(source: str, model: Any) -> str:
         model: converted model.
     """
     config, encoder_config = model.config, model.config.encoder_config
-    head = {"parakeet_ctc": "CTC", "parakeet_rnnt": "RNN-T", "parakeet_tdt": "TDT"}[config.model_type]
-    head += " and CTC (hybrid)" if getattr(config, "ctc_head", False) else ""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     rows = {
         "origin": f"`{Path(source).name if Path(source).exists() else source}`",
-        "head": head,
+        "head": describe_head(config),
         "encoder": (f"FastConformer, {encoder_config.num_hidden_layers} layers of width {encoder_config.hidden_size}"),
         "parameters": f"{num_parameters / 1e6:.1f} million, {str(model.dtype).removeprefix('torch.')}",
         "vocabulary": f"{config.vocab_size - 1} SentencePiece pieces and the blank",

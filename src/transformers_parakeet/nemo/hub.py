@@ -57,6 +57,32 @@ def find_checkpoint(path: str | Path, **hub: Any) -> Path:
     return choose_checkpoint(path, repository.names, repository.snapshot_folder or Path(path), repository.fetch)
 
 
+def download_checkpoint(path: str | Path, **hub: Any) -> Path:
+    """Locate a checkpoint, and download it if it is on the Hub.
+
+    Args:
+        path: path of a `.nemo` file, path of a folder, or Hub id `org/name`.
+        **hub: `revision`, `token`, `cache_dir` and `local_files_only`, as in `load_nemo`.
+
+    Returns:
+        Path of a `.nemo` file, or of a folder with safetensors.
+
+    Raises:
+        FileNotFoundError: the file does not exist, or the folder or repository contains no checkpoint.
+        OSError: the Hub refuses the request or cannot be reached.
+    """
+    hub = {"revision": None, "token": None, "cache_dir": None, "local_files_only": False, **hub}
+    checkpoint = find_checkpoint(path, **hub)
+    if checkpoint.exists():
+        return checkpoint
+    try:
+        # files in sub-folders belong to other formats
+        patterns = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*"]}
+        return Path(snapshot_download(str(path), **hub, **patterns))
+    except REQUEST_ERRORS as error:
+        raise OSError(explain_failure(str(path), hub["revision"], error)) from error
+
+
 def is_repo_id(path: str) -> bool:
     """Return whether a string has the form of a Hub id, `org/name`.
 

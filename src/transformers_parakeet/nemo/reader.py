@@ -4,7 +4,9 @@
 translates the names of weights, and `sentencepiece.py` converts tokenizers. `writer.py` writes `.nemo` files.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,30 @@ MODEL_CLASS_BY_HEAD_TYPE: dict[str, type[ParakeetPreTrainedModel]] = {
     "tdt": ParakeetForTDT,
 }
 
+# type of head -> its name in texts for readers
+HEAD_NAMES = {"ctc": "CTC", "rnnt": "RNN-T", "tdt": "TDT"}
+
 # text in `config.nemo_config` that replaces a list of all SentencePiece pieces
 PIECES_PLACEHOLDER = "<the pieces of the tokenizer>"
+
+
+@dataclass(frozen=True)
+class ArchiveContents:
+    """The checked contents of a `.nemo` file, from which the model is built.
+
+    Args:
+        head_type: `"ctc"`, `"rnnt"` or `"tdt"`.
+        settings: settings with interpolations resolved and missing sizes filled in.
+        weights: weights with NeMo's names, views of the memory-mapped file.
+        tokenizer: tokenizer whose last token is the blank.
+        config: configuration of the model.
+    """
+
+    head_type: str
+    settings: Settings
+    weights: Mapping[str, Tensor]
+    tokenizer: ParakeetTokenizer
+    config: Any
 
 
 def load_nemo(
@@ -79,6 +103,54 @@ def load_nemo(
     return load_archive(Archive(checkpoint), dtype)
 
 
+def load_config(path: str | Path, **hub: Any) -> Any:
+    """Load the configuration of a checkpoint without its weights.
+
+    Of a `.nemo` file, the settings and the tokenizer are read, and of the weights only names, shapes and dtypes.
+
+    Args:
+        path: path of a `.nemo` file or folder, or Hub id `org/name`.
+        **hub: `revision`, `token`, `cache_dir` and `local_files_only`, as in `load_nemo`.
+
+    Returns:
+        The configuration of the model; `dtype` is that of the weights in the checkpoint.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        NemoError: the file is damaged, contains an unsupported setting, or is not a Parakeet model with a head.
+        OSError: the Hub refuses the request or cannot be reached.
+    """
+    hub = {"revision": None, "token": None, "cache_dir": None, "local_files_only": False, **hub}
+    checkpoint = find_checkpoint(path, **hub)
+    if not checkpoint.is_file():
+        return load_folder_config(checkpoint, **hub)
+    archive = Archive(checkpoint)
+    with name_archive_in_errors(archive.path):
+        contents = read_contents(archive)
+    float_dtypes = {tensor.dtype for tensor in contents.weights.values() if tensor.is_floating_point()}
+    # if a file contains several dtypes, the widest one is that of the numbers that the model computes
+    contents.config.dtype = max(float_dtypes, key=lambda dtype: dtype.itemsize)
+    return contents.config
+
+
+def load_folder_config(source: str | Path, **hub: Any) -> Any:
+    """Load the configuration of a transformers checkpoint folder or Hub repository.
+
+    Args:
+        source: path of the folder, or Hub id `org/name`.
+        **hub: `revision`, `token`, `cache_dir` and `local_files_only`, as in `load_nemo`.
+
+    Raises:
+        NemoError: the checkpoint is not a Parakeet model with a CTC, RNN-T or TDT head.
+    """
+    config = AutoConfig.from_pretrained(Path(source).as_posix(), **hub)
+    if get_head_type(config) not in MODEL_CLASS_BY_HEAD_TYPE:
+        raise NemoError(
+            f"{source} must contain a Parakeet model with a head, but the model type is {config.model_type!r}"
+        )
+    return config
+
+
 def load_folder(
     source: str | Path, *, dtype: torch.dtype | None = None, **hub: Any
 ) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
@@ -96,13 +168,8 @@ def load_folder(
         NemoError: the checkpoint is not a Parakeet model with a CTC, RNN-T or TDT head.
     """
     source = Path(source).as_posix()
-    config = AutoConfig.from_pretrained(source, **hub)
-    head_type = get_head_type(config)
-    if head_type not in MODEL_CLASS_BY_HEAD_TYPE:
-        raise NemoError(
-            f"{source} must contain a Parakeet model with a head, but the model type is {config.model_type!r}"
-        )
-    model_class = MODEL_CLASS_BY_HEAD_TYPE[head_type]
+    config = load_folder_config(source, **hub)
+    model_class = MODEL_CLASS_BY_HEAD_TYPE[get_head_type(config)]
     # "auto" keeps the dtype in the files
     model: ParakeetPreTrainedModel = model_class.from_pretrained(source, config=config, dtype=dtype or "auto", **hub)
     return model.eval(), ParakeetProcessor.from_pretrained(source, **hub)
@@ -123,9 +190,22 @@ def load_archive(
     Raises:
         NemoError: the file is damaged, or contains an unsupported setting or weight.
     """
-    path = archive.path
-    try:
+    with name_archive_in_errors(archive.path):
         return build_from_archive(archive, dtype)
+
+
+@contextmanager
+def name_archive_in_errors(path: Path) -> Iterator[None]:
+    """Convert errors about the contents of a `.nemo` file to NemoError with a message that names the file.
+
+    Args:
+        path: path of the `.nemo` file.
+
+    Raises:
+        NemoError: the `with` block raised an error about the contents of the file.
+    """
+    try:
+        yield
     except KeyError as error:
         raise NemoError(f"{SETTINGS_FILE} of {path} has no setting {error}") from error
     except NemoError as error:
@@ -150,6 +230,61 @@ def build_from_archive(
         NemoError: the file is damaged, or contains an unsupported setting or weight.
         KeyError: a setting that has no default is missing. `load_archive` converts this error to NemoError.
     """
+    contents = read_contents(archive)
+    model = build_empty_model(contents.config)
+    load_weights(model, contents.weights, archive, dtype)
+    if contents.head_type != "ctc":
+        set_generation_fields(model)
+    # `load_weights` has checked the number of mel bins, so a damaged file cannot request a huge filter bank here
+    feature_extractor = ParakeetFeatureExtractor(**read_extractor_fields(contents.settings))
+    return model.eval(), ParakeetProcessor(feature_extractor, contents.tokenizer, decoder_type=contents.head_type)
+
+
+def build_empty_model(config: Any) -> ParakeetPreTrainedModel:
+    """Build a model whose parameters have shapes, but no values and no memory.
+
+    Args:
+        config: configuration of a model with a head.
+
+    Returns:
+        The model on the meta device.
+
+    Raises:
+        NemoError: a parameter would have more bytes than a number of 64 bits can express.
+    """
+    try:
+        with torch.device("meta"):
+            return MODEL_CLASS_BY_HEAD_TYPE[get_head_type(config)](config)
+    except RuntimeError as error:
+        raise NemoError(f"a size in the configuration is too large: {error}") from error
+
+
+def set_generation_fields(model: ParakeetPreTrainedModel) -> None:
+    """Set the fields of the generation config without which stock transformers cannot decode a saved transducer.
+
+    This package does not need them. Stock transformers starts with `decoder_start_token_id`, and chooses a token among
+    all outputs of the joint network, so the outputs for durations of a TDT model must be suppressed.
+
+    Args:
+        model: a transducer; its generation config is changed in place.
+    """
+    config = model.config
+    model.generation_config.decoder_start_token_id = config.blank_token_id
+    num_durations = len(getattr(config, "durations", ()))
+    if num_durations:
+        model.generation_config.suppress_tokens = list(range(config.vocab_size, config.vocab_size + num_durations))
+
+
+def read_contents(archive: Archive) -> ArchiveContents:
+    """Read and check the settings and the tokenizer of an open `.nemo` file, and map its weights.
+
+    Args:
+        archive: open `.nemo` file.
+
+    Raises:
+        NemoError: the file is damaged, or contains an unsupported setting.
+        KeyError: a setting that has no default is missing.
+    """
     raw_settings = parse_settings(archive.read(SETTINGS_FILE))
     nemo_weights = archive.read_weights()
     settings = resolve_interpolations(raw_settings)
@@ -164,19 +299,9 @@ def build_from_archive(
         )
     settings = fill_missing_sizes(settings, {name: tensor.shape for name, tensor in nemo_weights.items()})
     tokenizer = read_tokenizer(settings, archive.read_artifact, head_type)
-    num_labels = len(tokenizer) - 1
-    check_vocabulary(settings, num_labels)
+    check_vocabulary(settings, len(tokenizer) - 1)
     config = build_config(settings, raw_settings, tokenizer, head_type, is_hybrid)
-    try:
-        # parameters on the meta device need no memory; `load_weights` replaces them
-        with torch.device("meta"):
-            model = MODEL_CLASS_BY_HEAD_TYPE[head_type](config)
-    except RuntimeError as error:
-        raise NemoError(f"a size in {SETTINGS_FILE} is too large: {error}") from error
-    load_weights(model, nemo_weights, archive, dtype)
-    # `load_weights` has checked the number of mel bins, so a damaged file cannot request a huge filter bank here
-    feature_extractor = ParakeetFeatureExtractor(**read_extractor_fields(settings))
-    return model.eval(), ParakeetProcessor(feature_extractor, tokenizer, decoder_type=head_type)
+    return ArchiveContents(head_type, settings, nemo_weights, tokenizer, config)
 
 
 def build_config(
@@ -345,4 +470,14 @@ def compute_buffers(model: ParakeetPreTrainedModel) -> None:
             model._init_weights(module)
 
 
-__all__ = ["NemoError", "load_nemo"]
+def describe_head(config: Any) -> str:
+    """Describe the head of a model for a reader, for example "TDT and CTC (hybrid)".
+
+    Args:
+        config: configuration of a model with a head.
+    """
+    suffix = " and CTC (hybrid)" if getattr(config, "ctc_head", False) else ""
+    return HEAD_NAMES[get_head_type(config)] + suffix
+
+
+__all__ = ["NemoError", "build_empty_model", "describe_head", "load_config", "load_nemo"]

@@ -6,13 +6,21 @@ The options of the training loop are transformers' `TrainingArguments`; the loop
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    HfArgumentParser,
+    PrinterCallback,
+    ProgressCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -24,10 +32,14 @@ from .clips import add_durations
 from .collator import SpeechCollator
 from .data import load_speech
 from .extras import import_optional
+from .progress import ProgressReporter
 from .trainer import ParakeetTrainer
 from .vocabulary import extend_vocabulary, replace_tokenizer
 
 logger = logging.get_logger(__name__)
+
+# number of updates between two reports of the loss, unless `--logging_steps` is given
+DEFAULT_LOGGING_STEPS = 10
 
 
 def create_option(default: Any, help_text: str) -> Any:
@@ -211,13 +223,16 @@ def create_trainer(options: FinetuneArguments, arguments: Any) -> ParakeetTraine
     )
 
 
-def run_finetuning(options: FinetuneArguments, training_arguments: Any) -> dict[str, float]:
+def run_finetuning(
+    options: FinetuneArguments, training_arguments: Any, report: Callable[[str], None] | None = None
+) -> dict[str, float]:
     """Train a model, evaluate it, and save it to `output_dir` in a form that `pipeline` can load.
 
     Args:
         options: options of `parakeet finetune` for the model and the data.
         training_arguments: the `TrainingArguments`. `resume_from_checkpoint="last"` resumes from the newest checkpoint
             in `output_dir`.
+        report: function that is called with each line about the progress; None for the output of transformers.
 
     Returns:
         The metrics of the final evaluation, or the training metrics if there is no evaluation data.
@@ -227,15 +242,33 @@ def run_finetuning(options: FinetuneArguments, training_arguments: Any) -> dict[
     """
     set_seed(training_arguments.seed)
     trainer = create_trainer(options, training_arguments)
+    if report is not None:
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(ProgressReporter(report))
     checkpoint = training_arguments.resume_from_checkpoint
     # on the command line, `--resume_from_checkpoint True` is the text "True"
     if checkpoint in ("last", "True", "true"):
         checkpoint = get_last_checkpoint(training_arguments.output_dir)
     metrics = dict(trainer.train(resume_from_checkpoint=checkpoint).metrics)
     if trainer.eval_dataset is not None:
-        metrics = trainer.evaluate()
+        metrics = get_final_evaluation(trainer) or trainer.evaluate()
     save_model(trainer, merge_adapters=bool(options.lora_rank))
     return metrics
+
+
+def get_final_evaluation(trainer: Any) -> dict[str, float]:
+    """Return the metrics of the evaluation after the last update.
+
+    Args:
+        trainer: the `ParakeetTrainer` after training.
+
+    Returns:
+        The metrics; empty if there was no such evaluation, or if the weights are now those of an earlier update.
+    """
+    last_entries = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
+    evaluations = [entry for entry in last_entries if "eval_wer" in entry]
+    return dict(evaluations[-1]) if evaluations and not trainer.args.load_best_model_at_end else {}
 
 
 def save_model(trainer: Any, merge_adapters: bool) -> None:
@@ -262,27 +295,55 @@ def save_model(trainer: Any, merge_adapters: bool) -> None:
         trainer.push_to_hub()
 
 
-def finetune_main(arguments: Sequence[str] | None = None) -> None:
+def parse_options(command_line: Sequence[str] | None) -> tuple[FinetuneArguments, Any]:
+    """Parse the options of `parakeet finetune`.
+
+    Defaults on the command line that differ from those of transformers: `logging_steps` is 10, and the model is
+    evaluated after every epoch if there is evaluation data.
+
+    Args:
+        command_line: command-line options, or a single path of a JSON or YAML file that contains the options; None to
+            read the options from `sys.argv`.
+
+    Returns:
+        The options for the model and the data, and the `TrainingArguments`.
+    """
+    parser = HfArgumentParser((FinetuneArguments, TrainingArguments), prog="parakeet finetune")
+    if command_line and len(command_line) == 1 and command_line[0].endswith((".json", ".yaml", ".yml")):
+        (path,) = command_line
+        parse_file = parser.parse_json_file if path.endswith(".json") else parser.parse_yaml_file
+        options, training_arguments = parse_file(path)
+        return options, training_arguments
+    names = {argument.partition("=")[0] for argument in (sys.argv[1:] if command_line is None else command_line)}
+    parser.set_defaults(logging_steps=DEFAULT_LOGGING_STEPS)
+    if names & {"--eval_data", "--eval_split"}:
+        parser.set_defaults(eval_strategy="epoch")
+    options, training_arguments = parser.parse_args_into_dataclasses(command_line)
+    return options, training_arguments
+
+
+def finetune_main(
+    arguments: Sequence[str] | None = None, report: Callable[[str], None] | None = None
+) -> tuple[Path, dict[str, float]] | None:
     """Run the program `parakeet finetune`.
 
     Args:
         arguments: command-line options, or a single path of a JSON or YAML file that contains the options; None to
             read the options from `sys.argv`.
+        report: function that is called with each line about the progress; None for the output of transformers.
+
+    Returns:
+        The written folder, and the metrics of the final evaluation or of the training. None in all processes of a
+        distributed training except the first one.
 
     Raises:
         ImportError: the package `accelerate` is not installed.
     """
     # check for accelerate first: `TrainingArguments` needs it, and would otherwise suggest installing another package
     import_optional("accelerate", "training")
-    parser = HfArgumentParser((FinetuneArguments, TrainingArguments), prog="parakeet finetune")
-    command_line = None if arguments is None else list(arguments)
-    if command_line and len(command_line) == 1 and command_line[0].endswith((".json", ".yaml", ".yml")):
-        (path,) = command_line
-        parse_file = parser.parse_json_file if path.endswith(".json") else parser.parse_yaml_file
-        options, training_arguments = parse_file(path)
-    else:
-        options, training_arguments = parser.parse_args_into_dataclasses(command_line)
-    run_finetuning(options, training_arguments)
+    options, training_arguments = parse_options(None if arguments is None else list(arguments))
+    metrics = run_finetuning(options, training_arguments, report)
+    return (Path(training_arguments.output_dir), metrics) if training_arguments.process_index == 0 else None
 
 
 __all__ = ["FinetuneArguments", "finetune_main", "run_finetuning"]
