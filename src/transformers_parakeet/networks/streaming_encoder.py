@@ -169,7 +169,6 @@ class CacheAwareEncoderMixin:
         new_num_cached = left if left >= 0 else min(num_cached + hidden.shape[1], MAX_CACHED_FRAMES)
         # one block of N queries that reads C keys before its first query
         layout = BlockLayout(hidden.shape[1], hidden.shape[1], keys_before=num_cached)
-        positions = layout.compute_relative_positions(hidden.device)
         context_mask = build_context_mask(
             config.attention_context_style, config.attention_context_size, layout, hidden.device
         )
@@ -177,9 +176,7 @@ class CacheAwareEncoderMixin:
         # (B, K): the oldest C - num_cached entries of the cache are empty
         is_valid = key_indices >= num_cached - cache.num_cached[:, None]
         visible_mask = is_valid[:, None, None] if context_mask is None else is_valid[:, None, None] & context_mask
-        # as `ParakeetEncoderRelPositionalEncoding`: sines on even, cosines on odd channels
-        angles = positions[:, None].float() * self.encode_positions.inv_freq.float()
-        embeddings = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        embeddings = self.encode_positions.embed(layout.compute_relative_positions(hidden.device))
         return StepContext(embeddings.to(hidden.dtype), visible_mask, new_num_cached)
 
 
