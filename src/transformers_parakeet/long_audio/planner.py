@@ -115,14 +115,14 @@ def find_max_samples(config: Any, memory_budget: int, batch_size: int = 1, dtype
 
 
 def plan_recording(
-    num_samples: float, max_samples: float, window_s: float | None, sampling_rate: int, memory_budget: int
+    num_samples: int, max_samples: int, window_s: float | None, sampling_rate: int, memory_budget: int
 ) -> Plan:
     """Choose how a recording is recognised.
 
     Args:
-        num_samples: length of the recording in samples; infinity if it is only known to be longer than `max_samples`.
+        num_samples: length of the recording in samples.
         max_samples: longest recording that fits the memory budget as a whole; see `find_max_samples`.
-        window_s: length of a window in seconds that the user demands; 0 for no windows, `None` to choose by memory.
+        window_s: length of a window in seconds that the caller requests; 0 for no windows, `None` to choose by memory.
         sampling_rate: samples per second.
         memory_budget: memory budget in bytes, named in the reason.
 
