@@ -119,7 +119,8 @@ def resume_ctc(
         The tokens of the runs that ended, with frames counted from the start of each stream, and the state after these
         frames.
     """
-    ended_runs, last_runs, lengths = [], [], frame_lengths.tolist()
+    lengths = [min(length, best_tokens.shape[1]) for length in frame_lengths.tolist()]
+    ended_runs, last_runs = [], []
     for row, length in enumerate(lengths):
         tokens = best_tokens[row, :length].tolist()
         confidences = None if frame_confidence is None else frame_confidence[row, :length].tolist()
