@@ -202,7 +202,7 @@ def test_thirty_two_streams_in_a_batch_equal_single_streams(name):
     options = {"chunk_s": 0.4, "left_s": 0.8, "right_s": 0.4}
     if name == "nemotron":
         options = {}
-        model.set_attention_context(70, 1)
+        model.set_attention_context(70, 3)
     rng = random.Random(0)
     long, second = load_clip("long"), load_clip("second")
     clips = [(long if row % 2 else second)[rng.randint(0, 8000) :][: rng.randint(200, 24000)] for row in range(32)]
