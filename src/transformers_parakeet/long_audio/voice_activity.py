@@ -98,6 +98,8 @@ class EnergySpeechDetector:
 class SileroSpeechDetector:
     """Detects speech with the model of the package `silero-vad` (MIT licence), which is bundled in that package.
 
+    The model has a state during a call, so two threads must not use one object at the same time.
+
     Args:
         sampling_rate: sampling rate of the samples in Hz: 8000, or a multiple of 16000.
         threshold: a frame is speech if the model gives it at least this probability.
