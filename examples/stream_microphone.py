@@ -4,8 +4,11 @@ python examples/stream_microphone.py --model nvidia/parakeet-tdt-0.6b-v3 --chunk
 """
 
 import argparse
+import contextlib
 import queue
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -28,21 +31,29 @@ def record(sampling_rate: int, block_s: float) -> Iterator[np.ndarray]:
     except ImportError:
         sys.exit("recording needs the package `sounddevice`, which is not installed: run `pip install sounddevice`")
     blocks: queue.Queue[np.ndarray] = queue.Queue()
+    is_stopped = threading.Event()
+
+    def stop(_signal: int, _frame: object) -> None:
+        """End the recording, but not the recognition of what was recorded; a second Ctrl-C ends the program."""
+        is_stopped.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, stop)
 
     def receive(samples: np.ndarray, _num_frames: int, _time: object, status: object) -> None:
         """Store a block; `sounddevice` calls this function in another thread."""
         if status:
             print(status, file=sys.stderr)
-        # `sounddevice` reuses its buffer
-        blocks.put(samples[:, 0].copy())
+        if not is_stopped.is_set():
+            # `sounddevice` reuses its buffer
+            blocks.put(samples[:, 0].copy())
 
     size = round(block_s * sampling_rate)
     with sounddevice.InputStream(sampling_rate, size, channels=1, dtype="float32", callback=receive):
-        try:
-            while True:
-                yield blocks.get()
-        except KeyboardInterrupt:
-            return
+        while not is_stopped.is_set() or not blocks.empty():
+            # with a time limit, so that Ctrl-C also ends the loop if no block arrives
+            with contextlib.suppress(queue.Empty):
+                yield blocks.get(timeout=block_s)
 
 
 def main() -> None:

@@ -183,6 +183,13 @@ def test_ctc_in_parts_equals_the_whole(largest_part):
     assert num_continued > 10
 
 
+def test_lengths_beyond_the_last_frame_count_the_frames():
+    state = start_ctc_state(1, 2)
+    _, state = resume_ctc(torch.tensor([[0, 2, 1]]), torch.tensor([5]), state, 2)
+    assert state.num_frames == (3,)
+    assert (state.last_runs[0].token, state.last_runs[0].first_frame) == (1, 2)
+
+
 def test_ctc_streams_of_a_batch_are_independent():
     tokens = torch.tensor([[0, 0, 2, 1], [1, 2, 2, 9]])
     states = [start_ctc_state(1, 2), start_ctc_state(1, 2)]

@@ -1,5 +1,6 @@
 """Helpers for the tests of streams: golden files, models, and a record of the steps of a stream."""
 
+import copy
 import json
 from functools import cache
 
@@ -29,10 +30,17 @@ def load_clip(name):
     return soundfile.read(GOLDEN / "clips" / f"{name}.wav", dtype="float32")[0]
 
 
-def load_model(name):
-    """Return a new golden model and its processor; a test may change the attention context of the model."""
+@cache
+def load_shared_model(name):
+    """Return a golden model and its processor, which tests must not change."""
     model, processor = tp.load_nemo(TESTS / "golden" / "real_configs" / name / "model.nemo")
     return model.eval(), processor
+
+
+def load_model(name):
+    """Return a copy of a golden model, which a test may change, and its processor."""
+    model, processor = load_shared_model(name)
+    return copy.deepcopy(model), processor
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -46,11 +47,18 @@ def start_context_run(name, index, num_streams=1):
     return run, run_name, Recorder(model, processor, num_streams, chunk_s=chunk_s, left_s=left_s, right_s=right_s)
 
 
+@cache
+def run_single_stream(name, index, clip):
+    """Run a golden run with left and right context on one clip, and return its recorder and its tokens."""
+    recorder = start_context_run(name, index)[2]
+    return recorder, recorder.run(load_clip(clip), block_size=997)
+
+
 @pytest.mark.parametrize(("name", "index"), list_runs(CONTEXT_MODELS, "buffered_"))
 def test_every_step_with_context_equals_nemo(name, index):
-    run, run_name, recorder = start_context_run(name, index)
+    run, run_name, _ = start_context_run(name, index)
     arrays = load_golden(f"buffered_{name}")[1]
-    tokens = recorder.run(load_clip("long"), block_size=997)
+    recorder, tokens = run_single_stream(name, index, "long")
     assert len(recorder.frames) == len(recorder.tokens) == len(run["steps"])
     for step_index, (step, frames, step_tokens) in enumerate(
         zip(run["steps"], recorder.frames, recorder.tokens, strict=True)
@@ -87,7 +95,7 @@ def test_a_batch_of_two_with_context_equals_nemo_and_single_streams(name, index)
         engine.advance(streams)
     engine.advance(streams, is_last=True)
     for row, is_equal in enumerate(run["batch_of_two"]["equal_to_single"]):
-        single = start_context_run(name, index)[2].run(clips[row], block_size=5000)
+        _, single = run_single_stream(name, index, ("long", "second")[row])
         assert [token.token_id for token in tokens[row]] == [token.token_id for token in single]
         # in the other batches NeMo counts zeros after the end of the shorter clip as audio
         if is_equal:
@@ -120,6 +128,14 @@ def test_every_cache_aware_step_equals_nemo(name, index):
         assert [token.frame for token in all_tokens] == run["final_frames"][0]
 
 
+@cache
+def load_model_with_context(name, context):
+    """Return a golden model with an attention context, and its processor; tests must not change it."""
+    model, processor = load_model(name)
+    model.set_attention_context(*context)
+    return model, processor
+
+
 @pytest.mark.parametrize(
     ("name", "context", "decoder"),
     [
@@ -135,8 +151,7 @@ def test_every_cache_aware_step_equals_nemo(name, index):
 @pytest.mark.parametrize("num_samples", [83744, 54032, 40960, 40961, 17000, 1000])
 def test_cache_aware_streams_equal_generate(name, context, decoder, num_samples):
     """No frame at the end is lost: the number of samples leaves 0 to 7 feature frames after the last whole chunk."""
-    model, processor = load_model(name)
-    model.set_attention_context(*context)
+    model, processor = load_model_with_context(name, context)
     samples = load_clip("long")[:num_samples]
     arguments = {} if decoder is None else {"decoder": decoder}
     output = model.generate(
@@ -202,7 +217,7 @@ def test_thirty_two_streams_in_a_batch_equal_single_streams(name):
     options = {"chunk_s": 0.4, "left_s": 0.8, "right_s": 0.4}
     if name == "nemotron":
         options = {}
-        model.set_attention_context(70, 1)
+        model.set_attention_context(70, 6)
     rng = random.Random(0)
     long, second = load_clip("long"), load_clip("second")
     clips = [(long if row % 2 else second)[rng.randint(0, 8000) :][: rng.randint(200, 24000)] for row in range(32)]

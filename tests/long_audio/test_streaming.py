@@ -286,7 +286,12 @@ def test_a_model_whose_context_changes_during_a_stream_is_refused():
     ):
         stream.feed(load_clip("long")[30000:])
     model.set_attention_context(70, 13)
-    stream.finish()
+    # the refused samples were not added
+    words = stream.feed(load_clip("long")[30000:]).committed + stream.finish().committed
+    expected = committed_words(collect(ParakeetStream(model, processor), load_clip("long"), 30000))
+    assert len(expected) > 5
+    assert_words_equal(words, expected[-len(words) :])
+    assert stream._batch._streams[0].samples.stop == len(load_clip("long"))
 
 
 def test_wrong_arguments_have_errors_that_say_what_to_do():
@@ -295,6 +300,8 @@ def test_wrong_arguments_have_errors_that_say_what_to_do():
         ParakeetStream(model, processor, chunk_s=0.05)
     with pytest.raises(ValueError, match=r"`left_s` must be at least 0 s, got -1"):
         ParakeetStream(model, processor, left_s=-1)
+    with pytest.raises(ValueError, match=r"`chunk_s` must be finite, got inf: pass a number of seconds"):
+        ParakeetStream(model, processor, chunk_s=float("inf"))
     with pytest.raises(ValueError, match=r"`decoder` must be a head of the model, transducer, got 'ctc'"):
         ParakeetStream(model, processor, decoder="ctc")
     with pytest.raises(ValueError, match="the confidence method must be one of"):
@@ -306,6 +313,20 @@ def test_wrong_arguments_have_errors_that_say_what_to_do():
     cached, cached_processor = load_model("nemotron")
     with pytest.raises(ValueError, match=r"must come from its attention context, got chunk_s=1.*chunks of 1.12 s"):
         ParakeetStream(cached, cached_processor, chunk_s=1)
+
+
+@pytest.mark.parametrize("indices", [[0, 0], [2], [-1]])
+def test_indices_of_streams_are_checked(indices):
+    """A stream that ends twice in one call would give its words twice."""
+    batch = StreamBatch(*load_demo(), num_streams=2, **OPTIONS)
+    batch.feed([load_digits(), None])
+    message = rf"must be different numbers from 0 to 1, got \[{indices[0]}.*: pass each stream once"
+    with pytest.raises(ValueError, match=message):
+        batch.finish(indices)
+    if len(indices) == 1:
+        with pytest.raises(ValueError, match=message):
+            batch.restart(indices[0])
+    assert join_stream_words(batch.finish([0])[0].committed) == "two three"
 
 
 def test_wrong_samples_have_errors_that_say_what_to_do():

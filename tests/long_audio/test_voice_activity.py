@@ -76,6 +76,13 @@ def test_ranges_are_counted_from_the_start_of_the_recording_and_joined_at_the_bl
     assert detect_speech([], detector) == []
 
 
+def test_ranges_of_a_detector_are_limited_to_the_block():
+    blocks = [np.zeros(100, np.float32), np.zeros(50, np.float32)]
+    assert detect_speech(blocks, lambda samples: [(-20, 10), (90, 120)]) == [(0, 10), (90, 110)]
+    # otherwise a recording could have speech, but no window with speech
+    assert detect_speech(blocks[1:], lambda samples: [(50, 70)]) == []
+
+
 def test_joined_ranges():
     assert join_ranges([(0, 2), (2, 4), (5, 5), (6, 8), (7, 7), (7, 12)]) == [(0, 4), (6, 12)]
     assert join_ranges([(0, 2), (5, 6), (8, 9)], min_gap=3) == [(0, 2), (5, 9)]
@@ -132,6 +139,21 @@ def test_the_silero_package_gets_the_options_in_its_units(monkeypatch):
     options = {"threshold": 0.6, "sampling_rate": 16000, "min_speech_duration_ms": 150,
                "min_silence_duration_ms": 250, "speech_pad_ms": 50}  # fmt: skip
     assert calls == [(4000, "model", options)]
+
+
+def test_the_silero_package_does_not_change_the_number_of_threads(monkeypatch, tmp_path):
+    # as in silero-vad 6.2.3
+    program = "import torch; torch.set_num_threads({}); load_silero_vad = str"
+    num_threads = torch.get_num_threads()
+    (tmp_path / "silero_vad.py").write_text(program.format(num_threads + 1))
+    monkeypatch.delitem(sys.modules, "silero_vad", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        SileroSpeechDetector()
+        assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(num_threads)
+        sys.modules.pop("silero_vad", None)
 
 
 def test_silero_finds_a_spoken_digit():

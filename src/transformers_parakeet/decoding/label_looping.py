@@ -428,7 +428,7 @@ def advance_clips(
         options: settings of the search.
 
     Returns:
-        Indices of the clips that found no label and are not finished.
+        Indices of the clips that have no new label and are not finished.
     """
     without_label: list[int] = []
     # (index of the clip in the plan, index of the frame in the plan) of every new label

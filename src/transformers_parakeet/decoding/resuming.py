@@ -31,9 +31,9 @@ def resume_transducer(
 ) -> tuple[Hypotheses, TransducerState]:
     """Decode the next frames of a batch of RNN-T or TDT streams greedily.
 
-    The number of labels on one frame starts at 0, as in NeMo. A TDT duration that reaches past the last frame continues
-    in the next part and can jump over a whole part. Source: the streaming script of NeMo,
-    speech_to_text_streaming_infer_rnnt.py.
+    Every part starts on a new frame, so the number of labels on its first frame starts at 0. A TDT duration that
+    reaches past the last frame continues in the next part and can jump over a whole part. Source: the streaming script
+    of NeMo, speech_to_text_streaming_infer_rnnt.py.
 
     Args:
         encoder_states: (B, N, J) next encoder frames after the projection to the width of the joint network.
@@ -119,7 +119,8 @@ def resume_ctc(
         The tokens of the runs that ended, with frames counted from the start of each stream, and the state after these
         frames.
     """
-    ended_runs, last_runs, lengths = [], [], frame_lengths.tolist()
+    lengths = [min(length, best_tokens.shape[1]) for length in frame_lengths.tolist()]
+    ended_runs, last_runs = [], []
     for row, length in enumerate(lengths):
         tokens = best_tokens[row, :length].tolist()
         confidences = None if frame_confidence is None else frame_confidence[row, :length].tolist()

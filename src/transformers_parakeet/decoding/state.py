@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from .options import Predict
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class CTCState:
         return CTCState(self.last_runs[rows], self.num_frames[rows])
 
 
-def start_transducer_state(predict: Any, num_streams: int, blank_id: int, device: torch.device) -> TransducerState:
+def start_transducer_state(predict: Predict, num_streams: int, blank_id: int, device: torch.device) -> TransducerState:
     """Create the state of transducer decoding before the first frame.
 
     Args:

@@ -23,7 +23,8 @@ DEFAULT_WINDOW_S = 60.0
 MIN_BUDGET_BYTES = 10**9
 # the default budget is this fraction of the free memory
 BUDGET_FRACTION = 1 / 4
-SAMPLE_BYTES = FLOAT_BYTES = 4
+# bytes of a number in float32
+FLOAT_BYTES = 4
 
 # Number of tensors of each kind in the estimate, which is an upper limit. For the sizes of the 110M models, attention
 # that is limited on both sides, float32 and a CPU it gives 0.33 GB for 5 minutes and 0.59 GB for 15 minutes, where a
@@ -70,7 +71,7 @@ def estimate_peak_memory(config: Any, num_samples: int, batch_size: int = 1, dty
     encoder = config.encoder_config
     num_frames = ceil(num_samples / config.inputs_to_logits_ratio) + 1
     num_feature_frames = num_frames * encoder.subsampling_factor
-    bytes_per_clip = num_samples * SAMPLE_BYTES * SAMPLE_COPIES
+    bytes_per_clip = num_samples * FLOAT_BYTES * SAMPLE_COPIES
     bytes_per_clip += num_feature_frames * encoder.num_mel_bins * FLOAT_BYTES * FEATURE_COPIES
     bytes_per_clip += num_frames * encoder.hidden_size * dtype_bytes * HIDDEN_COPIES
     bytes_per_clip += num_frames * config.vocab_size * FLOAT_BYTES * LOGIT_COPIES
@@ -115,14 +116,14 @@ def find_max_samples(config: Any, memory_budget: int, batch_size: int = 1, dtype
 
 
 def plan_recording(
-    num_samples: float, max_samples: float, window_s: float | None, sampling_rate: int, memory_budget: int
+    num_samples: int, max_samples: int, window_s: float | None, sampling_rate: int, memory_budget: int
 ) -> Plan:
     """Choose how a recording is recognised.
 
     Args:
-        num_samples: length of the recording in samples; infinity if it is only known to be longer than `max_samples`.
+        num_samples: length of the recording in samples.
         max_samples: longest recording that fits the memory budget as a whole; see `find_max_samples`.
-        window_s: length of a window in seconds that the user demands; 0 for no windows, `None` to choose by memory.
+        window_s: length of a window in seconds that the caller requests; 0 for no windows, `None` to choose by memory.
         sampling_rate: samples per second.
         memory_budget: memory budget in bytes, named in the reason.
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,7 @@ from .stream_encoders import CachedEncoder, ContextEncoder, EncoderInput, Encode
 from .stream_input import Part, SampleBuffer
 from .stream_settings import choose_decoder, choose_settings
 from .stream_words import StreamEvent, StreamUpdate, StreamWord, Token, WordCollector
-
-# maps (S,) samples to the ranges (first sample, end exclusive) that contain speech
-SpeechDetector = Callable[[Tensor], list[tuple[int, int]]]
+from .voice_activity import SpeechDetector
 
 # seconds before a chunk that a speech detector also gets in cache-aware streaming, so that it can estimate the noise
 DETECTOR_CONTEXT_S = 3.0
@@ -129,7 +127,7 @@ class StreamEngine:
         Raises:
             RuntimeError: the attention context of the model was changed after the streams started.
         """
-        self._check_attention_context()
+        self.check_attention_context()
         while True:
             steps = [
                 (stream, part)
@@ -142,8 +140,12 @@ class StreamEngine:
             self._run_step([stream for stream, _ in steps], [part for _, part in steps])
         return [self._build_update(stream, is_last) for stream in streams]
 
-    def _check_attention_context(self) -> None:
-        """Raise a RuntimeError if the attention context was changed after the streams started."""
+    def check_attention_context(self) -> None:
+        """Check that the attention context of the encoder is the one with which the streams started.
+
+        Raises:
+            RuntimeError: the attention context of the model was changed.
+        """
         context = list(self.encoder.encoder.config.attention_context_size)
         if context != self.attention_context:
             raise RuntimeError(

@@ -5,9 +5,11 @@ Pure arithmetic on sample numbers; the networks run in `stream_engine.py`.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,11 +20,22 @@ from .stream_settings import StreamSettings
 NUM_MARGIN_FRAMES = 3
 
 
+# Largest number of samples in a block of `SampleBuffer`, 1 s at 16 kHz. Whole blocks are removed without a copy, so the
+# time of a stream is proportional to its length, also if it receives a whole recording in one call.
+MAX_BLOCK_SAMPLES = 16_000
+
+
 class SampleBuffer:
-    """The samples of a stream that are still needed, addressed by their number in the stream."""
+    """The samples of a stream that are still needed, addressed by their number in the stream.
+
+    Attributes:
+        blocks: consecutive samples, in blocks of at most `MAX_BLOCK_SAMPLES`.
+        start: number of the first stored sample.
+        stop: number of the sample after the last stored one.
+    """
 
     def __init__(self) -> None:
-        self.blocks: list[Tensor] = []
+        self.blocks: deque[Tensor] = deque()
         self.start = self.stop = 0
 
     def append(self, samples: Tensor) -> None:
@@ -31,37 +44,43 @@ class SampleBuffer:
         Args:
             samples: (S,) float32 samples.
         """
-        self.blocks.append(samples)
-        self.stop += len(samples)
+        if len(samples):
+            # copies, because views would keep the memory of all blocks
+            self.blocks += [block.clone() for block in samples.split(MAX_BLOCK_SAMPLES)]
+            self.stop += len(samples)
 
     def get(self, start: int, stop: int) -> Tensor:
         """Return the (stop - start,) samples of a range.
 
         Args:
-            start: first sample.
+            start: first sample; it must be stored.
             stop: end of the range, exclusive.
         """
-        if len(self.blocks) != 1:
-            self.blocks = [torch.cat(self.blocks)] if self.blocks else [torch.zeros(0)]
-        return self.blocks[0][start - self.start : stop - self.start]
+        pieces = [torch.zeros(0)]
+        block_start = self.start
+        for block in self.blocks:
+            if block_start >= stop:
+                break
+            pieces.append(block[max(0, start - block_start) : stop - block_start])
+            block_start += len(block)
+        return torch.cat(pieces)
 
     def drop_before(self, start: int) -> None:
-        """Remove the samples before a sample.
+        """Remove the blocks that contain only samples before a sample.
 
         Args:
             start: first sample that is still needed.
         """
-        if start > self.start:
-            # a copy, because a view would keep the memory of the removed samples
-            self.blocks = [self.get(start, self.stop).clone()]
-            self.start = start
+        while self.blocks and self.start + len(self.blocks[0]) <= start:
+            self.start += len(self.blocks.popleft())
 
 
 def convert_samples(samples: Any) -> Tensor:
     """Convert samples to a tensor and check them.
 
     Args:
-        samples: (S,) floating-point samples: an array, a tensor or a list.
+        samples: (S,) floating-point samples: an array, a tensor or a list. An array can be read-only, and can have any
+            strides and any byte order.
 
     Returns:
         (S,) float32 samples on the CPU, a copy.
@@ -69,7 +88,12 @@ def convert_samples(samples: Any) -> Tensor:
     Raises:
         ValueError: the samples do not have one dimension, are not floating-point numbers, or are not finite.
     """
-    tensor = torch.as_tensor(samples).detach()
+    if isinstance(samples, Tensor):
+        tensor = samples.detach()
+    else:
+        array = np.asarray(samples)
+        # a copy with the byte order and the strides that PyTorch supports
+        tensor = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
     if tensor.ndim != 1:
         raise ValueError(f"samples must have one dimension, got the shape {tuple(tensor.shape)}: mix the channels")
     if len(tensor) and not tensor.is_floating_point():

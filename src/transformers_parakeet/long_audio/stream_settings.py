@@ -6,6 +6,7 @@ The streams themselves are in `streaming.py`.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -64,7 +65,8 @@ def choose_settings(
         right_s: right context in seconds; `None` for the default.
 
     Raises:
-        ValueError: a duration is too short, or it is given although the attention context of the model sets it.
+        ValueError: a duration is not finite or too short, or is given although the attention context of the model sets
+            it.
     """
     config, hop_length = encoder.config, feature_extractor.hop_length
     samples_per_frame = hop_length * config.subsampling_factor
@@ -105,8 +107,10 @@ def to_frames(name: str, seconds: float, frame_s: float, minimum: int = 0) -> in
         minimum: smallest allowed number of frames.
 
     Raises:
-        ValueError: the duration is shorter than `minimum` frames.
+        ValueError: the duration is not finite, or shorter than `minimum` frames.
     """
+    if not math.isfinite(seconds):
+        raise ValueError(f"`{name}` must be finite, got {seconds}: pass a number of seconds")
     # the small term corrects durations such as 0.56 / 0.08 that are slightly below a whole number
     num_frames = int(seconds / frame_s + 1e-6) if seconds >= 0 else -1
     if num_frames < minimum:

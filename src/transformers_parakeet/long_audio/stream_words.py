@@ -165,7 +165,7 @@ class WordCollector:
             return []
         # the start of a CTC token is the frame of the token before
         before = [] if self.token_before is None else [self.token_before]
-        emitted = to_emitted_tokens([*before, *tokens])
+        emitted = convert_tokens([*before, *tokens])
         texts = [self._decode([token]) for token in emitted.tokens]
         spans = compute_token_spans(self.head_type, emitted, texts, self.punctuation)[len(before) :]
         token_ids = emitted.tokens[len(before) :]
@@ -195,7 +195,7 @@ class WordCollector:
         return str(self.tokenizer.decode(token_ids, group_tokens=False))
 
 
-def to_emitted_tokens(tokens: Sequence[Token]) -> EmittedTokens:
+def convert_tokens(tokens: Sequence[Token]) -> EmittedTokens:
     """Convert tokens to the lists that `timestamps.py` reads.
 
     Args:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from .stream_engine import SpeechDetector, StreamEngine
+from .stream_engine import StreamEngine
 from .stream_input import convert_samples
 from .stream_words import StreamUpdate
+from .voice_activity import SpeechDetector
 
 
 class StreamBatch:
@@ -56,6 +57,8 @@ class StreamBatch:
     def feed(self, samples: Sequence[Any]) -> list[StreamUpdate]:
         """Add samples to the streams.
 
+        Samples that are refused with an error of this list are not added to any stream.
+
         Args:
             samples: one entry per stream: (S,) floating-point samples from -1 to 1 at the sampling rate of the model,
                 any number of them, or `None` for a stream without new samples.
@@ -73,6 +76,7 @@ class StreamBatch:
                 f"`samples` must have one entry per stream, got {len(samples)} entries for {len(self._streams)} "
                 "streams: pass `None` for a stream without new samples"
             )
+        self._engine.check_attention_context()
         blocks = [None if block is None else convert_samples(block) for block in samples]
         for index, (stream, block) in enumerate(zip(self._streams, blocks, strict=True)):
             if block is not None and stream.is_finished:
@@ -89,15 +93,17 @@ class StreamBatch:
         """End streams: decode their remaining samples and commit all words.
 
         Args:
-            stream_indices: indices of the streams; `None` for all streams.
+            stream_indices: indices of the streams, each one once; `None` for all streams.
 
         Returns:
             The last update of each of these streams; empty for a stream that had already ended.
 
         Raises:
+            ValueError: an index is repeated, or is not the index of a stream.
             RuntimeError: the attention context of the model was changed.
         """
         indices = range(len(self._streams)) if stream_indices is None else stream_indices
+        self._check_indices(indices)
         return self._engine.advance([self._streams[index] for index in indices], is_last=True)
 
     def restart(self, stream_index: int) -> None:
@@ -105,8 +111,21 @@ class StreamBatch:
 
         Args:
             stream_index: index of the stream.
+
+        Raises:
+            ValueError: it is not the index of a stream.
         """
+        self._check_indices([stream_index])
         self._streams[stream_index] = self._engine.start()
+
+    def _check_indices(self, stream_indices: Sequence[int]) -> None:
+        """Raise a ValueError if an index is repeated, or is not the index of a stream."""
+        num_streams = len(self._streams)
+        if len(set(stream_indices)) < len(stream_indices) or not set(stream_indices) <= set(range(num_streams)):
+            raise ValueError(
+                f"indices of streams must be different numbers from 0 to {num_streams - 1}, got "
+                f"{list(stream_indices)}: pass each stream once"
+            )
 
 
 class ParakeetStream:

@@ -98,6 +98,8 @@ class EnergySpeechDetector:
 class SileroSpeechDetector:
     """Detects speech with the model of the package `silero-vad` (MIT licence), which is bundled in that package.
 
+    The model has a state during a call, so two threads must not use one object at the same time.
+
     Args:
         sampling_rate: sampling rate of the samples in Hz: 8000, or a multiple of 16000.
         threshold: a frame is speech if the model gives it at least this probability.
@@ -124,6 +126,7 @@ class SileroSpeechDetector:
                 f"the sampling rate of SileroSpeechDetector must be 8000 Hz or a multiple of 16000 Hz, got "
                 f"{self.sampling_rate} Hz: resample the audio"
             )
+        num_threads = torch.get_num_threads()
         try:
             package = importlib.import_module("silero_vad")
         except ImportError as error:
@@ -131,6 +134,9 @@ class SileroSpeechDetector:
                 "SileroSpeechDetector needs the package silero-vad (in the extra `vad`), which is not installed: run "
                 "`pip install silero-vad`, or use EnergySpeechDetector"
             ) from error
+        finally:
+            # the import of silero-vad limits all of PyTorch to one thread, which would slow down the recognition
+            torch.set_num_threads(num_threads)
         # the fields of a frozen dataclass are set through its base class
         object.__setattr__(self, "package", package)
         object.__setattr__(self, "model", package.load_silero_vad())
@@ -169,7 +175,9 @@ def detect_speech(blocks: Iterable[FloatArray], detector: SpeechDetector) -> lis
     speech: list[SpeechRange] = []
     num_samples = 0
     for block in blocks:
-        speech += [(first + num_samples, stop + num_samples) for first, stop in detector(torch.tensor(block))]
+        for first, stop in detector(torch.tensor(block)):
+            # a detector that works on frames can return a range that ends after the block
+            speech.append((max(first, 0) + num_samples, min(stop, len(block)) + num_samples))
         num_samples += len(block)
     return join_ranges(speech)
 

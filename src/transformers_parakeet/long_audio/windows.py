@@ -128,7 +128,7 @@ def cut_windows(
 
     Yields:
         Windows whose kept ranges do not overlap and together cover the recording. Every window starts on an encoder
-        frame of the whole recording.
+        frame of the whole recording, and not before the previous window.
     """
 
     def search_pause(first: int, stop: int) -> int:
@@ -149,10 +149,11 @@ def cut_windows(
         # feature frames are not divided
         yield Window(start, stop // hop_length * hop_length, keep_from, keep_to)
         keep_from = keep_to
-        start = max(0, keep_from - options.left)
-        if start and options.left_search:
-            start = search_pause(start, start + options.left_search)
-        start = start // samples_per_frame * samples_per_frame
+        next_start = max(0, keep_from - options.left)
+        if next_start and options.left_search:
+            next_start = search_pause(next_start, next_start + options.left_search)
+        # no window starts before the previous one, because the second pass reads the recording only forward
+        start = max(start, next_start // samples_per_frame * samples_per_frame)
     # the last window extends to the end of the recording
     yield Window(start, num_samples, keep_from, None)
 

@@ -75,12 +75,23 @@ class ParakeetEncoderRelPositionalEncoding(nn.Module):
         left, right = context_size[0], context_size[-1]
         if self.config.self_attention_model == "rel_pos_local_attn" and left != right:
             positions, has_embedding = map_to_nemo_local_positions(positions, left, right)
-        angles = positions[:, None].float() * self.inv_freq.float()
-        # interleave sines and cosines: (positions, H/2, 2) -> (positions, H)
-        embeddings = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        embeddings = self.embed(positions)
         if has_embedding is not None:
             embeddings = embeddings * has_embedding[:, None]
         return embeddings.to(hidden.dtype)
+
+    def embed(self, positions: Tensor) -> Tensor:
+        """Compute the sinusoidal embeddings of relative positions.
+
+        Args:
+            positions: (P,) relative positions.
+
+        Returns:
+            (P, H) float32 embeddings.
+        """
+        angles = positions[:, None].float() * self.inv_freq.float()
+        # interleave sines and cosines: (P, H/2, 2) -> (P, H)
+        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
 class ParakeetEncoderFeedForward(nn.Module):

@@ -1,7 +1,8 @@
 """Cache-aware streaming of the encoder (arXiv 2312.17279): a step encodes one chunk and reads a cache of the past.
 
-The steps give the same encoder frames as the whole clip at once. The encoder without a cache is in
-`modeling_parakeet.py`; feature frames and their order are in the sub-package `long_audio`.
+With a right context of at least one frame, the steps give the same encoder frames as the whole clip at once. The
+encoder without a cache is in `modeling_parakeet.py`; feature frames and their order are in the sub-package
+`long_audio`.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ class CacheAwareEncoderMixin:
             )
             attention_inputs.append(new_attention_input)
             conv_inputs.append(new_conv_input)
-        num_cached = (cache.num_cached + hidden.shape[1]).clamp(max=context.num_cached)
+        num_cached = (cache.num_cached + hidden.shape[1]).clamp(max=context.new_cache_length)
         return hidden, EncoderCache(torch.stack(attention_inputs), num_cached, torch.stack(conv_inputs), history)
 
     def _build_step_context(self, hidden: Tensor, cache: EncoderCache) -> StepContext:
@@ -164,23 +165,20 @@ class CacheAwareEncoderMixin:
             hidden: (B, N, H) frames of the chunk.
             cache: the cache before the chunk, with C frames.
         """
-        config, num_cached = self.config, cache.attention_inputs.shape[2]
+        config, cache_length = self.config, cache.attention_inputs.shape[2]
         left = config.attention_context_size[0]
-        new_num_cached = left if left >= 0 else min(num_cached + hidden.shape[1], MAX_CACHED_FRAMES)
+        new_cache_length = left if left >= 0 else min(cache_length + hidden.shape[1], MAX_CACHED_FRAMES)
         # one block of N queries that reads C keys before its first query
-        layout = BlockLayout(hidden.shape[1], hidden.shape[1], keys_before=num_cached)
-        positions = layout.compute_relative_positions(hidden.device)
+        layout = BlockLayout(hidden.shape[1], hidden.shape[1], keys_before=cache_length)
         context_mask = build_context_mask(
             config.attention_context_style, config.attention_context_size, layout, hidden.device
         )
         key_indices = torch.arange(layout.num_keys, device=hidden.device)
-        # (B, K): the oldest C - num_cached entries of the cache are empty
-        is_valid = key_indices >= num_cached - cache.num_cached[:, None]
+        # (B, K): the oldest C - `num_cached` frames of the cache are empty
+        is_valid = key_indices >= cache_length - cache.num_cached[:, None]
         visible_mask = is_valid[:, None, None] if context_mask is None else is_valid[:, None, None] & context_mask
-        # as `ParakeetEncoderRelPositionalEncoding`: sines on even, cosines on odd channels
-        angles = positions[:, None].float() * self.encode_positions.inv_freq.float()
-        embeddings = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
-        return StepContext(embeddings.to(hidden.dtype), visible_mask, new_num_cached)
+        embeddings = self.encode_positions.embed(layout.compute_relative_positions(hidden.device))
+        return StepContext(embeddings.to(hidden.dtype), visible_mask, new_cache_length)
 
 
 @dataclass(frozen=True)
@@ -190,12 +188,12 @@ class StepContext:
     Args:
         position_embeddings: (K + N - 1, H) embeddings of the relative positions, in decreasing order of the position.
         visible_mask: (B, 1, 1 or N, K) boolean mask, True if a query may attend to a key.
-        num_cached: number of frames in the new cache.
+        new_cache_length: number of frames in the cache after the step, with empty ones.
     """
 
     position_embeddings: Tensor
     visible_mask: Tensor
-    num_cached: int
+    new_cache_length: int
 
 
 def step_block(
@@ -219,7 +217,7 @@ def step_block(
     conv_output, new_conv_cache = convolve_with_cache(block.conv, block.norm_conv(hidden), conv_cache)
     hidden = hidden + conv_output
     hidden = torch.add(hidden, block.feed_forward2(block.norm_feed_forward2(hidden)), alpha=0.5)
-    new_attention_cache = attention_input[:, attention_input.shape[1] - context.num_cached :]
+    new_attention_cache = attention_input[:, attention_input.shape[1] - context.new_cache_length :]
     return block.norm_out(hidden), new_attention_cache, new_conv_cache
 
 
