@@ -111,8 +111,8 @@ def hub(server, monkeypatch):
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # transformers creates this object once per process, with the endpoint of that moment; an earlier test can have created
-    # it with the endpoint of the real Hub, whose requests are then repeated for a minute
+    # transformers creates this client once per process, with the endpoint of that moment; an earlier test can have
+    # created it with the endpoint of the real Hub, and requests to it are repeated for a minute
     monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     return server
 
