@@ -1,6 +1,7 @@
 """Tests of `transcribe`: results equal to those of the pipeline, batches over files, and errors in single files."""
 
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -195,6 +196,25 @@ def test_a_batch_that_fails_is_decoded_window_by_window(demo, recordings, monkey
     entries = list(transcribe_files(demo, [recordings[1], recordings[2], recordings[1]]))
     assert [getattr(entry, "text", None) for entry in entries] == [expected, None, expected]
     assert str(entries[1].error) == "out of memory"
+
+
+def test_a_failed_batch_holds_no_memory(demo, recordings, monkeypatch):
+    references = []
+
+    def fail(input_features, **kwargs):
+        """Fail with a large tensor in memory; before that, count the tensors of earlier calls that still exist."""
+        num_alive.append(sum(reference() is not None for reference in references))
+        activations = torch.zeros(1000)
+        references.append(weakref.ref(activations))
+        raise RuntimeError("out of memory")
+
+    num_alive = []
+    monkeypatch.setattr(demo.model, "generate", fail)
+    entries = list(transcribe_files(demo, [recordings[1], recordings[1]]))
+    # the batch, and each of its two windows
+    assert num_alive == [0, 0, 0]
+    assert [str(entry.error) for entry in entries] == ["out of memory"] * 2
+    assert [reference() for reference in references] == [None] * 3
 
 
 def test_progress_adds_up_to_the_length_of_the_audio(demo, recordings, tmp_path):
