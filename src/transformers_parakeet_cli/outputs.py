@@ -45,6 +45,7 @@ class OutputOptions:
     prints_lines: bool = False
 
     def __post_init__(self) -> None:
+        """Check that at most one format is printed to stdout."""
         if self.folder is None and self.prints_lines and self.formats:
             raise ValueError(
                 f"`--jsonl` prints to stdout, got also {', '.join(self.formats)}: add `--output-dir FOLDER`, or leave "
