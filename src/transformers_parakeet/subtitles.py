@@ -26,11 +26,12 @@ def to_txt(result: TranscriptionResult) -> str:
     return f"{text}\n" if text else ""
 
 
-def to_json(result: TranscriptionResult) -> str:
+def to_json(result: TranscriptionResult, indent: int | None = 2) -> str:
     """Write a result as JSON, as docs/results.schema.json describes it.
 
     Args:
         result: the result of one recording.
+        indent: number of spaces per level of indentation; `None` for one line.
 
     Returns:
         One JSON object with a line break at its end. All keys are present, always in the same order.
@@ -51,7 +52,10 @@ def to_json(result: TranscriptionResult) -> str:
         "settings": dict(result.settings),
         "version": result.version,
     }
-    return json.dumps(fields, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    text = json.dumps(fields, ensure_ascii=False, indent=indent, allow_nan=False)
+    # Python stores a byte of a file name that is not UTF-8 as a surrogate, which a UTF-8 file cannot contain; its
+    # replacement, such as \udcff, is the same character in JSON
+    return text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
 
 
 def to_entry(timed_text: TimedText) -> dict[str, Any]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -191,8 +190,9 @@ def print_json_line(result: Any) -> None:
     Args:
         result: a `TranscriptionResult`.
     """
-    fields = json.loads(format_result(result, "json", None))
-    print_text(json.dumps(fields, ensure_ascii=False))
+    from transformers_parakeet import subtitles
+
+    print_text(subtitles.to_json(result, indent=None), end="")
 
 
 __all__ = [

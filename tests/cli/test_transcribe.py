@@ -298,6 +298,22 @@ def test_a_file_that_cannot_be_written_does_not_stop_the_others(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not allow such a name")
+def test_a_file_name_that_is_not_utf8_is_written(tmp_path):
+    name = os.fsdecode(b"\xff.flac")
+    for target in (name, "one.flac"):
+        shutil.copy(DIGITS, tmp_path / target)
+    result = run(tmp_path, "--output-dir", tmp_path / "out", "--format", "all")
+    assert result.exit_code == 0, result.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 10
+    (path,) = (tmp_path / "out").glob("[!o]*.json")
+    assert json.loads(path.read_text("utf-8"))["file"] == str(tmp_path / name)
+    lines = run(tmp_path).stdout.splitlines()
+    assert lines == [f"{tmp_path / 'one.flac'}: one two three", f"{tmp_path}/\ufffd.flac: one two three"]
+    printed = [json.loads(line)["file"] for line in run(tmp_path, "--jsonl").stdout.splitlines()]
+    assert printed == [str(tmp_path / "one.flac"), str(tmp_path / name)]
+
+
 def test_insufficient_memory_for_one_file_does_not_stop_the_others(tmp_path, monkeypatch):
     long = tmp_path / "long.wav"
     soundfile.write(long, np.zeros(16000 * 20, np.float32), 16000)
