@@ -232,6 +232,8 @@ def test_progress_adds_up_to_the_length_of_the_audio(demo, recordings, tmp_path)
     [
         ({"decoder": "beam"}, "`decoder` must be 'transducer' or 'ctc', got 'beam'"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"chunk_length_s": float("nan")}, "`chunk_length_s` must not be negative, got nan"),
+        ({"memory_budget": 0}, "`memory_budget` must be a positive number of bytes, got 0"),
         ({"chunk_length_s": -1.0}, "`chunk_length_s` must not be negative, got -1.0"),
         ({"dtype": "int8"}, "`dtype` must be one of float32, float16, bfloat16, got 'int8'"),
         ({"attention": "global"}, "`attention` must be 'local' or 'full', got 'global'"),

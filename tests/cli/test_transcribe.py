@@ -19,7 +19,10 @@ from conftest import run_program
 from typer.testing import CliRunner
 
 import transformers_parakeet as tp
+from transformers_parakeet import subtitles, transcription
+from transformers_parakeet_cli import transcribe
 from transformers_parakeet_cli.app import app
+from transformers_parakeet_cli.outputs import FORMAT_NAMES
 
 CLIPS = tp.demo_model_path() / "clips"
 MANIFEST = json.loads((CLIPS / "manifest.json").read_text(encoding="utf-8"))
@@ -232,6 +235,14 @@ def test_the_dtype_and_the_speed_are_printed_unless_quiet():
     assert "bfloat16 natively" in model_line
     assert summary.startswith("1 file transcribed, 2.7 s of audio in ")
     assert run(DIGITS).stderr == ""
+
+
+def test_the_names_that_the_help_lists_are_those_of_the_library():
+    # the help is printed without an import of the library
+    assert list(subtitles.FORMATS) == list(FORMAT_NAMES)
+    assert [choice.value for choice in transcribe.Format] == [*FORMAT_NAMES, "all"]
+    assert {choice.value for choice in transcribe.Dtype} == set(transcription.DTYPES)
+    assert transcribe.DEFAULT_MODEL == transcription.DEFAULT_MODEL
 
 
 def test_the_model_of_the_environment_is_used():
