@@ -588,6 +588,15 @@ def test_a_stock_generation_configuration_works():
     assert torch.equal(run(model, *batch_of([2])).sequences, plain)
 
 
+def test_a_new_transducer_is_saved_with_the_fields_that_stock_transformers_needs(tmp_path):
+    for head, suppressed in (("rnnt", None), ("tdt", list(range(VOCAB, VOCAB + len(DURATIONS))))):
+        # tests/verification decodes such a folder with stock transformers
+        tiny(head).save_pretrained(tmp_path / head)
+        saved = GenerationConfig.from_pretrained(tmp_path / head)
+        assert saved.decoder_start_token_id == BLANK
+        assert saved.suppress_tokens == suppressed
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_a_row_without_frames_has_no_tokens(head: str):
     features, mask = batch_of([0, 2, 4])

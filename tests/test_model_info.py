@@ -10,7 +10,7 @@ from conftest import TESTS, ctc_model
 
 import transformers_parakeet as tp
 from transformers_parakeet import load_nemo
-from transformers_parakeet.long_audio import estimate_peak_memory
+from transformers_parakeet.long_audio import DEFAULT_WINDOW_S, estimate_peak_memory
 from transformers_parakeet.model_info import describe_config, read_model_info
 from transformers_parakeet.nemo import load_config
 
@@ -92,8 +92,7 @@ def test_memory_is_that_of_the_weights_and_of_the_planner():
     assert info.weight_bytes == {"float32": 4 * size, "bfloat16": 2 * size}
     assert info.peak_bytes[60.0] == estimate_peak_memory(model.config, 60 * 16000)
     assert info.peak_bytes[3600.0] == estimate_peak_memory(model.config, 3600 * 16000)
-    # a window has the same length as the first recording
-    assert info.window_peak_bytes == info.peak_bytes[60.0]
+    assert info.window_peak_bytes == estimate_peak_memory(model.config, int(DEFAULT_WINDOW_S * 16000))
     model.config.dtype = torch.bfloat16
     half = describe_config(model.config, "model")
     assert half.dtype == "bfloat16"

@@ -1,6 +1,7 @@
 """Tests of `transcribe`: results equal to those of the pipeline, batches over files, and errors in single files."""
 
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -197,6 +198,25 @@ def test_a_batch_that_fails_is_decoded_window_by_window(demo, recordings, monkey
     assert str(entries[1].error) == "out of memory"
 
 
+def test_a_failed_batch_holds_no_memory(demo, recordings, monkeypatch):
+    references = []
+
+    def fail(input_features, **kwargs):
+        """Fail with a large tensor in memory; before that, count the tensors of earlier calls that still exist."""
+        num_alive.append(sum(reference() is not None for reference in references))
+        activations = torch.zeros(1000)
+        references.append(weakref.ref(activations))
+        raise RuntimeError("out of memory")
+
+    num_alive = []
+    monkeypatch.setattr(demo.model, "generate", fail)
+    entries = list(transcribe_files(demo, [recordings[1], recordings[1]]))
+    # the batch, and each of its two windows
+    assert num_alive == [0, 0, 0]
+    assert [str(entry.error) for entry in entries] == ["out of memory"] * 2
+    assert [reference() for reference in references] == [None] * 3
+
+
 def test_progress_adds_up_to_the_length_of_the_audio(demo, recordings, tmp_path):
     seconds = []
     files = [*recordings, tmp_path / "missing.wav"]
@@ -212,6 +232,8 @@ def test_progress_adds_up_to_the_length_of_the_audio(demo, recordings, tmp_path)
     [
         ({"decoder": "beam"}, "`decoder` must be 'transducer' or 'ctc', got 'beam'"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"chunk_length_s": float("nan")}, "`chunk_length_s` must not be negative, got nan"),
+        ({"memory_budget": 0}, "`memory_budget` must be a positive number of bytes, got 0"),
         ({"chunk_length_s": -1.0}, "`chunk_length_s` must not be negative, got -1.0"),
         ({"dtype": "int8"}, "`dtype` must be one of float32, float16, bfloat16, got 'int8'"),
         ({"attention": "global"}, "`attention` must be 'local' or 'full', got 'global'"),

@@ -4,7 +4,6 @@ import torch
 from conftest import encoder_fields, tiny_tokenizer
 
 import transformers_parakeet as tp
-from transformers_parakeet.nemo.reader import set_generation_fields
 
 
 def save_transducer(kind, folder):
@@ -23,6 +22,5 @@ def save_transducer(kind, folder):
     with torch.no_grad():
         model.joint.head.bias[size - 1] += 1.5 if kind == "tdt" else 2.0
         model.joint.head.bias[size : size + 1] -= 50.0
-    set_generation_fields(model)
     model.save_pretrained(folder)
     tp.ParakeetProcessor(tp.ParakeetFeatureExtractor(), tokenizer, decoder_type=kind).save_pretrained(folder)

@@ -66,7 +66,7 @@ class SubtitleOptions:
         if not 0 <= self.min_duration <= self.max_duration:
             raise ValueError(
                 f"`min_duration` must be from 0 to `max_duration` ({self.max_duration!r} seconds), got "
-                f"{self.min_duration!r}: decrease it"
+                f"{self.min_duration!r}: correct it"
             )
         if not 0 <= self.min_gap < float("inf"):
             raise ValueError(f"`min_gap` must be at least 0 seconds, got {self.min_gap!r}: the default is 0")

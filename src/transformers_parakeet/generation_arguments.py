@@ -1,4 +1,4 @@
-"""Checks the arguments of `generate`: which of them greedy decoding supports, ignores or refuses.
+"""Checks the arguments of `generate`, which greedy decoding supports, ignores or refuses, and sets their defaults.
 
 `generation_parakeet.py` decodes with the checked arguments.
 """
@@ -165,6 +165,22 @@ def check_logits_processors(logits_processors: Any, vocab_size: int) -> None:
             f"greedy transducer decoding cannot apply {type(processor).__name__}, because it does not change scores: "
             "leave out the `generate` argument or generation config entry that adds it"
         )
+
+
+def set_stock_fields(generation_config: GenerationConfig, config: Any) -> None:
+    """Set the fields of a generation config without which stock transformers cannot decode a saved transducer.
+
+    This package does not need them. Stock transformers starts with `decoder_start_token_id`, and chooses a token among
+    all outputs of the joint network, so the outputs for durations of a TDT model must be suppressed.
+
+    Args:
+        generation_config: generation config of the model; changed in place.
+        config: configuration of a transducer.
+    """
+    generation_config.decoder_start_token_id = config.blank_token_id
+    num_durations = len(getattr(config, "durations", ()))
+    if num_durations:
+        generation_config.suppress_tokens = list(range(config.vocab_size, config.vocab_size + num_durations))
 
 
 def check_decoder(config: Any, decoder: str | None) -> None:

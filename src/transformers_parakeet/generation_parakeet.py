@@ -35,6 +35,7 @@ from .generation_arguments import (
     drop_training_inputs,
     get_confidence_method,
     parse_ctc_arguments,
+    set_stock_fields,
 )
 from .generation_streaming import StepObserver, stream_frames
 
@@ -174,6 +175,10 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
     _supported_generation_modes: ClassVar[list[GenerationMode]] = [GenerationMode.GREEDY_SEARCH]
     # arguments of `generate` that only this package has
     _additional_arguments = ("output_confidence",)
+
+    def _set_stock_fields(self) -> None:
+        """Set the fields of the generation config without which stock transformers cannot decode the saved model."""
+        set_stock_fields(self.generation_config, self.config)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, decoder: str = "transducer", **kwargs: Any) -> Any:
         """Decode a batch greedily.

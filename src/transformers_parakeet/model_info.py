@@ -15,6 +15,7 @@ import torch
 from .configuration_parakeet import get_head_type
 from .long_audio import DEFAULT_WINDOW_S, estimate_peak_memory
 from .nemo import NemoError, build_empty_model, check_config, describe_head, load_config
+from .networks import check_cache_support
 
 # rate of the input of every model in samples per second
 SAMPLING_RATE = 16000
@@ -49,7 +50,8 @@ class ModelInfo:
         attention_context: number of frames that a frame attends to, in the form of `attention_context_size`.
         trained_contexts: every attention context that the model was trained with.
         is_local_attention: whether the attention is NeMo's local attention.
-        is_cache_aware: whether no frame depends on frames after its chunk, so that streaming encodes each frame once.
+        is_cache_aware: whether no frame depends on frames after its chunk, so that a stream encodes each frame once.
+            For this the features must also have no normalisation, which the configuration does not state.
         nemo_export_error: why the model cannot be written as a `.nemo` file; None if it can.
         weight_bytes: dtype -> memory of the weights in bytes.
         peak_bytes: duration of a clip in seconds -> estimated memory for its recognition as a whole in the dtype of the
@@ -132,26 +134,11 @@ def describe_config(config: Any, source: str) -> ModelInfo:
         attention_context=tuple(encoder.attention_context_size),
         trained_contexts=tuple(map(tuple, contexts)),
         is_local_attention=encoder.self_attention_model == "rel_pos_local_attn",
-        is_cache_aware=check_cache_aware(encoder),
+        is_cache_aware=check_cache_support(encoder),
         nemo_export_error=find_nemo_export_error(config),
         weight_bytes={str(kind).removeprefix("torch."): num_parameters * kind.itemsize for kind in WEIGHT_DTYPES},
         peak_bytes={seconds: estimate_bytes(config, seconds, dtype) for seconds in MEMORY_DURATIONS_S},
         window_peak_bytes=estimate_bytes(config, DEFAULT_WINDOW_S, dtype),
-    )
-
-
-def check_cache_aware(encoder_config: Any) -> bool:
-    """Return whether no frame of an encoder depends on frames after its chunk.
-
-    Args:
-        encoder_config: configuration of the encoder.
-    """
-    causal_context = [encoder_config.conv_kernel_size - 1, 0]
-    return bool(
-        encoder_config.attention_context_style == "chunked_limited"
-        and encoder_config.attention_context_size[1] >= 0
-        and encoder_config.causal_downsampling
-        and list(encoder_config.conv_context_size or []) == causal_context
     )
 
 

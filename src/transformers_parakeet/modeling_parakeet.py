@@ -293,6 +293,7 @@ class ParakeetForRNNT(ParakeetPreTrainedModel, ParakeetTransducerGenerationMixin
         self.joint = ParakeetRNNTJointNetwork(config, self._num_joint_outputs)
         if config.ctc_head:
             self.ctc_head = nn.Conv1d(width, config.vocab_size, kernel_size=1)
+        self._set_stock_fields()
         self.post_init()
 
     @property

@@ -56,7 +56,7 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
         confidence_aggregation: how to compute the confidence of words and segments from the confidences of tokens:
             `"min"` (default), `"mean"` or `"prod"`.
         chunk_length_s: maximum length in seconds of the overlapping chunks into which longer audio is cut. `None`
-            (default): audio is recognised as a whole if it fits `memory_budget`, otherwise in chunks of 30 s. 0: audio
+            (default): audio is recognised as a whole if it fits `memory_budget`, otherwise in chunks of 60 s. 0: audio
             is always recognised as a whole.
         stride_length_s: seconds of context on each side of a chunk, one number or a pair (left, right); default: one
             sixth of `chunk_length_s`.

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from .cues import DEFAULT_OPTIONS, Cue, CueWord, SubtitleOptions, build_cues, join_words, to_milliseconds
-from .results import TimedText, TranscriptionResult
+from .results import TranscriptionResult
 
 
 def to_txt(result: TranscriptionResult) -> str:
@@ -26,11 +27,12 @@ def to_txt(result: TranscriptionResult) -> str:
     return f"{text}\n" if text else ""
 
 
-def to_json(result: TranscriptionResult) -> str:
+def to_json(result: TranscriptionResult, indent: int | None = 2) -> str:
     """Write a result as JSON, as docs/results.schema.json describes it.
 
     Args:
         result: the result of one recording.
+        indent: number of spaces per level of indentation; `None` for one line.
 
     Returns:
         One JSON object with a line break at its end. All keys are present, always in the same order.
@@ -44,31 +46,17 @@ def to_json(result: TranscriptionResult) -> str:
         "duration": result.duration,
         "text": result.text,
         "confidence": result.confidence,
-        "segments": [to_entry(segment) for segment in result.segments],
-        "words": [to_entry(word) for word in result.words],
-        "tokens": [to_entry(token) for token in result.tokens],
+        "segments": [asdict(segment) for segment in result.segments],
+        "words": [asdict(word) for word in result.words],
+        "tokens": [asdict(token) for token in result.tokens],
         "model": result.model,
         "settings": dict(result.settings),
         "version": result.version,
     }
-    return json.dumps(fields, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-
-
-def to_entry(timed_text: TimedText) -> dict[str, Any]:
-    """Convert a token, word or segment to its JSON object.
-
-    Args:
-        timed_text: text with its time in seconds.
-
-    Returns:
-        `{"text", "start", "end", "confidence"}` with times in seconds.
-    """
-    return {
-        "text": timed_text.text,
-        "start": timed_text.start,
-        "end": timed_text.end,
-        "confidence": timed_text.confidence,
-    }
+    text = json.dumps(fields, ensure_ascii=False, indent=indent, allow_nan=False)
+    # Python stores a byte of a file name that is not UTF-8 as a surrogate, which a UTF-8 file cannot contain; its
+    # replacement, such as \udcff, is the same character in JSON
+    return text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
 
 
 def to_tsv(result: TranscriptionResult) -> str:

@@ -68,12 +68,18 @@ class TranscriptionOptions:
         """Check the options that do not depend on the model."""
         if self.decoder not in (None, "ctc", "transducer"):
             raise ValueError(f"`decoder` must be 'transducer' or 'ctc', got {self.decoder!r}: correct it")
-        if self.chunk_length_s is not None and self.chunk_length_s < 0:
+        # this condition is also true for NaN
+        if self.chunk_length_s is not None and not self.chunk_length_s >= 0:
             raise ValueError(
                 f"`chunk_length_s` must not be negative, got {self.chunk_length_s}: use 0 for whole recordings"
             )
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}: raise it")
+        if self.memory_budget is not None and self.memory_budget <= 0:
+            raise ValueError(
+                f"`memory_budget` must be a positive number of bytes, got {self.memory_budget}: pass, for example, "
+                "2 * 10**9 for 2 GB"
+            )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ The pipeline computes the features of the windows and decodes them. `transcripti
 from __future__ import annotations
 
 import os
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -156,13 +157,17 @@ def decode_batch(pipeline: Any, batch: list[WindowInput], generate_arguments: di
         "input_features": pad_sequence(features, batch_first=True),
         "attention_mask": pad_sequence(masks, batch_first=True),
     }
+    hypotheses = None
     try:
         hypotheses = pipeline.forward(model_inputs, **generate_arguments)["hypotheses"]
     except Exception as error:
         logger.debug("a batch of %d windows failed", len(batch), exc_info=True)
+        # the functions in the traceback hold tensors, whose memory the next windows may need
+        traceback.clear_frames(error.__traceback__)
         if len(batch) == 1:
             batch[0][0].error = error
             return
+    if hypotheses is None:
         for entry in batch:
             decode_batch(pipeline, [entry], generate_arguments)
         return

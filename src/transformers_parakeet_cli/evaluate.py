@@ -65,15 +65,13 @@ def evaluate(
         pipeline = load_pipeline(model, device=device, dtype=dtype)
         print_model_note(pipeline, is_default_dtype=False)
         evaluation = run_evaluation(pipeline, dataset, batch_size, decoder, normalize_text)
+        # printed before files are written, because a file that cannot be written must not lose the result
+        print_evaluation(evaluation)
         if output_path is not None:
             write_clips(evaluation, output_path)
         if report is not None:
             settings = {"model": model, "data": data, "normalisation": normalize.value, "decoder": decoder or "default"}
             write_report(evaluation, report, f"Evaluation of {model}", settings)
-    print_rows(list_results(evaluation))
-    for score in evaluation.worst_clips(NUM_WORST_CLIPS):
-        print_note(f"{score.words.errors} word errors in {score.clip.name}")
-        print_note(f"  reference:  {score.clip.reference}\n  hypothesis: {score.clip.hypothesis}")
     for path in filter(None, (output_path, report)):
         print_note(f"wrote {path}")
     if report is None:
@@ -98,6 +96,18 @@ def choose_normalization(normalization: Normalization, spellings: Path | None) -
     if spellings is not None:
         raise ValueError(f"`--spellings` must come with `--normalize english`, got {normalization.value!r}: change one")
     return normalize_text if normalization is Normalization.basic else str
+
+
+def print_evaluation(evaluation: Any) -> None:
+    """Print the error rates and the speed to stdout, and the clips with the most word errors to stderr.
+
+    Args:
+        evaluation: an `Evaluation`.
+    """
+    print_rows(list_results(evaluation))
+    for score in evaluation.worst_clips(NUM_WORST_CLIPS):
+        print_note(f"{score.words.errors} word errors in {score.clip.name}")
+        print_note(f"  reference:  {score.clip.reference}\n  hypothesis: {score.clip.hypothesis}")
 
 
 def list_results(evaluation: Any) -> list[tuple[str, str]]:

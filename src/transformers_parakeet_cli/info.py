@@ -130,21 +130,29 @@ def list_abilities(model_info: Any) -> list[tuple[str, str]]:
     Args:
         model_info: a `ModelInfo`.
     """
-    # style of models that are trained for whole clips and for chunks with right context
-    if model_info.is_cache_aware:
-        streaming = "yes, cache-aware: each frame is encoded once"
-    elif model_info.attention_style == "chunked_limited_with_rc":
-        streaming = "yes, with left and right context, for which the model was trained"
-    else:
-        streaming = "with left and right context around each chunk; the model was trained on whole clips"
     export_error = model_info.nemo_export_error
     return [
         ("times", f"yes: of characters, words and segments, resolution {model_info.frame_duration_s * 1000:g} ms"),
         ("confidence", "yes: of characters, words and segments"),
-        ("streaming", streaming),
+        ("streaming", describe_streaming(model_info)),
         ("CTC head", "yes" if "ctc" in model_info.decoders else "no"),
         ("NeMo export", "yes" if export_error is None else f"no: {export_error}"),
     ]
+
+
+def describe_streaming(model_info: Any) -> str:
+    """Describe how `ParakeetStream` streams a model.
+
+    Args:
+        model_info: a `ModelInfo`.
+    """
+    if model_info.is_cache_aware:
+        return "yes, cache-aware: each frame is encoded once, if the features are not normalised"
+    buffered = "yes, with left and right context around each chunk"
+    # style of models that are trained for whole clips and for chunks with right context
+    if model_info.attention_style == "chunked_limited_with_rc":
+        return f"{buffered}, for which the model was trained"
+    return f"{buffered}, for which the model was not trained"
 
 
 __all__ = ["info"]

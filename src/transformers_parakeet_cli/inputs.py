@@ -45,8 +45,10 @@ class Recording:
 
     @property
     def label(self) -> str:
-        """Name in messages and before texts."""
-        return "standard input" if self.name == STANDARD_INPUT else self.name
+        """Name in messages and before texts; bytes of a path that are not UTF-8 are replaced."""
+        if self.name == STANDARD_INPUT:
+            return "standard input"
+        return self.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
     @property
     def file_name(self) -> str:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -45,6 +44,7 @@ class OutputOptions:
     prints_lines: bool = False
 
     def __post_init__(self) -> None:
+        """Check that at most one format is printed to stdout."""
         if self.folder is None and self.prints_lines and self.formats:
             raise ValueError(
                 f"`--jsonl` prints to stdout, got also {', '.join(self.formats)}: add `--output-dir FOLDER`, or leave "
@@ -190,8 +190,9 @@ def print_json_line(result: Any) -> None:
     Args:
         result: a `TranscriptionResult`.
     """
-    fields = json.loads(format_result(result, "json", None))
-    print_text(json.dumps(fields, ensure_ascii=False))
+    from transformers_parakeet import subtitles
+
+    print_text(subtitles.to_json(result, indent=None), end="")
 
 
 __all__ = [

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
-from .inputs import Recording, is_url
+from .inputs import STANDARD_INPUT, Recording
 from .messages import error_console
 
 
@@ -71,15 +72,16 @@ class ProgressBar:
 
 
 def estimate_duration(recording: Recording) -> float:
-    """Read the duration of a recording from the header of its file.
+    """Read the duration of a recording from the header of its file; other sources, such as pipes, are not read.
 
     Args:
         recording: the recording.
 
     Returns:
-        Seconds; 0 if the header has no duration, or if the recording is not a local file.
+        Seconds; 0 if the header has no duration, or if the recording is not a regular file on this machine.
     """
-    if recording.source is not recording.name or is_url(recording.name):
+    # reading the header of a pipe would take its samples away from the transcription
+    if recording.name == STANDARD_INPUT or not os.path.isfile(recording.name):
         return 0.0
     import av
     import soundfile

@@ -1,6 +1,7 @@
 """Tests of the progress bar of `parakeet transcribe`."""
 
 import io
+import os
 
 import pytest
 import soundfile
@@ -24,6 +25,20 @@ def test_durations_are_read_from_headers(path):
 @pytest.mark.parametrize("name", ["-", "https://example.org/a.wav", "missing.wav", __file__])
 def test_an_unknown_duration_counts_as_zero(name):
     assert estimate_duration(Recording(name)) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
+def test_a_pipe_is_not_read_to_estimate_its_duration(tmp_path):
+    path, content = tmp_path / "pipe.wav", (TESTS / "golden" / "clips" / "speech0.wav").read_bytes()
+    os.mkfifo(path)
+    # a pipe that is open for reading and writing holds what is written, up to 64 KiB
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.write(descriptor, content[:4096])
+        assert estimate_duration(Recording(str(path))) == 0
+        assert os.read(descriptor, 4096) == content[:4096]
+    finally:
+        os.close(descriptor)
 
 
 def test_the_bar_counts_seconds_of_audio(tmp_path, monkeypatch):

@@ -75,6 +75,14 @@ def test_the_report_is_written_and_named(manifest, tmp_path):
     assert f"wrote {report}" in result.stderr
 
 
+@pytest.mark.parametrize("option", ["--report", "--output"])
+def test_a_file_that_cannot_be_written_does_not_lose_the_rates(option, manifest, tmp_path):
+    result = run_evaluate(manifest, option, tmp_path / "missing" / "file")
+    assert result.exit_code == 1
+    assert re.search(r"^word error rate +[\d.]+% \(", result.stdout, re.MULTILINE)
+    assert str(tmp_path / "missing" / "file") in result.stderr.splitlines()[-1]
+
+
 def test_spellings_need_the_english_normalisation(manifest, tmp_path):
     result = run_evaluate(manifest, "--spellings", tmp_path / "normalizer.json")
     assert result.exit_code == 1

@@ -7,6 +7,7 @@ from conftest import TESTS
 from typer.testing import CliRunner
 
 import transformers_parakeet as tp
+from transformers_parakeet.long_audio.stream_settings import choose_settings, prepare_encoder
 from transformers_parakeet.model_info import read_model_info
 from transformers_parakeet_cli.app import app
 
@@ -47,8 +48,21 @@ def test_every_trained_context_is_listed():
     seconds = ["14 frames (1.12 s)", "7 frames (0.56 s)", "2 frames (0.16 s)", "1 frame (0.08 s)"]
     expected = [f"chunks of {chunk}: each frame attends to its chunk and 70 frames before it" for chunk in seconds]
     assert rows["attention"] == [expected[0], *(f"also trained: {text}" for text in expected[1:])]
-    assert rows["streaming"] == ["yes, cache-aware: each frame is encoded once"]
+    assert rows["streaming"] == ["yes, cache-aware: each frame is encoded once, if the features are not normalised"]
     assert rows["CTC head"] == ["no"]
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in REAL_CONFIGS.glob("*/model.nemo")))
+def test_the_kind_of_streaming_is_that_of_a_stream(name):
+    path = REAL_CONFIGS / name / "model.nemo"
+    model, processor = tp.load_nemo(path)
+    settings = choose_settings(model.encoder, processor.feature_extractor, None, None, None)
+    (streaming,) = run_info(path)["streaming"]
+    assert streaming.startswith("yes, cache-aware") == settings.is_cache_aware
+    assert streaming.startswith("yes, with left and right context") != settings.is_cache_aware
+    # the stream changes the attention context of the encoder only if the model was trained for this
+    is_changed = prepare_encoder(model.encoder, settings) is not model.encoder
+    assert streaming.endswith("for which the model was trained") == is_changed
 
 
 def test_local_attention_is_described():

@@ -19,7 +19,10 @@ from conftest import run_program
 from typer.testing import CliRunner
 
 import transformers_parakeet as tp
+from transformers_parakeet import subtitles, transcription
+from transformers_parakeet_cli import transcribe
 from transformers_parakeet_cli.app import app
+from transformers_parakeet_cli.outputs import FORMAT_NAMES
 
 CLIPS = tp.demo_model_path() / "clips"
 MANIFEST = json.loads((CLIPS / "manifest.json").read_text(encoding="utf-8"))
@@ -234,6 +237,14 @@ def test_the_dtype_and_the_speed_are_printed_unless_quiet():
     assert run(DIGITS).stderr == ""
 
 
+def test_the_names_that_the_help_lists_are_those_of_the_library():
+    # the help is printed without an import of the library
+    assert list(subtitles.FORMATS) == list(FORMAT_NAMES)
+    assert [choice.value for choice in transcribe.Format] == [*FORMAT_NAMES, "all"]
+    assert {choice.value for choice in transcribe.Dtype} == set(transcription.DTYPES)
+    assert transcribe.DEFAULT_MODEL == transcription.DEFAULT_MODEL
+
+
 def test_the_model_of_the_environment_is_used():
     result = run(DIGITS, options=("--quiet",), env={"PARAKEET_MODEL": "demo"})
     assert result.stdout == "one two three\n"
@@ -296,6 +307,22 @@ def test_a_file_that_cannot_be_written_does_not_stop_the_others(tmp_path):
     assert str(DIGITS) in result.stderr
     assert (tmp_path / f"{FIRST.stem}.txt").read_text() == run(FIRST).stdout
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not allow such a name")
+def test_a_file_name_that_is_not_utf8_is_written(tmp_path):
+    name = os.fsdecode(b"\xff.flac")
+    for target in (name, "one.flac"):
+        shutil.copy(DIGITS, tmp_path / target)
+    result = run(tmp_path, "--output-dir", tmp_path / "out", "--format", "all")
+    assert result.exit_code == 0, result.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 10
+    (path,) = (tmp_path / "out").glob("[!o]*.json")
+    assert json.loads(path.read_text("utf-8"))["file"] == str(tmp_path / name)
+    lines = run(tmp_path).stdout.splitlines()
+    assert lines == [f"{tmp_path / 'one.flac'}: one two three", f"{tmp_path}/\ufffd.flac: one two three"]
+    printed = [json.loads(line)["file"] for line in run(tmp_path, "--jsonl").stdout.splitlines()]
+    assert printed == [str(tmp_path / "one.flac"), str(tmp_path / name)]
 
 
 def test_insufficient_memory_for_one_file_does_not_stop_the_others(tmp_path, monkeypatch):

@@ -56,20 +56,23 @@ def test_an_attention_context_that_is_limited_on_both_sides_needs_less():
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "max_samples", "window_s", "expected"),
+    ("num_samples", "max_samples", "window_s", "has_full_attention", "expected"),
     [
-        (HOUR, HOUR, None, ("whole", None)),
-        (HOUR, HOUR - 1, None, ("windows", 60.0)),
+        (HOUR, HOUR, None, False, ("whole", None)),
+        (HOUR, HOUR - 1, None, False, ("windows", 60.0)),
+        (24 * 60 * RATE, HOUR, None, True, ("whole", None)),
+        (24 * 60 * RATE + 1, HOUR, None, True, ("windows", 60.0)),
+        (HOUR, HOUR, 0, True, ("whole", None)),
         # a recording that is not longer than a window is never cut
-        (60 * RATE, 0, None, ("whole", None)),
-        (60 * RATE + 1, 0, None, ("windows", 60.0)),
-        (10 * HOUR, 0, 0, ("whole", None)),
-        (10 * RATE, 0, 10.0, ("whole", None)),
-        (10 * RATE + 1, HOUR, 10.0, ("windows", 10.0)),
+        (60 * RATE, 0, None, True, ("whole", None)),
+        (60 * RATE + 1, 0, None, True, ("windows", 60.0)),
+        (10 * HOUR, 0, 0, False, ("whole", None)),
+        (10 * RATE, 0, 10.0, True, ("whole", None)),
+        (10 * RATE + 1, HOUR, 10.0, False, ("windows", 10.0)),
     ],
 )
-def test_plans_at_planted_limits(num_samples, max_samples, window_s, expected):
-    plan = plan_recording(num_samples, max_samples, window_s, RATE, 10**9)
+def test_plans_at_planted_limits(num_samples, max_samples, window_s, has_full_attention, expected):
+    plan = plan_recording(num_samples, max_samples, window_s, RATE, 10**9, has_full_attention)
     assert isinstance(plan, Plan)
     assert (plan.mode, plan.window_s) == expected
     assert plan.reason

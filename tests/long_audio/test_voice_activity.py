@@ -54,6 +54,12 @@ def test_constant_sound_is_not_speech(kind, gain):
     assert EnergySpeechDetector()(gain * samples) == []
 
 
+def test_a_word_without_a_pause_is_speech():
+    word = plant_bursts([(0.0, 0.28)], 0.28, 0.0)
+    assert EnergySpeechDetector()(word) == [(0, len(word))]
+    assert EnergySpeechDetector()(1e-4 * word) == []
+
+
 @pytest.mark.parametrize("num_samples", [0, 1, 159, 160])
 def test_audio_without_a_frame_or_with_one_frame_has_no_speech(num_samples):
     assert EnergySpeechDetector()(torch.ones(num_samples)) == []

@@ -111,6 +111,9 @@ def hub(server, monkeypatch):
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # transformers creates this client once per process, with the endpoint of that moment; an earlier test can have
+    # created it with the endpoint of the real Hub, and requests to it are repeated for a minute
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     return server
 
 

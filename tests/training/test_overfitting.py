@@ -73,9 +73,7 @@ def create_letter_model(head):
         encoder_config=encoder_config,
         **head_fields,
     )
-    model = model_class(config).train()
-    model.generation_config.decoder_start_token_id = BLANK_ID
-    return model
+    return model_class(config).train()
 
 
 @pytest.mark.parametrize("head", list(HEADS))

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..audio import AudioSource
 from ..decoding import Hypotheses
 from ..feature_extraction_parakeet import ParakeetFeatureExtractor
-from .planner import Plan, find_max_samples, get_memory_budget, plan_recording
+from .planner import Plan, find_max_samples, get_memory_budget, has_limited_context, plan_recording
 from .recording import (
     BLOCK_S,
     compute_recording_features,
@@ -190,7 +190,10 @@ def choose_plan(
     if options.window_s is None:
         budget = get_memory_budget(options.memory_budget, device)
         max_samples = find_max_samples(config, budget, options.batch_size, dtype.itemsize)
-    return plan_recording(num_samples, max_samples, options.window_s, extractor.sampling_rate, budget)
+    has_full_attention = not has_limited_context(config.encoder_config)
+    return plan_recording(
+        num_samples, max_samples, options.window_s, extractor.sampling_rate, budget, has_full_attention
+    )
 
 
 def iterate_windows(

@@ -19,6 +19,9 @@ logger = logging.get_logger(__name__)
 
 # length of a window in seconds if a recording does not fit the memory budget
 DEFAULT_WINDOW_S = 60.0
+# longest recording in seconds that is recognised as a whole with full attention, whose time grows with the square of
+# the length. The model cards of the 0.6B checkpoints state this length for full attention.
+MAX_FULL_ATTENTION_S = 24 * 60.0
 # smallest default budget in bytes
 MIN_BUDGET_BYTES = 10**9
 # the default budget is this fraction of the free memory
@@ -116,7 +119,12 @@ def find_max_samples(config: Any, memory_budget: int, batch_size: int = 1, dtype
 
 
 def plan_recording(
-    num_samples: int, max_samples: int, window_s: float | None, sampling_rate: int, memory_budget: int
+    num_samples: int,
+    max_samples: int,
+    window_s: float | None,
+    sampling_rate: int,
+    memory_budget: int,
+    has_full_attention: bool,
 ) -> Plan:
     """Choose how a recording is recognised.
 
@@ -126,6 +134,8 @@ def plan_recording(
         window_s: length of a window in seconds that the caller requests; 0 for no windows, `None` to choose by memory.
         sampling_rate: samples per second.
         memory_budget: memory budget in bytes, named in the reason.
+        has_full_attention: whether the attention of the model is not limited on both sides. A recording longer than
+            `MAX_FULL_ATTENTION_S` is then recognised in windows unless the caller requests otherwise.
 
     Returns:
         The plan. A recording that is not longer than a window is recognised as a whole.
@@ -136,9 +146,13 @@ def plan_recording(
         if num_samples <= window_s * sampling_rate:
             return Plan("whole", None, f"the recording is not longer than `chunk_length_s`, {window_s:g} s")
         return Plan("windows", window_s, f"`chunk_length_s` is {window_s:g}")
+    duration_s = num_samples / sampling_rate
+    if has_full_attention and duration_s > MAX_FULL_ATTENTION_S:
+        reason = f"the recording has {duration_s:.0f} s, and full attention is used up to {MAX_FULL_ATTENTION_S:.0f} s"
+        return Plan("windows", DEFAULT_WINDOW_S, reason)
     limit = f"{max_samples / sampling_rate:.0f} s fit the memory budget of {memory_budget / 1e9:.2f} GB"
     if num_samples <= max(max_samples, DEFAULT_WINDOW_S * sampling_rate):
-        return Plan("whole", None, f"the recording has {num_samples / sampling_rate:.0f} s, and {limit}")
+        return Plan("whole", None, f"the recording has {duration_s:.0f} s, and {limit}")
     return Plan("windows", DEFAULT_WINDOW_S, f"the recording is longer than fits as a whole: {limit}")
 
 

@@ -32,6 +32,8 @@ TOKEN_MARGIN_S = 0.4
 FRAME_S = 0.01
 # quantile of the levels that is taken as the level of the background noise
 NOISE_QUANTILE = 0.1
+# Shorter samples, in seconds, can consist of one word without a pause, so they do not contain the background noise.
+MIN_NOISE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class EnergySpeechDetector:
 
     The level of the noise is the quantile `NOISE_QUANTILE` of the levels of all frames passed in one call. Sound with a
     constant level, such as silence, white noise or a tone, therefore contains no speech. Music and other sound with a
-    changing level is not distinguished from speech.
+    changing level is not distinguished from speech. In samples shorter than `MIN_NOISE_S` the noise is not measured,
+    and all frames above `min_level_db` are speech.
 
     Args:
         sampling_rate: sampling rate of the samples in Hz.
@@ -82,7 +85,9 @@ class EnergySpeechDetector:
         levels = compute_smoothed_levels(compute_frame_powers(samples, frame_length))
         if len(levels) == 0:
             return []
-        threshold = max(float(torch.quantile(levels, NOISE_QUANTILE)) + self.threshold_db, self.min_level_db)
+        threshold = self.min_level_db
+        if len(samples) >= MIN_NOISE_S * self.sampling_rate:
+            threshold = max(threshold, float(torch.quantile(levels, NOISE_QUANTILE)) + self.threshold_db)
         changes = torch.diff(F.pad((levels > threshold).int(), (1, 1)))
         starts, stops = (changes == 1).nonzero()[:, 0].tolist(), (changes == -1).nonzero()[:, 0].tolist()
         frame_ranges = join_ranges(zip(starts, stops, strict=True), round(self.min_pause_s / FRAME_S))

@@ -233,8 +233,6 @@ def build_from_archive(
     contents = read_contents(archive)
     model = build_empty_model(contents.config)
     load_weights(model, contents.weights, archive, dtype)
-    if contents.head_type != "ctc":
-        set_generation_fields(model)
     # `load_weights` has checked the number of mel bins, so a damaged file cannot request a huge filter bank here
     feature_extractor = ParakeetFeatureExtractor(**read_extractor_fields(contents.settings))
     return model.eval(), ParakeetProcessor(feature_extractor, contents.tokenizer, decoder_type=contents.head_type)
@@ -257,22 +255,6 @@ def build_empty_model(config: Any) -> ParakeetPreTrainedModel:
             return MODEL_CLASS_BY_HEAD_TYPE[get_head_type(config)](config)
     except RuntimeError as error:
         raise NemoError(f"a size in the configuration is too large: {error}") from error
-
-
-def set_generation_fields(model: ParakeetPreTrainedModel) -> None:
-    """Set the fields of the generation config without which stock transformers cannot decode a saved transducer.
-
-    This package does not need them. Stock transformers starts with `decoder_start_token_id`, and chooses a token among
-    all outputs of the joint network, so the outputs for durations of a TDT model must be suppressed.
-
-    Args:
-        model: a transducer; its generation config is changed in place.
-    """
-    config = model.config
-    model.generation_config.decoder_start_token_id = config.blank_token_id
-    num_durations = len(getattr(config, "durations", ()))
-    if num_durations:
-        model.generation_config.suppress_tokens = list(range(config.vocab_size, config.vocab_size + num_durations))
 
 
 def read_contents(archive: Archive) -> ArchiveContents:

@@ -8,7 +8,7 @@ from .conformer import (
     drop_block,
 )
 from .fast_linear import apply_pointwise_conv
-from .streaming_encoder import CacheAwareEncoderMixin, EncoderCache, stack_caches
+from .streaming_encoder import CacheAwareEncoderMixin, EncoderCache, check_cache_support, stack_caches
 from .subsampling import ParakeetEncoderSubsamplingConv2D, build_length_mask, compute_subsampled_lengths
 from .transducer import ParakeetRNNTDecoder, ParakeetRNNTJointNetwork
 
@@ -23,6 +23,7 @@ __all__ = [
     "ParakeetRNNTJointNetwork",
     "apply_pointwise_conv",
     "build_length_mask",
+    "check_cache_support",
     "compute_drop_probabilities",
     "compute_subsampled_lengths",
     "drop_block",

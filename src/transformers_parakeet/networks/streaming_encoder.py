@@ -75,6 +75,23 @@ def stack_caches(caches: Sequence[EncoderCache]) -> EncoderCache:
     )
 
 
+def check_cache_support(encoder_config: Any) -> bool:
+    """Return whether no frame of an encoder depends on frames after its chunk, so that a stream can use a cache.
+
+    This requires chunked attention and causal convolutions.
+
+    Args:
+        encoder_config: configuration of the encoder.
+    """
+    return bool(
+        encoder_config.attention_context_style == "chunked_limited"
+        and encoder_config.attention_context_size[1] >= 0
+        and encoder_config.self_attention_model == "rel_pos"
+        and encoder_config.causal_downsampling
+        and list(encoder_config.conv_context_size or []) == [encoder_config.conv_kernel_size - 1, 0]
+    )
+
+
 class CacheAwareEncoderMixin:
     """Adds cache-aware streaming to the encoder. The state of a stream is in its `EncoderCache`, not in the encoder."""
 
@@ -87,15 +104,8 @@ class CacheAwareEncoderMixin:
 
     @property
     def supports_cache(self) -> bool:
-        """Whether no frame depends on frames after its chunk: chunked attention and causal convolutions."""
-        config = self.config
-        return bool(
-            config.attention_context_style == "chunked_limited"
-            and config.attention_context_size[1] >= 0
-            and config.self_attention_model == "rel_pos"
-            and config.causal_downsampling
-            and list(config.conv_context_size or []) == [config.conv_kernel_size - 1, 0]
-        )
+        """Whether the encoder can encode a stream with a cache; see `check_cache_support`."""
+        return check_cache_support(self.config)
 
     def start_cache(self, num_streams: int) -> EncoderCache:
         """Create the cache of streams before their first chunk.

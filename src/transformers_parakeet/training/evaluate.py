@@ -89,7 +89,9 @@ def run_evaluation(
 
     pipeline_options = {"generate_kwargs": {"decoder": decoder}} if decoder else {}
     start = time.perf_counter()
-    hypotheses = [output["text"] for output in pipe(read_clips(), batch_size=batch_size, **pipeline_options)]
+    # without worker processes, because `read_clips` appends to a list of this process
+    outputs = pipe(read_clips(), batch_size=batch_size, num_workers=0, **pipeline_options)
+    hypotheses = [output["text"] for output in outputs]
     processing_seconds = time.perf_counter() - start
     clips = [
         EvaluatedClip(name, duration, reference, hypothesis)

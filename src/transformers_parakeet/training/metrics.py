@@ -320,7 +320,7 @@ def bootstrap_intervals(
     """Compute 95 % intervals of error rates by the percentile bootstrap over clips.
 
     A draw consists of as many clips as there are, chosen with replacement. The interval is from the 2.5 to the 97.5
-    percentile of the rates of 1000 draws. Draws without reference words are left out. Method: Bisani and Ney, Bootstrap
+    percentile of the rates of all draws. Draws without reference words are left out. Method: Bisani and Ney, Bootstrap
     estimates for confidence intervals in ASR performance evaluation, ICASSP 2004.
 
     Args:
@@ -381,9 +381,9 @@ class ErrorRates:
         ignored_ids = {tokenizer.pad_token_id, self.processor.blank_token_id}
         texts = []
         for row in np.asarray(token_ids).tolist():
-            kept_ids = [token_id for token_id in row if token_id >= 0 and token_id not in ignored_ids]
+            label_ids = [token_id for token_id in row if token_id >= 0 and token_id not in ignored_ids]
             # without `group_tokens=False`, a CTC tokenizer would merge equal neighbouring tokens again
-            texts.append(str(tokenizer.decode(kept_ids, group_tokens=False)))
+            texts.append(str(tokenizer.decode(label_ids, group_tokens=False)))
         return texts
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .evaluate import Evaluation
-from .metrics import AlignedWord, ClipScore, Rate, compute_rates
+from .metrics import BOOTSTRAP_DRAWS, AlignedWord, ClipScore, Rate, compute_rates
 
 # maximum number of rows of a table of words and of worst clips
 MAX_WORD_ROWS = 20
@@ -158,7 +158,7 @@ def format_rates(evaluation: Evaluation) -> str:
     summary = (
         f"{len(words):,} clips, {num_words:,} reference words, {evaluation.audio_seconds:,.1f} s of audio, "
         f"{evaluation.processing_seconds:,.1f} s of processing, real-time factor {evaluation.real_time_factor:.4f}. "
-        "Intervals: percentile bootstrap over clips, 1,000 draws."
+        f"Intervals: percentile bootstrap over clips, {BOOTSTRAP_DRAWS:,} draws."
     )
     return format_table(("", "rate", "95 % interval", "number"), rows) + f"<p>{escape(summary)}</p>"
 
