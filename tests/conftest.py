@@ -34,6 +34,15 @@ def golden() -> Path:
     return TESTS / "golden"
 
 
+@pytest.fixture
+def poisoned_memory():
+    """Fill uninitialised memory with NaN, so that reading it changes a result."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def pytest_collection_modifyitems(items):
     """Refuse test ids that contain the address of an object: pytest-xdist needs the same ids in all its processes."""
     with_address = [item.nodeid for item in items if re.search(r"\b0x[0-9a-f]{6,}", item.nodeid)]
@@ -89,6 +98,12 @@ def clips(tmp_path_factory):
     for index in range(2):
         soundfile.write(folder / f"{index}.wav", noise(1.0 + index, index), 16000)
     return folder
+
+
+def module_gradients(output, inputs):
+    """Return the gradients of a fixed function of the output."""
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+    return torch.autograd.grad((output * weights).sum(), inputs)
 
 
 def ctc_model(seed=0, **changes):

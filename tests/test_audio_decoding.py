@@ -408,6 +408,21 @@ def test_a_temporary_file_that_cannot_be_written_is_reported(
     assert len(load_audio(encoded(44_100))) == 32_000
 
 
+def test_a_temporary_file_that_became_shorter_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    files: list[Any] = []
+    create_file = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: files.append(create_file(**options)) or files[-1])
+    source = AudioSource({"bytes": encoded(), "path": "a.wav"}, in_memory_s=0.0)
+    files[0].truncate(4 * 20_000)
+    message = r"temporary file of a\.wav must have 32000 samples, got fewer: check the disk"
+    with pytest.raises(AudioError, match=message):
+        source.load()
+    blocks = source.blocks(1.0)
+    assert len(next(blocks)) == 16_000
+    with pytest.raises(AudioError, match=message):
+        next(blocks)
+
+
 @pytest.mark.parametrize(
     ("container", "rate", "seconds", "max_bytes"), [("FLAC", 16_000, 600, 4e6), ("MP3", 48_000, 60, 2e6)]
 )

@@ -42,18 +42,28 @@ def test_features_equal_those_of_nemo(golden, bins):
 
 
 @pytest.mark.parametrize("bins", [80, 128])
-def test_features_in_float32_are_close_to_those_in_float64(golden, bins, monkeypatch):
+def test_features_in_float32_are_close_to_those_in_float64(golden, bins):
     clips = read_golden_clips(golden)
     extractor = tp.ParakeetFeatureExtractor(feature_size=bins)
     features = extractor(clips, sampling_rate=16000, return_tensors="pt")["input_features"]
     triangles, inverse_areas = compute_mel_triangles(bins, 512, 16000)
     extractor.mel_filters = torch.from_numpy(triangles * inverse_areas[:, None])
-    hann_window = torch.hann_window
-    monkeypatch.setattr(torch, "hann_window", lambda *args, **kwargs: hann_window(*args, dtype=torch.float64, **kwargs))
     waveforms = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(clip).double() for clip in clips], batch_first=True)
     exact, _ = extractor.extract(waveforms, torch.tensor([len(clip) for clip in clips]))
     assert exact.dtype == torch.float64
     torch.testing.assert_close(features.double(), exact, atol=FLOAT32_ERROR, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_torch_does_not_change_the_features(dtype):
+    clip = noise(0.5)
+    expected = extract(clip)["input_features"]
+    torch.set_default_dtype(dtype)
+    try:
+        features = extract(clip)["input_features"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(features, expected, atol=0, rtol=0)
 
 
 def plain_log_mel(extractor, samples):

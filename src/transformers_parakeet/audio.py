@@ -76,8 +76,9 @@ class AudioSource:
 
     The constructor decodes and resamples a file completely, to find damage and to choose the decoder. The samples of a
     file of up to `in_memory_s` seconds stay in memory. Those of a longer file are written to an unnamed temporary file
-    (230 MB per hour at 16 kHz) in the directory that the environment variable TMPDIR contains; it is deleted together
-    with the `AudioSource`. An array is not copied if no conversion is needed.
+    (230 MB per hour at 16 kHz) in the folder that the environment variable TMPDIR names, or else in the system's folder
+    for temporary files. The file is deleted together with the `AudioSource`. An array is not copied if no conversion is
+    needed.
 
     Attributes:
         name: name of the source, used in error messages.
@@ -160,6 +161,7 @@ def load_audio(source: Any, sampling_rate: int | None = None, *, target_rate: in
 
     Args:
         source: One of
+
             - a path or http(s) URL of an audio file, or of a video with an audio track;
             - the content of an audio file as bytes, bytearray, memoryview or binary file object (read from the current
               position);

@@ -121,13 +121,21 @@ class StoredSamples:
 
         Returns:
             (S,) samples. They share memory with this object if they are in memory.
+
+        Raises:
+            AudioError: The temporary file ends before `stop`.
         """
         if self._file is None:
             return self._blocks[0][start:stop]
         # the position of a file is the same for all threads
         with self._lock:
             self._file.seek(start * np.dtype(np.float32).itemsize)
-            return np.fromfile(self._file, dtype=np.float32, count=min(stop, self.num_samples) - start)
+            samples = np.fromfile(self._file, dtype=np.float32, count=min(stop, self.num_samples) - start)
+        if start + len(samples) < min(stop, self.num_samples):
+            raise AudioError(
+                f"the temporary file of {self.name} must have {self.num_samples} samples, got fewer: check the disk"
+            )
+        return samples
 
     def _store(self, block: FloatArray) -> None:
         """Store (S,) resampled samples in memory, or write all samples to the temporary file if they are too long.
@@ -152,7 +160,7 @@ class StoredSamples:
             hour_mb = 3600 * self._sampling_rate * block.itemsize / 1e6
             raise AudioError(
                 f"the samples of {self.name} must fit into a temporary file ({hour_mb:.0f} MB per hour of audio), but "
-                f"writing failed ({error}): set the environment variable TMPDIR to a directory with enough space"
+                f"writing failed ({error}): set the environment variable TMPDIR to a folder with enough space"
             ) from error
         self._blocks.clear()
 
@@ -224,18 +232,15 @@ def decode_audio(source: str | bytes, name: str, target_rate: int, in_memory_s: 
             "header: check that the file is not damaged"
         )
     if any(result.rate and result.problem for result in results):
-        message = f"{name} is damaged: only {best.duration_s:.2f} s were read ({problems})"
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(f"{name} is damaged: only {best.duration_s:.2f} s were read ({problems})", stacklevel=4)
     return best.samples
 
 
 def _run_decoder(decoder: _Decoder, source: str | bytes, samples: StoredSamples) -> _DecoderState:
     """Decode a file (path as a str or content as bytes) with one decoder, and add its samples to `samples`.
 
-    Decoding stops early if the sampling rate of the file is implausible.
-
     Returns:
-        The final state of the decoder.
+        The final state of the decoder. Decoding stops early if the sampling rate of the file is implausible.
 
     Raises:
         AudioError: The file contains more than `MAX_SAMPLES` samples, or the temporary file cannot be written.
@@ -255,15 +260,13 @@ def _run_decoder(decoder: _Decoder, source: str | bytes, samples: StoredSamples)
 def _join_blocks(blocks: Iterable[FloatArray]) -> Iterator[FloatArray]:
     """Join blocks of (S,) samples to blocks of at least `PIECE_LENGTH` samples; the last block can be shorter."""
     pending: list[FloatArray] = []
-    num_pending = 0
     for block in blocks:
         pending.append(block)
-        num_pending += len(block)
-        if num_pending >= PIECE_LENGTH:
+        if sum(map(len, pending)) >= PIECE_LENGTH:
             yield pending[0] if len(pending) == 1 else np.concatenate(pending)
-            pending, num_pending = [], 0
+            pending = []
     if pending:
-        yield pending[0] if len(pending) == 1 else np.concatenate(pending)
+        yield np.concatenate(pending)
 
 
 def _order_decoders(source: str | bytes, first_bytes: bytes) -> list[_Decoder]:
@@ -300,8 +303,7 @@ def _is_single_vorbis_stream(source: str | bytes) -> bool:
             page_size = sum(file.read(header[-1]))
             page = file.read(page_size)
             # byte 5 of the header contains the flags of the page
-            starts_stream = bool(header[5] & OGG_FIRST_PAGE)
-            if len(page) < page_size or starts_stream != is_first_page:
+            if len(page) < page_size or bool(header[5] & OGG_FIRST_PAGE) != is_first_page:
                 return False
             if is_first_page and not page.startswith(b"\x01vorbis"):
                 return False
@@ -325,23 +327,21 @@ def _decode_with_libsndfile(source: str | bytes, state: _DecoderState) -> Iterat
         Blocks of (S,) mono samples, as far as the file can be decoded.
     """
     soundfile = _import_package("soundfile")
-    problem = None
     try:
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             if file.frames > MAX_HEADER_DURATION_S * file.samplerate:
                 # libsndfile cannot decode a FLAC file without a length in the header, such as a file written to a pipe
-                state.problem = "libsndfile: the header contains no length"
-                return
+                raise ValueError("the header contains no length")
             state.rate = int(file.samplerate)
             block_length = max(1, BLOCK_VALUES // file.channels)
             while len(block := file.read(block_length, dtype="float32", always_2d=True)):
                 state.num_samples += len(block)
                 yield average_channels(block, axis=1)
-            problem = _describe_missing_audio(state.num_samples / state.rate, file.frames / state.rate)
+            state.problem = _describe_missing_audio(state.num_samples / state.rate, file.frames / state.rate)
     except (RuntimeError, TypeError, ValueError, OSError) as error:
         # errors of libsndfile are RuntimeErrors; soundfile raises a TypeError for a file name that ends in .raw
-        problem = str(getattr(error, "error_string", error))
-    state.problem = problem and f"libsndfile: {problem}"
+        state.problem = str(getattr(error, "error_string", error))
+    state.problem = state.problem and f"libsndfile: {state.problem}"
 
 
 def _decode_with_ffmpeg(source: str | bytes, state: _DecoderState) -> Iterator[FloatArray]:

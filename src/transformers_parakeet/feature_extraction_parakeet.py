@@ -182,13 +182,13 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
             self.n_fft,
             hop_length=self.hop_length,
             win_length=self.win_length,
-            window=torch.hann_window(self.win_length, periodic=False, device=samples.device),
+            window=torch.hann_window(self.win_length, periodic=False, dtype=samples.dtype, device=samples.device),
             center=False,
             return_complex=True,
         )
         # (B, n_fft / 2 + 1, K) -> (B, K, n_fft / 2 + 1)
         power = torch.view_as_real(spectrum).square().sum(-1).transpose(1, 2)
-        return torch.matmul(power, self.mel_filters.to(samples.device).T).add_(LOG_ZERO_GUARD).log_()
+        return torch.matmul(power, self.mel_filters.to(samples).T).add_(LOG_ZERO_GUARD).log_()
 
     def _compute_log_mel(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
         """Compute the log-mel energies of a padded batch, block by block, so that the memory for spectra is limited.

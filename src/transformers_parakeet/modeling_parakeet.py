@@ -81,8 +81,6 @@ class ParakeetPreTrainedModel(PreTrainedModel):
             std = self.config.initializer_range
             init.normal_(module.bias_u, mean=0.0, std=std)
             init.normal_(module.bias_v, mean=0.0, std=std)
-        elif isinstance(module, ParakeetEncoderRelPositionalEncoding):
-            init.copy_(module.inv_freq, module.compute_frequencies(module.config))
 
     @property
     def _encoder_config(self) -> Any:

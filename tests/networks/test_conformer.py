@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import encoder_fields
+from conftest import encoder_fields, module_gradients
 from torch import nn
 from torch.nn import functional as F
 
@@ -11,6 +11,7 @@ from transformers_parakeet.networks import conformer
 from transformers_parakeet.networks.conformer import (
     ParakeetEncoderConvolutionModule,
     ParakeetEncoderFeedForward,
+    ParakeetEncoderRelPositionalEncoding,
     activate,
     apply_depthwise_conv,
     fold_batch_norm,
@@ -21,19 +22,16 @@ ODD_SIZES = [1, 63, 500]
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 
 
-@pytest.fixture
-def poisoned_memory():
-    """Fill uninitialised memory with NaN, so that reading it changes a result."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def module_gradients(output, inputs):
-    """Return the gradients of a fixed function of the output."""
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
-    return torch.autograd.grad((output * weights).sum(), inputs)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_position_embeddings_do_not_lose_precision_in_a_half_precision_model(dtype):
+    encode_positions = ParakeetEncoderRelPositionalEncoding(tp.ParakeetEncoderConfig(**encoder_fields())).to(dtype)
+    positions = torch.arange(999, -1000, -1, dtype=torch.float64)[:, None]
+    angles = positions * 10000.0 ** (-torch.arange(0, 32, 2, dtype=torch.float64) / 32)
+    expected = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
+    embeddings = encode_positions(torch.zeros(1, 1000, 32, dtype=dtype))
+    assert embeddings.dtype == dtype
+    # at most half a unit in the last place below 1, and 1e-4 for the angles in float32
+    torch.testing.assert_close(embeddings.double(), expected, atol=torch.finfo(dtype).eps / 2 + 1e-4, rtol=0)
 
 
 def batch_norm(width):

@@ -30,16 +30,6 @@ ODD_SIZES = [1, 63, 500]
 VOCAB_SIZE, NUM_OUTPUTS, WIDTH = 8193, 8198, 640
 
 
-@pytest.fixture
-def poisoned_memory():
-    """Fill uninitialised memory with NaN, so that reading it changes a result."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def random_layer(num_outputs: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Return weight, bias and 24 rows as in a joint network, whose rows are outputs of a ReLU."""
     generator = torch.Generator().manual_seed(seed)

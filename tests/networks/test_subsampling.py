@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import encoder_fields
+from conftest import encoder_fields, module_gradients
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,21 +17,6 @@ from transformers_parakeet.networks.subsampling import (
 ODD_SIZES = [1, 63, 500]
 # float64 sums in another order; measured: up to 2e-15
 EXACT = {"rtol": 0.0, "atol": 1e-12}
-
-
-@pytest.fixture
-def poisoned_memory():
-    """Fill uninitialised memory with NaN, so that reading it changes a result."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def module_gradients(output, inputs):
-    """Return the gradients of a fixed function of the output."""
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
-    return torch.autograd.grad((output * weights).sum(), inputs)
 
 
 @pytest.mark.usefixtures("poisoned_memory")

@@ -33,14 +33,15 @@ from .fast_linear import is_unmodified
 
 
 def get_masked_score(dtype: torch.dtype) -> float:
-    """Return the attention score of a masked key: the lowest number that is finite in both `dtype` and float32.
+    """Return the score bias of a masked key: half the lowest number that is finite in both `dtype` and float32.
 
-    A finite score avoids NaN for a query without visible keys, even if the softmax is computed in float32.
+    A finite score avoids NaN for a query without visible keys, even if the softmax is computed in float32. The other
+    half is for the dot product of query and key, which is added to the bias; in float16 the sum could become infinite.
 
     Args:
         dtype: dtype of the attention scores.
     """
-    return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min)
+    return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min) / 2
 
 
 def eager_attention_forward(

@@ -38,22 +38,9 @@ class ParakeetEncoderRelPositionalEncoding(nn.Module):
         config: configuration of the encoder; `hidden_size` is the width H of the embeddings.
     """
 
-    inv_freq: Tensor
-
     def __init__(self, config: ParakeetEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("inv_freq", self.compute_frequencies(config), persistent=False)
-
-    @staticmethod
-    def compute_frequencies(config: ParakeetEncoderConfig) -> Tensor:
-        """Compute the (H/2,) angular frequencies of the sinusoids, in radians per frame.
-
-        Args:
-            config: configuration of the encoder.
-        """
-        exponents = torch.arange(0, config.hidden_size, 2, dtype=torch.float32) / config.hidden_size
-        return 1.0 / WAVELENGTH_BASE**exponents
 
     @torch.no_grad()
     def forward(self, hidden: Tensor) -> Tensor:
@@ -83,13 +70,18 @@ class ParakeetEncoderRelPositionalEncoding(nn.Module):
     def embed(self, positions: Tensor) -> Tensor:
         """Compute the sinusoidal embeddings of relative positions.
 
+        Each call computes the frequencies in float32, because `model.to(torch.bfloat16)` would round a buffer.
+
         Args:
             positions: (P,) relative positions.
 
         Returns:
             (P, H) float32 embeddings.
         """
-        angles = positions[:, None].float() * self.inv_freq.float()
+        width = self.config.hidden_size
+        exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
+        # (P, H/2) angles in radians
+        angles = positions[:, None].float() * (1.0 / WAVELENGTH_BASE**exponents)
         # interleave sines and cosines: (P, H/2, 2) -> (P, H)
         return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
