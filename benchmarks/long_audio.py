@@ -33,6 +33,7 @@ import rival
 MINUTES = (1.0, 5.0, 20.0, 60.0)
 HEADS = ("ctc", "rnnt", "tdt")
 METHODS = ("full", "local", "windows")
+SIDES = ("ours", "stock")
 SAMPLING_RATE, VOCAB_SIZE, LOCAL_CONTEXT, WINDOW_S = 16000, 1025, 128, 30.0
 ENCODER_SIZES = {
     "hidden_size": 512,
@@ -190,14 +191,14 @@ def measure_in_process(case: dict[str, Any]) -> dict[str, Any]:
     return {"error": lines[-1] if lines else f"signal {-process.returncode}"}
 
 
-def choose_cases(heads: list[str], minutes: list[float], methods: list[str]) -> list[dict[str, Any]]:
+def choose_cases(heads: list[str], minutes: list[float], methods: list[str], sides: list[str]) -> list[dict[str, Any]]:
     """List the cases in the order of the table; stock transformers has no local attention."""
     return [
         {"head": head, "method": method, "minutes": length, "side": side}
         for head in heads
         for method in methods
         for length in sorted(minutes)
-        for side in ("ours", "stock")
+        for side in sides
         if side == "ours" or method != "local"
     ]
 
@@ -303,6 +304,7 @@ def main() -> None:
     parser.add_argument("--minutes", nargs="+", type=float, default=list(MINUTES))
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--max-gb", type=float, default=16.0, help="address space of stock transformers in GB")
     parser.add_argument("--json", default="long_audio.json", help="file for the results")
     parser.add_argument("--plot", help="draw the results in the JSON file to this image, without measuring")
@@ -323,7 +325,9 @@ def main() -> None:
         machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
         print(f"{machine}, {versions}; stock limited to {options.max_gb:g} GB of address space")
-        results = run_cases(choose_cases(options.heads, options.minutes, options.methods), options.max_gb)
+        results = run_cases(
+            choose_cases(options.heads, options.minutes, options.methods, options.sides), options.max_gb
+        )
         report = {"machine": machine, "versions": versions, "max_gb": options.max_gb, "results": results}
         Path(options.json).write_text(json.dumps(report, indent=1))
 

@@ -124,7 +124,7 @@ def recognise(model: Any, processor: Any, samples: np.ndarray, row: Row) -> dict
         pieces = list(iterate_windows(source, row.options, row.normalize_over, extractor, model.config, cpu, None))
         windows = [piece.window for piece in pieces]
         batches = [
-            pad_windows([piece.features[0] for piece in pieces[first : first + BATCH_SIZE]])
+            pad_windows([piece.features[0, piece.mask[0]] for piece in pieces[first : first + BATCH_SIZE]])
             for first in range(0, len(pieces), BATCH_SIZE)
         ]
     results = {}

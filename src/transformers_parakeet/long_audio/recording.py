@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..audio import FloatArray
 from ..feature_extraction_parakeet import ParakeetFeatureExtractor, normalize_per_feature, normalize_with_statistics
@@ -20,6 +21,9 @@ from .windows import Window
 # length in seconds of the blocks in which a recording is read, features are computed and speech is detected: 60 s of
 # samples at 16 kHz are 4 MB, and their spectra 12 MB
 BLOCK_S = 60.0
+# The features of a window are padded to a multiple of this number of frames (2 s). On a CPU, oneDNN stores a compiled
+# kernel of every layer for every shape, about 2 MB per length of a window with the sizes of the 110M models.
+WINDOW_FRAMES_MULTIPLE = 200
 
 
 @dataclass(frozen=True)
@@ -232,18 +236,20 @@ def iterate_window_features(
 def normalize_window(
     log_mel: Tensor, extractor: ParakeetFeatureExtractor, summary: RecordingSummary | None
 ) -> tuple[Tensor, Tensor]:
-    """Normalise the log-mel energies of a window as the feature extractor normalises those of a clip.
+    """Normalise the log-mel energies of a window as the feature extractor normalises those of a clip, and pad them.
 
     Args:
-        log_mel: (T, F) log-mel energies; overwritten.
+        log_mel: (T, F) log-mel energies.
         extractor: the feature extractor; no normalisation if its `normalize` is None.
         summary: summary of the recording, whose mean and standard deviation are used; `None` for those of the window.
 
     Returns:
-        (1, T, F) features and a (1, T) mask, True everywhere.
+        (1, T', F) features and a (1, T') mask, True for the first T frames. T' is T, rounded up to a multiple of
+        `WINDOW_FRAMES_MULTIPLE`. The padding frames are zero.
     """
-    features = log_mel[None]
-    mask = torch.ones(features.shape[:2], dtype=torch.bool, device=log_mel.device)
+    num_frames = len(log_mel)
+    features = F.pad(log_mel, (0, 0, 0, -num_frames % WINDOW_FRAMES_MULTIPLE))[None]
+    mask = (torch.arange(features.shape[1], device=log_mel.device) < num_frames)[None]
     if extractor.normalize is None:
         return features, mask
     if summary is None:
