@@ -44,6 +44,9 @@ ENCODER_SIZES = {
     "subsampling_conv_channels": 256,
 }
 
+# numbers on the vertical axes of the plot
+TICKS = (5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+
 # labels per second of speech, and the range in which the bias of the blank is searched
 LABELS_PER_SECOND, MAX_BLANK_SHIFT = 3.5, 30.0
 # amount by which the scores of TDT's durations are lowered, so that they are below those of all tokens
@@ -277,6 +280,7 @@ def draw_plot(results: list[dict[str, Any]], path: str) -> None:
     """
     try:
         from matplotlib import pyplot
+        from matplotlib.ticker import NullFormatter, ScalarFormatter
     except ImportError as error:
         raise SystemExit("the plot needs matplotlib, which is not installed: run `pip install matplotlib`") from error
     figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(10, 4))
@@ -292,6 +296,12 @@ def draw_plot(results: list[dict[str, Any]], path: str) -> None:
         memory.plot(list(lines), [max(result["mib"] for result in group) for group in lines.values()], **style)
     for axes, title in ((speed, "seconds of audio per second"), (memory, "peak memory above the model, MiB")):
         axes.set(xlabel="minutes of audio", title=title, xscale="log", yscale="log")
+        # plain numbers instead of powers of ten
+        for axis, ticks in ((axes.xaxis, MINUTES), (axes.yaxis, TICKS)):
+            lowest, highest = axis.get_view_interval()
+            axis.set_ticks([tick for tick in ticks if lowest <= tick <= highest])
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_formatter(NullFormatter())
         axes.grid(True, which="both", alpha=0.3)
     memory.legend()
     figure.tight_layout()
