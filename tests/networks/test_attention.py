@@ -206,8 +206,8 @@ def test_full_attention_in_groups_equals_attention_at_once(frames, num_groups, i
     calls = []
     monkeypatch.setattr(
         ParakeetEncoderAttention,
-        "_attend",
-        lambda *args, method=ParakeetEncoderAttention._attend: calls.append(args[3]) or method(*args),
+        "attend",
+        lambda *args, method=ParakeetEncoderAttention.attend: calls.append(args[3]) or method(*args),
     )
     limit_scores(monkeypatch, 16 * frames)
     in_groups = compare(module, hidden, valid)

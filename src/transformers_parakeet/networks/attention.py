@@ -195,7 +195,7 @@ class ParakeetEncoderAttention(nn.Module):
         projections = ClipProjections(query, key, value, position_keys, attention_mask, global_tokens)
         groups = self._choose_query_groups(query, layout, kwargs)
         if groups is None:
-            output, weights = self._attend(projections, layout, None, kwargs)
+            output, weights = self.attend(projections, layout, None, kwargs)
         else:
             output, weights = self._attend_in_groups(projections, layout, groups, kwargs), None
         if global_tokens is not None:
@@ -256,7 +256,7 @@ class ParakeetEncoderAttention(nn.Module):
 
         def attend(query: Tensor, group: QueryGroup) -> Tensor:
             """Compute the (clips, frames, heads, head_dim) output of a group."""
-            return self._attend(replace(projections, query=query), layout, group, kwargs)[0]
+            return self.attend(replace(projections, query=query), layout, group, kwargs)[0]
 
         if torch.is_grad_enabled():
             # `checkpoint` finds the device whose random numbers it has to restore from the argument `query`
@@ -270,7 +270,7 @@ class ParakeetEncoderAttention(nn.Module):
             output[clips, layout.get_query_frames(group)] = attend(query, group)
         return output
 
-    def _attend(
+    def attend(
         self, projections: ClipProjections, layout: BlockLayout, group: QueryGroup | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the attention of a group of queries at once.

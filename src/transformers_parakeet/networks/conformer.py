@@ -165,8 +165,6 @@ class ParakeetEncoderConvolutionModule(nn.Module):
         Returns:
             (B, N, H) output.
         """
-        # the variance of a single frame is undefined, so it is normalised with the running statistics
-        uses_batch_statistics = self.training and hidden.shape[:2].numel() > 1
         hidden = F.glu(apply_pointwise_conv(self.pointwise_conv1, hidden), dim=-1)
         if valid_mask is not None:
             # in place, because the backward pass of GLU does not need the output of GLU
@@ -174,6 +172,21 @@ class ParakeetEncoderConvolutionModule(nn.Module):
         if self.asymmetric_padding:
             # pad the frame axis of (B, N, H) only
             hidden = F.pad(hidden, (0, 0, *self.asymmetric_padding))
+        return self.convolve(hidden, is_recomputation)
+
+    def convolve(self, hidden: Tensor, is_recomputation: bool = False) -> Tensor:
+        """Apply the layers after the GLU: depthwise convolution over time, norm, activation, pointwise convolution.
+
+        Args:
+            hidden: (B, N, H) output of the GLU; with unequal padding (B, N + kernel_size - 1, H), padded.
+            is_recomputation: see `forward`.
+
+        Returns:
+            (B, N, H) output.
+        """
+        # the variance of a single frame is undefined, so it is normalised with the running statistics
+        num_frames = hidden.shape[1] - sum(self.asymmetric_padding or ())
+        uses_batch_statistics = self.training and len(hidden) * num_frames > 1
         conv, norm = self.depthwise_conv, self.norm
         # batch statistics are known only after the convolution; a module with hooks or its own `forward` must be called
         can_fold = not uses_batch_statistics and is_unmodified(conv, nn.Conv1d) and is_unmodified(norm, nn.BatchNorm1d)

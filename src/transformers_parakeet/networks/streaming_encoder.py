@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import ParakeetEncoderAttention, get_masked_score
-from .attention_layout import BlockLayout, build_context_mask, relative_shift
+from .attention import ClipProjections, ParakeetEncoderAttention
+from .attention_layout import BlockLayout
 from .fast_linear import apply_pointwise_conv
 
 # largest number of cached encoder frames for an unlimited left context, as in NeMo; 800 s
@@ -169,7 +169,7 @@ class CacheAwareEncoderMixin:
         return hidden, EncoderCache(torch.stack(attention_inputs), num_cached, torch.stack(conv_inputs), history)
 
     def _build_step_context(self, hidden: Tensor, cache: EncoderCache) -> StepContext:
-        """Build the position embeddings and the mask that all blocks of one step share.
+        """Build the block layout, the position embeddings and the mask that all blocks of one step share.
 
         Args:
             hidden: (B, N, H) frames of the chunk.
@@ -178,17 +178,12 @@ class CacheAwareEncoderMixin:
         config, cache_length = self.config, cache.attention_inputs.shape[2]
         left = config.attention_context_size[0]
         new_cache_length = left if left >= 0 else min(cache_length + hidden.shape[1], MAX_CACHED_FRAMES)
-        # one block of N queries that reads C keys before its first query
         layout = BlockLayout(hidden.shape[1], hidden.shape[1], keys_before=cache_length)
-        context_mask = build_context_mask(
-            config.attention_context_style, config.attention_context_size, layout, hidden.device
-        )
         key_indices = torch.arange(layout.num_keys, device=hidden.device)
-        # (B, K): the oldest C - `num_cached` frames of the cache are empty
+        # the oldest C - `num_cached` frames of the cache are empty
         is_valid = key_indices >= cache_length - cache.num_cached[:, None]
-        visible_mask = is_valid[:, None, None] if context_mask is None else is_valid[:, None, None] & context_mask
         embeddings = self.encode_positions.embed(layout.compute_relative_positions(hidden.device))
-        return StepContext(embeddings.to(hidden.dtype), visible_mask, new_cache_length)
+        return StepContext(layout, embeddings.to(hidden.dtype), is_valid, new_cache_length)
 
 
 @dataclass(frozen=True)
@@ -196,13 +191,15 @@ class StepContext:
     """What the attention of all blocks needs in one step, with N queries and K = C + N keys.
 
     Args:
+        layout: one block of N queries that reads C keys before its first query.
         position_embeddings: (K + N - 1, H) embeddings of the relative positions, in decreasing order of the position.
-        visible_mask: (B, 1, 1 or N, K) boolean mask, True if a query may attend to a key.
+        is_valid: (B, K) boolean mask, False on empty frames of the cache.
         new_cache_length: number of frames in the cache after the step, with empty ones.
     """
 
+    layout: BlockLayout
     position_embeddings: Tensor
-    visible_mask: Tensor
+    is_valid: Tensor
     new_cache_length: int
 
 
@@ -216,14 +213,14 @@ def step_block(
         hidden: (B, N, H) frames of the chunk.
         attention_cache: (B, C, H) inputs of the attention before the chunk.
         conv_cache: (B, kernel size - 1, H) inputs of the depthwise convolution before the chunk.
-        context: position embeddings and mask of the step.
+        context: what all blocks of the step share.
 
     Returns:
         (B, N, H) output of the block, and the new values of `attention_cache` and `conv_cache`.
     """
     hidden = torch.add(hidden, block.feed_forward1(block.norm_feed_forward1(hidden)), alpha=0.5)
     attention_input = torch.cat([attention_cache, block.norm_self_att(hidden)], dim=1)
-    hidden = hidden + attend_to_cache(block.self_attn, attention_input, hidden.shape[1], context)
+    hidden = hidden + attend_to_cache(block.self_attn, attention_input, context)
     conv_output, new_conv_cache = convolve_with_cache(block.conv, block.norm_conv(hidden), conv_cache)
     hidden = hidden + conv_output
     hidden = torch.add(hidden, block.feed_forward2(block.norm_feed_forward2(hidden)), alpha=0.5)
@@ -231,36 +228,33 @@ def step_block(
     return block.norm_out(hidden), new_attention_cache, new_conv_cache
 
 
-def attend_to_cache(
-    attention: ParakeetEncoderAttention, inputs: Tensor, num_queries: int, context: StepContext
-) -> Tensor:
+def attend_to_cache(attention: ParakeetEncoderAttention, inputs: Tensor, context: StepContext) -> Tensor:
     """Apply self-attention with relative positions to the last frames, with all frames as keys.
 
     Args:
         attention: the attention module of a block.
         inputs: (B, K, H) cached frames, then the frames of the chunk.
-        num_queries: number of frames N of the chunk.
-        context: position embeddings and mask of the step.
+        context: what all blocks of the step share.
 
     Returns:
         (B, N, H) output for the frames of the chunk.
     """
 
     def split_heads(frames: Tensor) -> Tensor:
-        """Reshape (..., frames, H) to (..., heads, frames, head_dim)."""
-        return frames.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(-3, -2)
+        """Reshape (..., H) to (..., heads, head_dim)."""
+        return frames.unflatten(-1, (attention.num_heads, attention.head_dim))
 
-    queries = split_heads(attention.q_proj(inputs[:, -num_queries:]))
-    keys, values = split_heads(attention.k_proj(inputs)), split_heads(attention.v_proj(inputs))
-    position_keys = split_heads(attention.relative_k_proj(context.position_embeddings))
-    # (B, heads, N, K + N - 1) scores by relative position -> (B, heads, N, K) scores by key
-    position_scores = torch.matmul(queries + attention.bias_v[:, None], position_keys.transpose(1, 2))
-    bias = relative_shift(position_scores * attention.scaling, inputs.shape[1])
-    bias = bias.masked_fill(~context.visible_mask, get_masked_score(bias.dtype))
-    attended = F.scaled_dot_product_attention(
-        queries + attention.bias_u[:, None], keys, values, attn_mask=bias, scale=attention.scaling
+    projections = ClipProjections(
+        query=split_heads(attention.q_proj(inputs[:, context.layout.keys_before :])),
+        key=split_heads(attention.k_proj(inputs)),
+        value=split_heads(attention.v_proj(inputs)),
+        # (K + N - 1, H) -> (heads, head_dim, K + N - 1)
+        position_keys=split_heads(attention.relative_k_proj(context.position_embeddings)).permute(1, 2, 0),
+        attention_mask=context.is_valid,
+        global_tokens=None,
     )
-    return attention.o_proj(attended.transpose(1, 2).flatten(2))
+    output, _ = attention.attend(projections, context.layout, None, {})
+    return attention.o_proj(output.flatten(2))
 
 
 def convolve_with_cache(module: Any, hidden: Tensor, conv_cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,6 +270,4 @@ def convolve_with_cache(module: Any, hidden: Tensor, conv_cache: Tensor) -> tupl
     """
     gated = F.glu(apply_pointwise_conv(module.pointwise_conv1, hidden), dim=-1)
     inputs = torch.cat([conv_cache, gated], dim=1)
-    normalised = module._apply_norm(module._convolve_over_time(inputs), is_recomputation=False)
-    output = apply_pointwise_conv(module.pointwise_conv2, module.activation(normalised))
-    return output, inputs[:, inputs.shape[1] - conv_cache.shape[1] :]
+    return module.convolve(inputs), inputs[:, inputs.shape[1] - conv_cache.shape[1] :]
