@@ -183,6 +183,17 @@ def set_stock_fields(generation_config: GenerationConfig, config: Any) -> None:
         generation_config.suppress_tokens = list(range(config.vocab_size, config.vocab_size + num_durations))
 
 
+def list_decoders(config: Any) -> list[str]:
+    """List the decoders of a model, the default one first: `"transducer"`, `"ctc"`, or both for a hybrid.
+
+    Args:
+        config: configuration of a model with a head.
+    """
+    if get_head_type(config) == "ctc":
+        return ["ctc"]
+    return ["transducer", "ctc"] if config.ctc_head else ["transducer"]
+
+
 def check_decoder(config: Any, decoder: str | None) -> None:
     """Check that a model has a decoder.
 
@@ -193,10 +204,7 @@ def check_decoder(config: Any, decoder: str | None) -> None:
     Raises:
         ValueError: the model does not have this decoder.
     """
-    is_ctc_model = get_head_type(config) == "ctc"
-    decoders = [] if is_ctc_model else ["transducer"]
-    if is_ctc_model or config.ctc_head:
-        decoders.append("ctc")
+    decoders = list_decoders(config)
     if decoder is not None and decoder not in decoders:
         raise ValueError(
             f"`decoder` must be {' or '.join(decoders)} for this model, got {decoder!r}: choose another decoder"

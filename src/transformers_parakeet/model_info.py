@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .configuration_parakeet import get_head_type
+from .generation_arguments import list_decoders
 from .long_audio import DEFAULT_WINDOW_S, estimate_peak_memory
 from .nemo import NemoError, build_empty_model, check_config, describe_head, load_config
 from .networks import check_cache_support
@@ -111,14 +112,13 @@ def describe_config(config: Any, source: str) -> ModelInfo:
     encoder = config.encoder_config
     head_type = get_head_type(config)
     is_transducer = head_type != "ctc"
-    has_ctc = not is_transducer or config.ctc_head
     num_parameters = sum(parameter.numel() for parameter in build_empty_model(config).parameters())
     dtype = config.dtype or torch.float32
     contexts = encoder.attention_context_sizes or [encoder.attention_context_size]
     return ModelInfo(
         source=source,
         head=describe_head(config),
-        decoders=(*(["transducer"] if is_transducer else []), *(["ctc"] if has_ctc else [])),
+        decoders=tuple(list_decoders(config)),
         num_parameters=num_parameters,
         dtype=str(dtype).removeprefix("torch."),
         num_layers=encoder.num_hidden_layers,

@@ -91,7 +91,7 @@ class ParakeetPreTrainedModel(PreTrainedModel):
         """Set the attention context: how many encoder frames each encoder frame attends to.
 
         `set_attention_context(-1, -1)` gives full attention. A model that was trained with full attention also accepts
-        a limited context. If the context is limited on both sides, memory grows linearly with the length of a clip. The
+        a limited context. If the context is limited on both sides, time grows linearly with the length of a clip. The
         setting is part of the configuration, so `save_pretrained` saves it.
 
         Args:

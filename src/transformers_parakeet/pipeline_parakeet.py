@@ -14,7 +14,7 @@ from .audio import AudioSource
 from .configuration_parakeet import get_head_type
 from .long_audio import InputOptions, iterate_model_inputs, merge_recording
 from .processing_parakeet import HEAD_TYPES, TIMESTAMP_LEVELS, ParakeetProcessor, to_emitted_tokens
-from .timestamps import DEFAULT_AGGREGATION
+from .timestamps import DEFAULT_AGGREGATION, EmittedTokens
 
 logger = logging.get_logger(__name__)
 
@@ -208,33 +208,61 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
             `text`; `chunks` if `return_timestamps` is set; otherwise `confidence`, if the hypotheses have it; the
             additional keys of the input, each with a list of one value per window.
         """
-        config = self.model.config
-        sampling_rate = self.processor.feature_extractor.sampling_rate
-        hypothesis = merge_recording(
-            [output["hypotheses"] for output in model_outputs],
-            [output["window"] for output in model_outputs],
-            model_outputs[0]["speech"],
-            sampling_rate,
-            config.inputs_to_logits_ratio,
-        )
-        emitted_tokens = to_emitted_tokens(hypothesis)
+        emitted_tokens = self.merge_outputs(model_outputs)
         result: dict[str, Any] = {"text": self.processor.to_text(emitted_tokens)}
         if return_timestamps:
-            result["chunks"] = self.processor.chunks(
-                emitted_tokens,
-                return_timestamps,
-                head_type or get_head_type(config),
-                config.inputs_to_logits_ratio / sampling_rate,
-                config.segment_separators,
-                config.segment_gap_threshold,
-                confidence_aggregation,
-            )
+            result["chunks"] = self.build_chunks(emitted_tokens, return_timestamps, confidence_aggregation, head_type)
         elif emitted_tokens.confidence is not None:
             result["confidence"] = self.processor.overall_confidence(emitted_tokens, confidence_aggregation)
         metadata_keys = model_outputs[0].keys() - WINDOW_KEYS
         for key in metadata_keys:
             result[key] = [output[key] for output in model_outputs]
         return result
+
+    def merge_outputs(self, model_outputs: list[dict[str, Any]]) -> EmittedTokens:
+        """Merge the hypotheses of the windows of one input.
+
+        Args:
+            model_outputs: results of `_forward`, one dict per window.
+
+        Returns:
+            The tokens of the input.
+        """
+        hypothesis = merge_recording(
+            [output["hypotheses"] for output in model_outputs],
+            [output["window"] for output in model_outputs],
+            model_outputs[0]["speech"],
+            self.processor.feature_extractor.sampling_rate,
+            self.model.config.inputs_to_logits_ratio,
+        )
+        return to_emitted_tokens(hypothesis)
+
+    def build_chunks(
+        self,
+        emitted_tokens: EmittedTokens,
+        level: str,
+        confidence_aggregation: str = DEFAULT_AGGREGATION,
+        head_type: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """Compute text, times and confidence of tokens, words or segments; see `ParakeetProcessor.chunks`.
+
+        Args:
+            emitted_tokens: the tokens of one input.
+            level: `"char"`, `"word"` or `"segment"`.
+            confidence_aggregation: see `postprocess`.
+            head_type: see `postprocess`.
+        """
+        config = self.model.config
+        chunks: list[dict[str, Any]] = self.processor.chunks(
+            emitted_tokens,
+            level,
+            head_type or get_head_type(config),
+            config.inputs_to_logits_ratio / self.processor.feature_extractor.sampling_rate,
+            config.segment_separators,
+            config.segment_gap_threshold,
+            confidence_aggregation,
+        )
+        return chunks
 
 
 def check_package_model(model: Any) -> bool:

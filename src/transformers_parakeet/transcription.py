@@ -19,11 +19,13 @@ import torch
 
 from .configuration_parakeet import get_head_type
 from .generation_arguments import check_decoder
+from .long_audio import InputOptions
 from .nemo import demo_model_path, load_nemo
 from .pipeline_parakeet import ParakeetASRPipeline
 from .results import TranscriptionResult, to_timed_texts
+from .timestamps import DEFAULT_AGGREGATION
 from .window_batches import (
-    Recording,
+    RecordingState,
     batch_windows,
     count_new_samples,
     create_batch_check,
@@ -68,18 +70,10 @@ class TranscriptionOptions:
         """Check the options that do not depend on the model."""
         if self.decoder not in (None, "ctc", "transducer"):
             raise ValueError(f"`decoder` must be 'transducer' or 'ctc', got {self.decoder!r}: correct it")
-        # this condition is also true for NaN
-        if self.chunk_length_s is not None and not self.chunk_length_s >= 0:
-            raise ValueError(
-                f"`chunk_length_s` must not be negative, got {self.chunk_length_s}: use 0 for whole recordings"
-            )
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}: raise it")
-        if self.memory_budget is not None and self.memory_budget <= 0:
-            raise ValueError(
-                f"`memory_budget` must be a positive number of bytes, got {self.memory_budget}: pass, for example, "
-                "2 * 10**9 for 2 GB"
-            )
+        # the options of the pipeline check themselves
+        InputOptions(self.chunk_length_s, memory_budget=self.memory_budget)
 
 
 @dataclass(frozen=True)
@@ -258,7 +252,7 @@ def transcribe_files(
     # the pipeline plans recordings of which this number fit the memory budget together
     preprocess_arguments["batch_size"] = options.batch_size or 1
     settings = _describe_settings(pipeline, preprocess_arguments, generate_arguments)
-    recordings: deque[Recording] = deque()
+    recordings: deque[RecordingState] = deque()
     windows = read_windows(pipeline, files, recordings, preprocess_arguments)
     sampling_rate = pipeline.processor.feature_extractor.sampling_rate
     for batch in batch_windows(windows, options.batch_size, create_batch_check(pipeline, options.memory_budget)):
@@ -292,7 +286,7 @@ def _get_pipeline_options(options: TranscriptionOptions, config: Any) -> dict[st
 
 def _build_entry(
     pipeline: ParakeetASRPipeline,
-    recording: Recording,
+    recording: RecordingState,
     settings: dict[str, Any],
     postprocess_arguments: dict[str, Any],
 ) -> TranscriptionResult | FailedFile:
@@ -307,19 +301,20 @@ def _build_entry(
     if recording.error is not None:
         return FailedFile(recording.file, recording.error)
 
-    def postprocess(level: str | None) -> Any:
-        """Return the output of the pipeline with the times of a level; `None` for no times."""
-        return pipeline.postprocess(recording.outputs, **{**postprocess_arguments, "return_timestamps": level})
-
-    whole = postprocess(None)
-    words, segments, tokens = (to_timed_texts(postprocess(level)["chunks"]) for level in ("word", "segment", "char"))
+    aggregation = postprocess_arguments.get("confidence_aggregation", DEFAULT_AGGREGATION)
+    head_type = postprocess_arguments.get("head_type")
+    emitted_tokens = pipeline.merge_outputs(recording.outputs)
+    words, segments, tokens = (
+        to_timed_texts(pipeline.build_chunks(emitted_tokens, level, aggregation, head_type))
+        for level in ("word", "segment", "char")
+    )
     return TranscriptionResult(
-        text=whole["text"],
+        text=pipeline.processor.to_text(emitted_tokens),
         duration=recording.outputs[-1]["window"].stop / pipeline.processor.feature_extractor.sampling_rate,
         words=words,
         segments=segments,
         tokens=tokens,
-        confidence=whole.get("confidence"),
+        confidence=pipeline.processor.overall_confidence(emitted_tokens, aggregation),
         file=recording.file,
         model=pipeline.model.name_or_path or None,
         settings=settings,

@@ -26,7 +26,7 @@ MAX_BATCH_S = 240.0
 
 
 @dataclass
-class Recording:
+class RecordingState:
     """A file while its windows are read and decoded.
 
     Args:
@@ -43,7 +43,7 @@ class Recording:
 
 
 # a recording, and the model input of one of its windows, as the pipeline's `preprocess` returns it
-WindowInput = tuple[Recording, dict[str, Any]]
+WindowInput = tuple[RecordingState, dict[str, Any]]
 
 
 def create_batch_check(pipeline: Any, memory_budget: int | None) -> Callable[[int, int], bool]:
@@ -71,7 +71,7 @@ def create_batch_check(pipeline: Any, memory_budget: int | None) -> Callable[[in
 def read_windows(
     pipeline: Any,
     files: Iterable[Any],
-    recordings: deque[Recording],
+    recordings: deque[RecordingState],
     preprocess_arguments: dict[str, Any],
 ) -> Iterator[WindowInput]:
     """Read files one after another, and yield the model inputs of their windows.
@@ -89,7 +89,7 @@ def read_windows(
     """
     for file in files:
         is_named = isinstance(file, (str, os.PathLike))
-        recording = Recording(os.fspath(file) if is_named else None)
+        recording = RecordingState(os.fspath(file) if is_named else None)
         recordings.append(recording)
         try:
             for window_input in pipeline.preprocess(file, **preprocess_arguments):
@@ -180,7 +180,7 @@ def decode_batch(pipeline: Any, batch: list[WindowInput], generate_arguments: di
 __all__ = [
     "MAX_BATCH_S",
     "MAX_BATCH_SIZE",
-    "Recording",
+    "RecordingState",
     "batch_windows",
     "count_new_samples",
     "create_batch_check",

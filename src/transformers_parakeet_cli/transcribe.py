@@ -88,7 +88,7 @@ ChunkLength = Annotated[
     float | None, option("Length of windows in seconds; 0: whole files. Default: windows if a file needs them.")
 ]
 AttentionOption = Annotated[
-    Attention | None, option("local: memory grows linearly with the length. Default: that of the model.")
+    Attention | None, option("local: time grows linearly with the length. Default: that of the model.")
 ]
 Device = Annotated[str | None, option("cpu, cuda or cuda:1. Default: cuda if there is a GPU.")]
 DtypeOption = Annotated[Dtype | None, option("Default: bfloat16 if the device computes it natively, else float32.")]

@@ -10,6 +10,7 @@ from conftest import TESTS
 from safetensors.torch import load_file
 
 import transformers_parakeet as tp
+from transformers_parakeet.long_audio import StreamOptions
 from transformers_parakeet.long_audio.stream_engine import StreamEngine
 from transformers_parakeet.long_audio.stream_input import convert_samples
 
@@ -57,11 +58,11 @@ class Recorder:
         model: the model.
         processor: its processor.
         num_streams: number of streams.
-        **options: options of `StreamEngine`.
+        **options: fields of `StreamOptions`.
     """
 
     def __init__(self, model, processor, num_streams=1, **options):
-        self.engine = StreamEngine(model, processor, **options)
+        self.engine = StreamEngine(model, processor, StreamOptions(**options))
         self.streams = [self.engine.start() for _ in range(num_streams)]
         # one entry per step and stream
         self.frames, self.tokens = [], []

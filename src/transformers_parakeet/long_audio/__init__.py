@@ -2,6 +2,7 @@
 
 from .inputs import NORMALIZATIONS, InputOptions, ModelInput, iterate_model_inputs, merge_recording
 from .planner import DEFAULT_WINDOW_S, Plan, estimate_peak_memory, find_max_samples, get_memory_budget, plan_recording
+from .stream_engine import StreamOptions
 from .stream_words import StreamEvent, StreamUpdate, StreamWord, join_stream_words
 from .streaming import ParakeetStream, StreamBatch
 from .voice_activity import EnergySpeechDetector, SileroSpeechDetector, SpeechDetector, SpeechRange
@@ -20,6 +21,7 @@ __all__ = [
     "SpeechRange",
     "StreamBatch",
     "StreamEvent",
+    "StreamOptions",
     "StreamUpdate",
     "StreamWord",
     "Window",

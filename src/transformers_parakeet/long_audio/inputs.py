@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..audio import AudioSource
 from ..decoding import Hypotheses
 from ..feature_extraction_parakeet import ParakeetFeatureExtractor
-from .planner import Plan, find_max_samples, get_memory_budget, has_limited_context, plan_recording
+from .planner import Plan, check_memory_budget, find_max_samples, get_memory_budget, has_limited_context, plan_recording
 from .recording import (
     BLOCK_S,
     compute_recording_features,
@@ -52,7 +52,8 @@ class InputOptions:
         batch_size: number of recordings or windows that the model processes together.
 
     Raises:
-        ValueError: `normalize_over` is not one of the allowed values, or `window_s` is negative.
+        ValueError: `normalize_over` is not one of the allowed values, `window_s` is negative or not a number, or
+            `memory_budget` is not a positive integer.
     """
 
     window_s: float | None = None
@@ -67,8 +68,10 @@ class InputOptions:
             raise ValueError(
                 f"`normalize_over` must be one of {', '.join(NORMALIZATIONS)}, got {self.normalize_over!r}: correct it"
             )
-        if self.window_s is not None and self.window_s < 0:
+        # this condition is also true for NaN
+        if self.window_s is not None and not self.window_s >= 0:
             raise ValueError(f"`chunk_length_s` must not be negative, got {self.window_s}: use 0 for no windows")
+        check_memory_budget(self.memory_budget)
 
 
 @dataclass(frozen=True)

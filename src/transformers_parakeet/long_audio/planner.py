@@ -169,14 +169,27 @@ def get_memory_budget(memory_budget: int | None, device: torch.device) -> int:
     Raises:
         ValueError: `memory_budget` is not a positive integer.
     """
+    check_memory_budget(memory_budget)
     if memory_budget is None:
         return max(MIN_BUDGET_BYTES, int(BUDGET_FRACTION * get_free_memory(device)))
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget <= 0:
+    return memory_budget
+
+
+def check_memory_budget(memory_budget: int | None) -> None:
+    """Check that a memory budget is a positive integer or `None`.
+
+    Args:
+        memory_budget: bytes; `None` for the default.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    is_integer = isinstance(memory_budget, int) and not isinstance(memory_budget, bool)
+    if memory_budget is not None and not (is_integer and memory_budget > 0):
         raise ValueError(
-            f"`memory_budget` must be a positive integer number of bytes, got {memory_budget!r}: pass, for example, "
+            f"`memory_budget` must be a positive number of bytes, got {memory_budget!r}: pass an integer, for example "
             "2 * 10**9 for 2 GB, or None for a quarter of the free memory"
         )
-    return memory_budget
 
 
 def get_free_memory(device: torch.device) -> int:

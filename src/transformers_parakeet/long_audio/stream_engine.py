@@ -25,6 +25,38 @@ from .voice_activity import SpeechDetector
 DETECTOR_CONTEXT_S = 3.0
 
 
+@dataclass(frozen=True)
+class StreamOptions:
+    """Options of `ParakeetStream` and `StreamBatch`.
+
+    Args:
+        chunk_s: duration of a chunk in seconds, which is decoded at once; `None` for 2 s.
+        left_s: left context of a chunk in seconds; `None` for 10 s.
+        right_s: right context of a chunk in seconds; a chunk is decoded when its right context has been received.
+            `None` for 2 s. These three must be `None` for a cache-aware model; `model.set_attention_context` sets its
+            chunk.
+        decoder: `"transducer"`, or `"ctc"` for the CTC head of a hybrid; `None` for the transducer if there is one.
+        confidence: confidence method, `"max_prob"` or `"entropy"`; `None` for no confidence, which is faster.
+        speech_detector: function from (S,) samples to the ranges (first sample, end exclusive) that contain speech. A
+            chunk without speech gives no text: its frames count as blanks. `None` to decode all chunks.
+
+    Raises:
+        ValueError: `confidence` is not a confidence method.
+    """
+
+    chunk_s: float | None = None
+    left_s: float | None = None
+    right_s: float | None = None
+    decoder: str | None = None
+    confidence: str | None = "max_prob"
+    speech_detector: SpeechDetector | None = None
+
+    def __post_init__(self) -> None:
+        """Check the option that does not depend on the model."""
+        if self.confidence is not None:
+            check_confidence_method(self.confidence)
+
+
 @dataclass
 class StreamState:
     """Everything that a stream has between two steps.
@@ -66,44 +98,27 @@ class StreamEngine:
     Args:
         model: a CTC, RNN-T, TDT or hybrid model in evaluation mode.
         processor: processor of the model.
-        chunk_s: duration of a chunk in seconds; `None` for the default, see `choose_settings`.
-        left_s: left context in seconds; `None` for the default.
-        right_s: right context in seconds; `None` for the default.
-        decoder: `"transducer"`, or `"ctc"` for the CTC head of a hybrid; `None` for the transducer if there is one.
-        confidence: confidence method of `compute_token_confidence`; `None` for no confidence.
-        speech_detector: finds speech in samples; frames of chunks without speech count as blanks. `None` to decode all.
+        options: chunk, context, decoder, confidence and speech detector.
 
     Raises:
         ValueError: the model is in training mode, or an argument is not valid for the model.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        chunk_s: float | None = None,
-        left_s: float | None = None,
-        right_s: float | None = None,
-        decoder: str | None = None,
-        confidence: str | None = "max_prob",
-        speech_detector: SpeechDetector | None = None,
-    ) -> None:
+    def __init__(self, model: Any, processor: Any, options: StreamOptions) -> None:
         if model.training:
             raise ValueError(
                 "a streamed model must be in evaluation mode, got a model in training mode: call `.eval()`"
             )
-        if confidence is not None:
-            check_confidence_method(confidence)
-        self.processor, self.speech_detector = processor, speech_detector
+        self.processor, self.speech_detector = processor, options.speech_detector
         extractor = processor.feature_extractor
-        settings = choose_settings(model.encoder, extractor, chunk_s, left_s, right_s)
+        settings = choose_settings(model.encoder, extractor, options.chunk_s, options.left_s, options.right_s)
         self.encoder: CachedEncoder | ContextEncoder
         if settings.is_cache_aware:
-            context_s = DETECTOR_CONTEXT_S if speech_detector else 0.0
+            context_s = DETECTOR_CONTEXT_S if options.speech_detector else 0.0
             self.encoder = CachedEncoder(model.encoder, extractor, settings, context_s)
         else:
             self.encoder = ContextEncoder(model.encoder, extractor, settings)
-        self.decoder = StreamDecoder(model, choose_decoder(model.config, decoder), confidence)
+        self.decoder = StreamDecoder(model, choose_decoder(model.config, options.decoder), options.confidence)
         self.attention_context = list(self.encoder.encoder.config.attention_context_size)
         self.frame_s = settings.samples_per_frame / extractor.sampling_rate
 

@@ -14,6 +14,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..configuration_parakeet import get_head_type
+from ..generation_arguments import list_decoders
 
 logger = logging.get_logger(__name__)
 
@@ -128,11 +129,10 @@ def choose_decoder(config: Any, decoder: str | None) -> str:
     Raises:
         ValueError: the model does not have the head.
     """
-    head_type = get_head_type(config)
-    heads = ["ctc"] if head_type == "ctc" else ["transducer", *(["ctc"] if config.ctc_head else [])]
-    if decoder is not None and decoder not in heads:
-        raise ValueError(f"`decoder` must be a head of the model, {' or '.join(heads)}, got {decoder!r}: change it")
-    return "ctc" if (decoder or heads[0]) == "ctc" else head_type
+    decoders = list_decoders(config)
+    if decoder is not None and decoder not in decoders:
+        raise ValueError(f"`decoder` must be a head of the model, {' or '.join(decoders)}, got {decoder!r}: change it")
+    return "ctc" if (decoder or decoders[0]) == "ctc" else get_head_type(config)
 
 
 def prepare_encoder(encoder: Any, settings: StreamSettings) -> Any:

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from .stream_engine import StreamEngine
+from .stream_engine import StreamEngine, StreamOptions
 from .stream_input import convert_samples
 from .stream_words import StreamUpdate
-from .voice_activity import SpeechDetector
 
 
 class StreamBatch:
@@ -23,35 +22,16 @@ class StreamBatch:
         model: a CTC, RNN-T, TDT or hybrid model in evaluation mode.
         processor: processor of the model.
         num_streams: number of streams.
-        chunk_s: duration of a chunk in seconds, which is decoded at once; `None` for 2 s.
-        left_s: left context of a chunk in seconds; `None` for 10 s.
-        right_s: right context of a chunk in seconds; a chunk is decoded when its right context has been received.
-            `None` for 2 s. These three must be `None` for a cache-aware model; `model.set_attention_context` sets its
-            chunk.
-        decoder: `"transducer"`, or `"ctc"` for the CTC head of a hybrid; `None` for the transducer if there is one.
-        confidence: confidence method, `"max_prob"` or `"entropy"`; `None` for no confidence, which is faster.
-        speech_detector: function from (S,) samples to the ranges (first sample, end exclusive) that contain speech. A
-            chunk without speech gives no text. `None` to decode all chunks.
+        **options: fields of `StreamOptions`, such as `chunk_s` and `decoder`.
 
     Raises:
         ValueError: the model is in training mode, or an argument is not valid for the model.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        num_streams: int,
-        chunk_s: float | None = None,
-        left_s: float | None = None,
-        right_s: float | None = None,
-        decoder: str | None = None,
-        confidence: str | None = "max_prob",
-        speech_detector: SpeechDetector | None = None,
-    ) -> None:
+    def __init__(self, model: Any, processor: Any, num_streams: int, **options: Any) -> None:
         if num_streams < 1:
             raise ValueError(f"`num_streams` must be at least 1, got {num_streams}: pass the number of streams")
-        self._engine = StreamEngine(model, processor, chunk_s, left_s, right_s, decoder, confidence, speech_detector)
+        self._engine = StreamEngine(model, processor, StreamOptions(**options))
         self._streams = [self._engine.start() for _ in range(num_streams)]
 
     def feed(self, samples: Sequence[Any]) -> list[StreamUpdate]:
@@ -134,7 +114,7 @@ class ParakeetStream:
     Args:
         model: a CTC, RNN-T, TDT or hybrid model in evaluation mode.
         processor: processor of the model.
-        **options: `chunk_s`, `left_s`, `right_s`, `decoder`, `confidence` and `speech_detector`, see `StreamBatch`.
+        **options: fields of `StreamOptions`, such as `chunk_s` and `decoder`.
 
     Raises:
         ValueError: the model is in training mode, or an argument is not valid for the model.
