@@ -1,0 +1,209 @@
+"""A weighted automaton with back-off: the common form of n-gram models and of phrase boosting.
+
+A state stands for the last tokens that matter. An arc is a token that a state knows, with a score and the next state. A
+state without an arc for a token backs off to a shorter state, until the root, which knows every token. `ngram.py` and
+`biasing.py` build automata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BackoffAutomaton:
+    """A weighted automaton over the labels 0 to V - 1, held as arrays. It has no state of its own, so threads share it.
+
+    S is the number of states, A the number of arcs, and R the number of roots: 1, or more after `stack_automata`. The
+    states of one root are consecutive and start with the root. Roots have no arcs: their scores are in `root_scores`.
+
+    Args:
+        start_states: (1,) state before the first token; (B,) if each of B clips has its own.
+        roots: (R,) the roots, ascending.
+        root_scores: (R, V) score of each token in a root.
+        root_targets: (R, V) next state of each token in a root.
+        backoff_states: (S,) the next shorter state; a root backs off to itself.
+        backoff_scores: (S,) score that is added when a state backs off; 0 for a root.
+        end_scores: (S,) score of the end of the clip after a state.
+        arc_offsets: (S + 1,) the arcs of state s are those from `arc_offsets[s]` to `arc_offsets[s + 1] - 1`.
+        arc_keys: (A,) state * V + token of each arc, ascending.
+        arc_scores: (A,) score of each arc.
+        arc_targets: (A,) next state of each arc.
+        max_backoffs: largest number of times that a state backs off before it is a root.
+    """
+
+    start_states: Tensor
+    roots: Tensor
+    root_scores: Tensor
+    root_targets: Tensor
+    backoff_states: Tensor
+    backoff_scores: Tensor
+    end_scores: Tensor
+    arc_offsets: Tensor
+    arc_keys: Tensor
+    arc_scores: Tensor
+    arc_targets: Tensor
+    max_backoffs: int
+
+    @property
+    def num_labels(self) -> int:
+        """Number of labels V, without the blank."""
+        return self.root_scores.shape[1]
+
+    def to(self, device: torch.device | str) -> BackoffAutomaton:
+        """Return the automaton with all tensors on a device.
+
+        Args:
+            device: the device.
+        """
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)})
+
+    def start(self, num_clips: int) -> Tensor:
+        """Return the states before the first token.
+
+        Args:
+            num_clips: number of clips B.
+
+        Returns:
+            (B,) int64 states.
+
+        Raises:
+            ValueError: the automaton has the start states of another number of clips.
+        """
+        num_starts = len(self.start_states)
+        if num_starts not in (1, num_clips):
+            raise ValueError(
+                f"there must be one automaton for all clips, or one per clip; got {num_starts} automata for "
+                f"{num_clips} clips: pass one per clip of the batch"
+            )
+        return self.start_states.expand(num_clips).clone()
+
+    def score(self, states: Tensor) -> Tensor:
+        """Score every token in every state.
+
+        Args:
+            states: (N,) states.
+
+        Returns:
+            (N, V) float32 scores.
+        """
+        chains, chain_scores = self._back_off(states)
+        scores = self.root_scores[self._index_roots(states)] + chain_scores[-1][:, None]
+        # the arcs of longer states replace the scores of shorter states
+        for level_states, level_scores in zip(reversed(chains[:-1]), reversed(chain_scores[:-1]), strict=True):
+            self._write_arc_scores(scores, level_states, level_scores)
+        return scores
+
+    def step(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Score one token in every state, and return the next states.
+
+        Args:
+            states: (N,) states.
+            tokens: (N,) one token per state, from 0 to V - 1.
+
+        Returns:
+            (N,) float32 scores and (N,) int64 next states.
+        """
+        root_indices = self._index_roots(states)
+        chains, chain_scores = self._back_off(states)
+        scores = self.root_scores[root_indices, tokens] + chain_scores[-1]
+        targets = self.root_targets[root_indices, tokens].long()
+        for level_states, level_scores in zip(reversed(chains[:-1]), reversed(chain_scores[:-1]), strict=True):
+            keys = level_states * self.num_labels + tokens
+            arcs = torch.searchsorted(self.arc_keys, keys).clamp(max=max(0, len(self.arc_keys) - 1))
+            if len(self.arc_keys):
+                has_arc = self.arc_keys[arcs] == keys
+                scores = torch.where(has_arc, level_scores + self.arc_scores[arcs], scores)
+                targets = torch.where(has_arc, self.arc_targets[arcs].long(), targets)
+        return scores, targets
+
+    def score_end(self, states: Tensor) -> Tensor:
+        """Return the (N,) score of the end of the clip after each of (N,) states."""
+        return self.end_scores[states]
+
+    def _index_roots(self, states: Tensor) -> Tensor:
+        """Return the (N,) index in `roots` of the root of each of (N,) states."""
+        if len(self.roots) == 1:
+            return torch.zeros_like(states)
+        return torch.searchsorted(self.roots, states, right=True) - 1
+
+    def _back_off(self, states: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Follow the back-off states to the roots.
+
+        Args:
+            states: (N,) states.
+
+        Returns:
+            For 0 to `max_backoffs` back-offs, the (N,) states, and the (N,) sums of the back-off scores.
+        """
+        chains = [states]
+        chain_scores = [torch.zeros_like(states, dtype=torch.float32)]
+        for _ in range(self.max_backoffs):
+            chain_scores.append(chain_scores[-1] + self.backoff_scores[chains[-1]])
+            chains.append(self.backoff_states[chains[-1]].long())
+        return chains, chain_scores
+
+    def _write_arc_scores(self, scores: Tensor, states: Tensor, state_scores: Tensor) -> None:
+        """Write the scores of the arcs of some states to a table of scores.
+
+        Args:
+            scores: (N, V) scores, changed in place.
+            states: (N,) one state per row of the table.
+            state_scores: (N,) score that is added to all arcs of a state.
+        """
+        first_arcs = self.arc_offsets[states].long()
+        num_arcs = self.arc_offsets[states + 1].long() - first_arcs
+        # rows 0 0 0 2 2 for 3, 0 and 2 arcs
+        rows = torch.repeat_interleave(num_arcs)
+        # position of each arc among the arcs of its state: 0 1 2 0 1
+        positions = torch.arange(len(rows), device=rows.device) - (num_arcs.cumsum(0) - num_arcs)[rows]
+        arcs = first_arcs[rows] + positions
+        scores[rows, self.arc_keys[arcs] % self.num_labels] = self.arc_scores[arcs] + state_scores[rows]
+
+
+def stack_automata(automata: Sequence[BackoffAutomaton]) -> BackoffAutomaton:
+    """Combine automata to one that starts each clip in its own automaton.
+
+    Args:
+        automata: one automaton per clip; the same object may stand for several clips. All must have the same number of
+            labels.
+
+    Returns:
+        An automaton with one start state per clip.
+
+    Raises:
+        ValueError: the automata have different numbers of labels.
+    """
+    unique = list({id(automaton): automaton for automaton in automata}.values())
+    num_labels = unique[0].num_labels
+    if any(automaton.num_labels != num_labels for automaton in unique):
+        sizes = sorted({automaton.num_labels for automaton in unique})
+        raise ValueError(f"all automata must have the same number of labels, got {sizes}: build them for one tokenizer")
+    first_states, first_arcs = [0], [0]
+    for automaton in unique:
+        first_states.append(first_states[-1] + len(automaton.backoff_states))
+        first_arcs.append(first_arcs[-1] + len(automaton.arc_keys))
+    offset_of = {id(automaton): offset for automaton, offset in zip(unique, first_states, strict=False)}
+    shifts = list(zip(unique, first_states, strict=False))
+    return BackoffAutomaton(
+        start_states=torch.cat([automaton.start_states + offset_of[id(automaton)] for automaton in automata]),
+        roots=torch.cat([automaton.roots + shift for automaton, shift in shifts]),
+        root_scores=torch.cat([automaton.root_scores for automaton in unique]),
+        root_targets=torch.cat([automaton.root_targets + shift for automaton, shift in shifts]),
+        backoff_states=torch.cat([automaton.backoff_states + shift for automaton, shift in shifts]),
+        backoff_scores=torch.cat([automaton.backoff_scores for automaton in unique]),
+        end_scores=torch.cat([automaton.end_scores for automaton in unique]),
+        arc_offsets=torch.cat(
+            [automaton.arc_offsets[:-1] + shift for automaton, shift in zip(unique, first_arcs, strict=False)]
+            + [unique[-1].arc_offsets[-1:] + first_arcs[-2]]
+        ),
+        arc_keys=torch.cat([automaton.arc_keys + shift * num_labels for automaton, shift in shifts]),
+        arc_scores=torch.cat([automaton.arc_scores for automaton in unique]),
+        arc_targets=torch.cat([automaton.arc_targets + shift for automaton, shift in shifts]),
+        max_backoffs=max(automaton.max_backoffs for automaton in unique),
+    )
