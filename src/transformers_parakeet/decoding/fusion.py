@@ -1,7 +1,7 @@
 """Shallow fusion: the scores of language models and phrase boosting, added to the scores of the model.
 
-The scorers are built in `ngram.py` and `biasing.py`; the searches that use them are in `label_looping.py`, `beam.py` and
-`ctc_beam.py`.
+The scorers are built in `ngram.py` and `biasing.py`. The searches that use them are in `label_looping.py`, `beam.py`
+and `ctc_beam.py`.
 """
 
 from __future__ import annotations

@@ -52,6 +52,8 @@ class Hypotheses:
         lengths: (B,) number of tokens.
         confidence: (B, num_tokens) confidence of each token, from 0 to 1; `None` if it was not requested.
         steps: all steps of a transducer search; `None` for CTC and after selecting a clip.
+        scores: (B,) sum of the log-probabilities of the steps, and of the weighted scores of language models and phrase
+            boosting; `None` for greedy decoding.
     """
 
     tokens: Tensor
@@ -60,6 +62,7 @@ class Hypotheses:
     lengths: Tensor
     confidence: Tensor | None = None
     steps: Steps | None = None
+    scores: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the number of clips."""
@@ -79,6 +82,7 @@ class Hypotheses:
             durations=select(self.durations),
             lengths=self.lengths[clip_index : clip_index + 1],
             confidence=None if self.confidence is None else select(self.confidence),
+            scores=None if self.scores is None else self.scores[clip_index : clip_index + 1],
         )
 
     def cpu(self) -> Hypotheses:
@@ -89,6 +93,7 @@ class Hypotheses:
             durations=self.durations.cpu(),
             lengths=self.lengths.cpu(),
             confidence=None if self.confidence is None else self.confidence.cpu(),
+            scores=None if self.scores is None else self.scores.cpu(),
         )
 
     def to_lists(self, clip_index: int = 0) -> dict[str, Any]:

@@ -43,3 +43,30 @@ class TransducerOptions:
     lookahead: int = 0
     confidence: str | None = None
     keep_logits: bool = False
+
+
+@dataclass(frozen=True)
+class BeamOptions:
+    """Settings of a beam search, of a transducer or of a CTC head.
+
+    Args:
+        num_beams: number of hypotheses of each clip that every step keeps.
+        num_return_sequences: number of hypotheses of each clip in the result, at most `num_beams`.
+        length_penalty: hypotheses are ordered by score / (number of labels + 1)^length_penalty. 1 is NeMo's
+            `score_norm`, 0 orders by the score.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    num_beams: int = 4
+    num_return_sequences: int = 1
+    length_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not 1 <= self.num_return_sequences <= self.num_beams:
+            raise ValueError(
+                "`num_return_sequences` must be at least 1 and at most `num_beams`, got "
+                f"{self.num_return_sequences} with num_beams={self.num_beams}: raise `num_beams`"
+            )
