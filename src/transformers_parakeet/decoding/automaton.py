@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,8 +61,10 @@ class BackoffAutomaton:
         Args:
             device: the device.
         """
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)})
+        tensors: dict[str, Any] = {
+            field.name: getattr(self, field.name).to(device) for field in fields(self) if field.name != "max_backoffs"
+        }
+        return replace(self, **tensors)
 
     def start(self, num_clips: int) -> Tensor:
         """Return the states before the first token.
