@@ -1,18 +1,21 @@
-"""Checks the arguments of `generate`, which greedy decoding supports, ignores or refuses, and sets their defaults.
+"""Checks the arguments of `generate`: which ones the searches support, ignore or refuse, and their defaults.
 
-`generation_parakeet.py` decodes with the checked arguments.
+`generation_ctc.py` and `generation_parakeet.py` decode with the checked arguments.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.generation import GenerationConfig, SuppressTokensLogitsProcessor
 from transformers.utils import logging
 
 from .configuration_parakeet import get_head_type
-from .decoding import check_confidence_method
+from .decoding import BeamOptions, Fusion, Hypotheses, TokenScorer, build_fusion, check_confidence_method
 
 logger = logging.get_logger(__name__)
 
@@ -24,17 +27,102 @@ SILENTLY_ACCEPTED_ARGUMENTS = {
     "synced_gpus", "use_cache", "cache_implementation", "cache_config", "transformers_version", "_from_model_config",
     "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "output_logits", "tokenizer",
 }  # fmt: skip
-# argument name to the value that means greedy decoding
+# argument name to the value that means no sampling and no change of scores
 GREEDY_VALUES = {
-    "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "decoder": "ctc",
+    "num_beam_groups": 1, "repetition_penalty": 1.0, "decoder": "ctc",
     "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
 }  # fmt: skip
-# arguments for sampling, beam search and length limits: a CTC head returns one token per frame in a single step
+# arguments for sampling and length limits: a CTC head returns one token per frame in a single step
 ARGUMENTS_IGNORED_WITH_WARNING = {
     "max_new_tokens", "max_length", "min_new_tokens", "min_length", "max_time", "stop_strings", "stopping_criteria",
-    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "length_penalty",
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
     "early_stopping",
 }  # fmt: skip
+
+
+# default weight of the scores of a language model
+DEFAULT_LM_WEIGHT = 0.3
+# arguments of transformers' `generate` that choose the search
+STOCK_SEARCH_ARGUMENTS = ("num_beams", "num_return_sequences", "length_penalty")
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """The arguments of `generate` that choose and change the search, with the same meaning for every head.
+
+    Args:
+        num_beams: number of hypotheses that a beam search keeps; 1 for greedy decoding.
+        num_return_sequences: number of hypotheses to return for each clip, best first; at most `num_beams`.
+        length_penalty: a beam search orders hypotheses by score / (number of labels + 1)^length_penalty.
+        language_model: scorer of the next token, from `ParakeetProcessor.load_language_model`; `None` for no language
+            model.
+        lm_weight: weight of the scores of the language model.
+        boosting: phrases whose tokens get higher scores, from `ParakeetProcessor.boosting_tree`: one tree for all
+            clips, or a list with one tree or `None` for each clip; `None` for no boosting.
+        boosting_weight: weight of the scores of the phrases.
+        allowed_tokens: (V,) bool, False for labels that must not be emitted; `None` to allow all labels. The blank is
+            always allowed.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    length_penalty: float = 1.0
+    language_model: TokenScorer | None = None
+    lm_weight: float = DEFAULT_LM_WEIGHT
+    boosting: TokenScorer | Sequence[TokenScorer | None] | None = None
+    boosting_weight: float = 1.0
+    allowed_tokens: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers of hypotheses."""
+        self.build_beam_options()
+
+    def build_beam_options(self) -> BeamOptions:
+        """Build the settings of a beam search."""
+        return BeamOptions(self.num_beams, self.num_return_sequences, self.length_penalty)
+
+    def build_fusion(self, blank_id: int, vocab_size: int, device: torch.device) -> Fusion | None:
+        """Build the scorers that a search adds to the scores of the model; `None` if there are none.
+
+        Args:
+            blank_id: id of the blank.
+            vocab_size: number of tokens V with the blank.
+            device: device of the model.
+
+        Raises:
+            ValueError: a scorer belongs to another vocabulary.
+        """
+        fusion = build_fusion(
+            self.language_model, self.lm_weight, self.boosting, self.boosting_weight, blank_id, vocab_size
+        )
+        return None if fusion is None else fusion.to(device)
+
+
+SEARCH_ARGUMENTS = tuple(field.name for field in fields(SearchOptions))
+
+
+def take_search_options(
+    arguments: dict[str, Any], generation_config: GenerationConfig | None
+) -> tuple[SearchOptions, dict[str, Any]]:
+    """Separate the arguments that choose and change the search from the other arguments of `generate`.
+
+    Args:
+        arguments: arguments of the call; they override `generation_config`. `None` means the default.
+        generation_config: settings for arguments that the call does not have; `None` for no settings.
+
+    Returns:
+        The options of the search, and the other arguments.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    values = {name: getattr(generation_config, name, None) for name in STOCK_SEARCH_ARGUMENTS}
+    values.update((name, arguments[name]) for name in SEARCH_ARGUMENTS if name in arguments)
+    options = SearchOptions(**{name: value for name, value in values.items() if value is not None})
+    return options, {name: value for name, value in arguments.items() if name not in SEARCH_ARGUMENTS}
 
 
 @dataclass(frozen=True)
@@ -43,12 +131,14 @@ class CTCArguments:
 
     Args:
         forward_kwargs: arguments of `forward`.
+        search: options of the search.
         streamer: receives the tokens of all frames; `None` for no streamer.
         return_dict: whether to return a `ParakeetCTCGenerateOutput` instead of a tensor.
         output_scores: whether to set the field `scores` of the output.
     """
 
     forward_kwargs: dict[str, Any]
+    search: SearchOptions = SearchOptions()
     streamer: Any = None
     return_dict: bool = False
     output_scores: bool = False
@@ -80,10 +170,10 @@ def parse_ctc_arguments(kwargs: dict[str, Any], generation_config: GenerationCon
         The arguments that have an effect.
 
     Raises:
-        ValueError: an argument is unknown or requires a search other than greedy decoding.
+        ValueError: an argument is unknown, out of range, or requires sampling.
     """
     settings = {} if generation_config is None else generation_config.to_diff_dict()
-    arguments = {**settings, **drop_training_inputs(kwargs)}
+    search, arguments = take_search_options({**settings, **drop_training_inputs(kwargs)}, None)
     forward_kwargs = {name: arguments[name] for name in FORWARD_ARGUMENTS if arguments.get(name) is not None}
     supported = {
         *FORWARD_ARGUMENTS,
@@ -93,7 +183,7 @@ def parse_ctc_arguments(kwargs: dict[str, Any], generation_config: GenerationCon
         "return_dict_in_generate",
     }
     unsupported = {
-        name for name, value in arguments.items() if name not in supported and not allows_greedy_decoding(name, value)
+        name for name, value in arguments.items() if name not in supported and not has_no_effect(name, value)
     }
     ignored = sorted(unsupported & ARGUMENTS_IGNORED_WITH_WARNING)
     if ignored:
@@ -103,19 +193,20 @@ def parse_ctc_arguments(kwargs: dict[str, Any], generation_config: GenerationCon
     refused = sorted(unsupported - ARGUMENTS_IGNORED_WITH_WARNING)
     if refused:
         raise ValueError(
-            f"CTC decoding selects the best token of every frame and does not support {', '.join(refused)}: "
+            f"CTC decoding is greedy or a beam search and does not support {', '.join(refused)}: "
             "leave out these arguments"
         )
     return CTCArguments(
         forward_kwargs={**forward_kwargs, "return_dict": True},
+        search=search,
         streamer=arguments.get("streamer"),
         return_dict=bool(arguments.get("return_dict_in_generate")),
         output_scores=bool(arguments.get("output_scores")),
     )
 
 
-def allows_greedy_decoding(name: str, value: Any) -> bool:
-    """Return whether an argument of `generate` is unset or has the value that means greedy decoding.
+def has_no_effect(name: str, value: Any) -> bool:
+    """Return whether an argument of `generate` is unset or has the value that changes no score.
 
     Args:
         name: name of the argument.
@@ -145,6 +236,39 @@ def get_confidence_method(output_confidence: bool | str | None) -> str | None:
     return method
 
 
+def check_beam_search(streamer: Any, criteria: Sequence[Any] = (), keeps_logits: bool = False) -> None:
+    """Check that a beam search has no argument that requires greedy decoding, because its best hypothesis can change.
+
+    Args:
+        streamer: the streamer of the call; `None` for no streamer.
+        criteria: stopping criteria of the call.
+        keeps_logits: whether the scores of every step are requested.
+
+    Raises:
+        ValueError: there is such an argument.
+    """
+    if streamer is not None or criteria or keeps_logits:
+        raise ValueError(
+            "`streamer`, `stopping_criteria`, `output_logits` and `output_scores` require greedy decoding, got "
+            "`num_beams` > 1: set `num_beams=1`, or leave them out"
+        )
+
+
+def compute_sequence_scores(hypotheses: Hypotheses | None, length_penalty: float) -> Tensor | None:
+    """Compute the scores by which a beam search orders hypotheses.
+
+    Args:
+        hypotheses: R hypotheses with `scores`; `None` for greedy decoding.
+        length_penalty: exponent of the number of labels + 1.
+
+    Returns:
+        (R,) scores; `None` for greedy decoding.
+    """
+    if hypotheses is None or hypotheses.scores is None:
+        return None
+    return hypotheses.scores / (hypotheses.lengths + 1) ** length_penalty
+
+
 def check_logits_processors(logits_processors: Any, vocab_size: int) -> None:
     """Check that no logits processor would change the scores of tokens, because the search does not apply them.
 
@@ -162,7 +286,7 @@ def check_logits_processors(logits_processors: Any, vocab_size: int) -> None:
         if isinstance(processor, SuppressTokensLogitsProcessor) and min(processor.suppress_tokens) >= vocab_size:
             continue
         raise ValueError(
-            f"greedy transducer decoding cannot apply {type(processor).__name__}, because it does not change scores: "
+            f"transducer decoding cannot apply {type(processor).__name__}, because it does not change scores: "
             "leave out the `generate` argument or generation config entry that adds it"
         )
 

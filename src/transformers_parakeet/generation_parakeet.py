@@ -1,4 +1,4 @@
-"""Implements `generate()` with the arguments and outputs of Hugging Face transformers.
+"""Implements `generate()` of transducers with the arguments and outputs of Hugging Face transformers.
 
 The search itself is in `decoding/`. The processor computes text and times.
 """
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.generation import (
-    CompileConfig,
     GenerationConfig,
     GenerationMixin,
     GenerationMode,
@@ -22,138 +21,53 @@ from transformers.utils import ModelOutput
 
 from .decoding import (
     Hypotheses,
+    Joint,
     Shortcuts,
     TransducerOptions,
-    collapse_ctc,
-    compute_token_confidence,
-    greedy_decode_ctc,
+    beam_decode_transducer,
     greedy_decode_transducer,
     insert_forced_blanks,
+    mask_joint,
 )
 from .generation_arguments import (
+    SearchOptions,
+    check_beam_search,
     check_logits_processors,
+    compute_sequence_scores,
     drop_training_inputs,
     get_confidence_method,
     parse_ctc_arguments,
     set_stock_fields,
+    take_search_options,
 )
-from .generation_streaming import StepObserver, stream_frames
+from .generation_ctc import CTCTokens, ParakeetCTCGenerateOutput, decode_ctc
+from .generation_streaming import StepObserver
 
 # value of `max_length` that means no limit; no audio has this number of steps
 UNLIMITED_LENGTH = 2**31
 
 
-class CTCTokens(Tensor):
-    """The best token of every frame (B, N) from the CTC head of a hybrid; slices and copies also have this type.
-
-    The processor of a hybrid decodes the output of the transducer by default, and recognises the output of the CTC head
-    by this type.
-    """
-
-    decoder_type = "ctc"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CTCTokens:
-        """Copy the tokens; the copy has the type `CTCTokens`."""
-        # mypy does not know that `clone` returns the type of `self`
-        return self.clone()  # type: ignore[return-value]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as a plain tensor, so `torch.load` can read it without this package."""
-        return self.as_subclass(Tensor).__reduce_ex__(protocol)
-
-
-@dataclass
-class ParakeetCTCGenerateOutput(ModelOutput):
-    """Output of `ParakeetForCTC.generate` with `return_dict_in_generate=True`.
-
-    Args:
-        sequences: (B, N) best token of every frame, blanks and repeats included; the blank at padding frames.
-        logits: (B, N, V) scores.
-        attentions: attentions of the encoder, if requested.
-        hidden_states: hidden states of the encoder, if requested.
-        token_confidence: (B, N) confidence of the best token of each frame, if requested with `output_confidence`.
-        scores: equal to `logits`, because greedy decoding does not change scores; set if requested with
-            `output_scores`.
-        hypotheses: the tokens without blanks and repeats, with their frames.
-    """
-
-    sequences: Tensor | None = None
-    logits: Tensor | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    token_confidence: Tensor | None = None
-    scores: Tensor | None = None
-    hypotheses: Hypotheses | None = None
-
-
-class ParakeetCTCGenerationMixin(GenerationMixin):
-    """Adds `generate` to a CTC model. It stores no state on the model, so several threads can call it."""
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_features: Tensor,
-        attention_mask: Tensor | None = None,
-        return_dict_in_generate: bool = False,
-        compile_config: CompileConfig | None = None,
-        output_confidence: bool | str = False,
-        generation_config: GenerationConfig | None = None,
-        **kwargs: Any,
-    ) -> ParakeetCTCGenerateOutput | Tensor:
-        """Decode a batch greedily: select the best token of every frame.
-
-        Args:
-            input_features: (B, T, F) log-mel features.
-            attention_mask: (B, T), 1 for valid feature frames; `None` if there is no padding.
-            return_dict_in_generate: whether to return a `ParakeetCTCGenerateOutput` instead of a tensor.
-            compile_config: settings with which to compile the forward pass; `None` to run it uncompiled.
-            output_confidence: confidence method of `decoding.compute_token_confidence`, `True` for `"max_prob"`, or
-                `False` for no confidence.
-            generation_config: settings that are treated as arguments; arguments of the call override them.
-            **kwargs: `streamer`, `output_scores` and arguments of `forward`. Other arguments of transformers'
-                `generate` are accepted if they mean greedy decoding, and ignored with a warning if they have no effect.
-
-        Returns:
-            (B, N) token ids, blanks and repeats included. `processor.batch_decode` merges repeats and removes blanks.
-
-        Raises:
-            ValueError: an argument is unknown or requires a search other than greedy decoding.
-        """
-        if return_dict_in_generate:
-            kwargs["return_dict_in_generate"] = True
-        arguments = parse_ctc_arguments(kwargs, generation_config)
-        forward = self.__call__ if compile_config is None else self.get_compiled_call(compile_config)
-        outputs = forward(input_features=input_features, attention_mask=attention_mask, **arguments.forward_kwargs)
-        frame_lengths = None
-        if attention_mask is not None:
-            frame_lengths = self._get_subsampling_output_length(attention_mask.sum(-1))
-        blank_id = self.config.pad_token_id
-        sequences = greedy_decode_ctc(outputs.logits, frame_lengths, blank_id)
-        stream_frames(sequences, blank_id, arguments.streamer)
-        if not arguments.return_dict:
-            return sequences
-        return build_ctc_output(
-            outputs, outputs.logits, sequences, blank_id, output_confidence, arguments.output_scores
-        )
-
-
 @dataclass
 class ParakeetRNNTGenerateOutput(ModelOutput):
-    """Output of `generate` of a transducer; `num_steps` is the largest number of steps of a clip.
+    """Output of `generate` of a transducer; `num_steps` is the largest number of steps of a hypothesis.
+
+    R is the number of clips B times `num_return_sequences`. The hypotheses of a clip are consecutive, best first.
 
     Args:
-        sequences: (B, 1 + num_steps) the blank, then the label or blank of every step, then `pad_token_id` as
+        sequences: (R, 1 + num_steps) the blank, then the label or blank of every step, then `pad_token_id` as
             padding.
-        durations: (B, 1 + num_steps) 0, then the number of frames that each step advances. The frame of a step is
+        durations: (R, 1 + num_steps) 0, then the number of frames that each step advances. The frame of a step is
             the sum of all earlier durations.
         attentions: attentions of the encoder, if requested.
         hidden_states: hidden states of the encoder, if requested.
-        token_confidence: (B, 1 + num_steps) confidence of each label, 0 for blanks; set if requested with
+        token_confidence: (R, 1 + num_steps) confidence of each label, 0 for blanks; set if requested with
             `output_confidence`.
         logits: one tensor per step, (B, V + D) scores, 0 for padding; set if requested with `output_logits`.
         scores: equal to `logits`, because greedy decoding does not change scores; set if requested with
             `output_scores`.
         hypotheses: the labels with their frames and predicted durations, without blanks.
+        sequences_scores: (R,) score / (number of labels + 1)^length_penalty of a beam search; `None` for greedy
+            decoding.
     """
 
     sequences: Tensor | None = None
@@ -164,39 +78,42 @@ class ParakeetRNNTGenerateOutput(ModelOutput):
     logits: tuple[Tensor, ...] | None = None
     scores: tuple[Tensor, ...] | None = None
     hypotheses: Hypotheses | None = None
+    sequences_scores: Tensor | None = None
 
 
 class ParakeetTransducerGenerationMixin(GenerationMixin):
-    """Replaces the search in transformers' `generate` by greedy transducer decoding.
+    """Replaces the search in transformers' `generate` by a transducer search.
 
     It stores no state on the model, so several threads can call `generate`.
     """
 
+    # transformers calls `_sample`, which also runs the beam search of transducers
     _supported_generation_modes: ClassVar[list[GenerationMode]] = [GenerationMode.GREEDY_SEARCH]
     # arguments of `generate` that only this package has
-    _additional_arguments = ("output_confidence",)
+    _additional_arguments = ("output_confidence", "search_options")
 
     def _set_stock_fields(self) -> None:
         """Set the fields of the generation config without which stock transformers cannot decode the saved model."""
         set_stock_fields(self.generation_config, self.config)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, decoder: str = "transducer", **kwargs: Any) -> Any:
-        """Decode a batch greedily.
+        """Decode a batch greedily, or by beam search if `num_beams` is larger than 1.
 
         Args:
             inputs: (B, T, F) log-mel features; `input_features` is another name of this argument.
             *args: further arguments of transformers' `generate`.
             decoder: `"transducer"`, or `"ctc"` for the CTC head of a hybrid.
             **kwargs: `attention_mask` (B, T), 1 for valid feature frames; `output_confidence`, `True` for `"max_prob"`
-                or a method of `decoding.compute_token_confidence`; and the arguments of transformers' `generate` that
-                are compatible with greedy decoding: `max_new_tokens` (steps, blanks included), `streamer`,
-                `stopping_criteria`, `output_logits`, `output_scores`, ...
+                or a method of `decoding.compute_token_confidence`; the fields of `SearchOptions`, such as `num_beams`,
+                `language_model` and `boosting`; and the arguments of transformers' `generate` that do not sample or
+                change scores: `max_new_tokens` (steps, blanks included), `streamer`, `stopping_criteria`,
+                `output_logits`, `output_scores`, ...
 
         Returns:
             `ParakeetRNNTGenerateOutput`. With `decoder="ctc"`, the result of `ParakeetForCTC.generate`.
 
         Raises:
-            ValueError: an argument requires beam search or sampling, or `decoder="ctc"` without a CTC head.
+            ValueError: an argument requires sampling or is out of range, or `decoder="ctc"` without a CTC head.
         """
         kwargs = drop_training_inputs(kwargs)
         if decoder == "ctc":
@@ -204,7 +121,12 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             return self._generate_ctc(input_features, **kwargs)
         if decoder != "transducer":
             raise ValueError(f"`decoder` must be 'transducer' or 'ctc', got {decoder!r}")
-        return super().generate(inputs, *args, **kwargs)
+        generation_config = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
+        search_options, kwargs = take_search_options(kwargs, generation_config)
+        if search_options.num_beams > 1:
+            # transformers would repeat the clips for its own beam search
+            kwargs.update(num_beams=1, num_return_sequences=1)
+        return super().generate(inputs, *args, search_options=search_options, **kwargs)
 
     @torch.no_grad()
     def _generate_ctc(
@@ -215,7 +137,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> ParakeetCTCGenerateOutput | Tensor:
-        """Decode a batch greedily with the CTC head of a hybrid.
+        """Decode a batch with the CTC head of a hybrid.
 
         Args:
             input_features: (B, T, F) log-mel features.
@@ -225,7 +147,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             **kwargs: further arguments of `ParakeetForCTC.generate`.
 
         Returns:
-            (B, N) token ids of type `CTCTokens`, or a `ParakeetCTCGenerateOutput` with `return_dict_in_generate=True`.
+            (R, N) token ids of type `CTCTokens`, or a `ParakeetCTCGenerateOutput` with `return_dict_in_generate=True`.
         """
         if not self.config.ctc_head:
             raise ValueError(
@@ -237,14 +159,9 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         )
         logits = self.ctc_logits(encoder_outputs.last_hidden_state)
         frame_lengths = None if attention_mask is None else encoder_outputs.attention_mask.sum(-1)
-        blank_id = self.config.blank_token_id
-        # by this type, the processor recognises the output of the CTC head
-        sequences = greedy_decode_ctc(logits, frame_lengths, blank_id).as_subclass(CTCTokens)
-        stream_frames(sequences, blank_id, arguments.streamer)
-        if not arguments.return_dict:
-            return sequences
-        return build_ctc_output(
-            encoder_outputs, logits, sequences, blank_id, output_confidence, arguments.output_scores
+        # by the type `CTCTokens`, the processor recognises the output of the CTC head
+        return decode_ctc(
+            encoder_outputs, logits, frame_lengths, self.config.blank_token_id, arguments, output_confidence, CTCTokens
         )
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
@@ -333,7 +250,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> ParakeetRNNTGenerateOutput:
-        """Run greedy transducer decoding; transformers' `generate` calls this method for greedy search.
+        """Run a transducer search; transformers' `generate` calls this method for greedy search.
 
         Args:
             input_ids: (B, 1) start tokens, which are blanks.
@@ -343,33 +260,64 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             generation_config: the generation config of this call.
             synced_gpus: unused, because the search does not wait for other processes.
             streamer: receives the token of every step; `None` for no streamer.
-            **model_kwargs: `encoder_outputs` and `output_confidence`.
+            **model_kwargs: `encoder_outputs`, `output_confidence` and `search_options`.
 
         Returns:
             The output of `generate`.
         """
         check_logits_processors(logits_processor, self.config.vocab_size)
+        search: SearchOptions = model_kwargs["search_options"]
         encoder_outputs = model_kwargs["encoder_outputs"]
         criteria = [criterion for criterion in stopping_criteria if not isinstance(criterion, MaxLengthCriteria)]
-        needs_every_step = bool(criteria) or streamer is not None
+        observer = None
+        if criteria or streamer is not None:
+            observer = StepObserver(input_ids, self.config.pad_token_id, criteria, streamer)
         options = self._build_decoding_options(
-            generation_config, model_kwargs.get("output_confidence"), needs_every_step
+            generation_config, model_kwargs.get("output_confidence"), needs_every_step=observer is not None
         )
-        hypotheses = greedy_decode_transducer(
-            # encoder states after the projection to the joint width
-            encoder_outputs.pooler_output,
-            get_frame_lengths(encoder_outputs),
-            predict=self.decoder.step,
-            joint=self.joint.score,
-            options=options,
-            pad_id=self.config.pad_token_id,
-            shortcuts=Shortcuts(*self.joint.build_argmax_functions(options.vocab_size)),
-            on_step=StepObserver(input_ids, self.config.pad_token_id, criteria, streamer) if needs_every_step else None,
-        )
+        if search.num_beams > 1:
+            check_beam_search(streamer, criteria, options.keep_logits)
+        hypotheses = self._search(encoder_outputs, options, search, observer)
         if streamer is not None:
             streamer.end()
-        return build_transducer_output(
-            hypotheses, input_ids, encoder_outputs, self.config, options.max_steps, generation_config
+        output = build_transducer_output(
+            hypotheses,
+            input_ids.repeat_interleave(search.num_return_sequences, 0),
+            encoder_outputs,
+            self.config,
+            options.max_steps,
+            generation_config,
+        )
+        output.sequences_scores = compute_sequence_scores(hypotheses, search.length_penalty)
+        return output
+
+    def _search(
+        self, encoder_outputs: Any, options: TransducerOptions, search: SearchOptions, observer: StepObserver | None
+    ) -> Hypotheses:
+        """Decode the encoder frames greedily or by beam search.
+
+        Args:
+            encoder_outputs: output of the encoder; `pooler_output` contains the encoder states after the projection to
+                the width of the joint network.
+            options: settings of the search.
+            search: number of hypotheses, language model, boosting, allowed tokens.
+            observer: receives every step of greedy decoding; `None` for no observer.
+        """
+        encoder_states, frame_lengths = encoder_outputs.pooler_output, get_frame_lengths(encoder_outputs)
+        fusion = search.build_fusion(options.blank_id, options.vocab_size, encoder_states.device)
+        shortcuts = Shortcuts(*self.joint.build_argmax_functions(options.vocab_size))
+        joint: Joint = self.joint.score
+        if search.allowed_tokens is not None:
+            joint = mask_joint(joint, search.allowed_tokens, options.blank_id)
+            # the shortcut for tokens does not know the mask
+            shortcuts = replace(shortcuts, find_best_tokens=None)
+        networks, pad_id = (self.decoder.step, joint), self.config.pad_token_id
+        if search.num_beams > 1:
+            return beam_decode_transducer(
+                encoder_states, frame_lengths, *networks, options, search.build_beam_options(), pad_id, fusion
+            )
+        return greedy_decode_transducer(
+            encoder_states, frame_lengths, *networks, options, pad_id, shortcuts, observer, fusion
         )
 
     def _build_decoding_options(
@@ -457,38 +405,3 @@ def get_frame_lengths(encoder_outputs: Any) -> Tensor:
     if encoder_outputs.attention_mask is None:
         return torch.full((batch,), num_frames, device=encoder_outputs.last_hidden_state.device)
     return encoder_outputs.attention_mask.sum(-1)
-
-
-def build_ctc_output(
-    encoder_outputs: ModelOutput,
-    logits: Tensor,
-    sequences: Tensor,
-    blank_id: int,
-    output_confidence: bool | str,
-    output_scores: bool,
-) -> ParakeetCTCGenerateOutput:
-    """Build the output of `generate` for a CTC head.
-
-    Args:
-        encoder_outputs: output with the attentions and hidden states of the encoder.
-        logits: (B, N, V) scores.
-        sequences: (B, N) best token of every frame.
-        blank_id: id of the blank.
-        output_confidence: confidence method, `True` for `"max_prob"`, or `False` for no confidence.
-        output_scores: whether to set the field `scores`.
-
-    Returns:
-        The best tokens of all frames, and the hypotheses.
-    """
-    method = get_confidence_method(output_confidence)
-    frame_confidence = None if method is None else compute_token_confidence(logits, method)
-    return ParakeetCTCGenerateOutput(
-        sequences=sequences,
-        logits=logits,
-        attentions=encoder_outputs.attentions,
-        hidden_states=encoder_outputs.hidden_states,
-        token_confidence=frame_confidence,
-        scores=logits if output_scores else None,
-        # `sequences` of a hybrid has the subclass `CTCTokens`, the hypotheses are plain tensors
-        hypotheses=collapse_ctc(sequences.as_subclass(Tensor), blank_id, frame_confidence),
-    )

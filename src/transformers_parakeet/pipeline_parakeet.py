@@ -3,6 +3,7 @@
 Models of other families use the pipeline of transformers.
 """
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,7 +67,14 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
             default: a quarter of the free memory, at least 1 GB.
         speech_detector: callable that takes (S,) samples and returns the ranges of samples with speech, for example
             `EnergySpeechDetector()`. Audio without speech gives no text. Default: no detection.
-        generate_kwargs: arguments of `generate`, such as `{"decoder": "ctc"}` for a hybrid.
+        boost: phrases to recognise more often: a list of phrases and of pairs (phrase, score); see
+            `ParakeetProcessor.boosting_tree`.
+        language_model: n-gram model: the path of an ARPA file, or the result of
+            `ParakeetProcessor.load_language_model`.
+        scripts: names of writing systems, such as `["Latin"]`: labels with letters of other scripts are never emitted;
+            see `ParakeetProcessor.tokens_of_scripts`.
+        generate_kwargs: arguments of `generate`, such as `{"num_beams": 4}`, `{"lm_weight": 0.5}`, or
+            `{"decoder": "ctc"}` for a hybrid.
     """
 
     processor: Any
@@ -109,11 +117,40 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
         if "return_confidence" in kwargs:
             generate_kwargs["output_confidence"] = kwargs.pop("return_confidence")
         generate_kwargs.update(kwargs)
+        generate_kwargs = self._prepare_search(generate_kwargs)
         # a hybrid can decode with its CTC head, which changes how times are computed
         if "decoder" in generate_kwargs:
             is_ctc = generate_kwargs["decoder"] == "ctc"
             postprocess_kwargs["head_type"] = "ctc" if is_ctc else get_head_type(self.model.config)
         return preprocess_kwargs, generate_kwargs, postprocess_kwargs
+
+    def _prepare_search(self, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Build the phrase boosting and the allowed tokens of a call, and load its language model.
+
+        Args:
+            generate_kwargs: arguments of `generate`, `boost` and `scripts`.
+
+        Returns:
+            The arguments of `generate`.
+
+        Raises:
+            ValueError: `num_return_sequences` is larger than 1, because windows are merged to one text.
+        """
+        generate_kwargs = dict(generate_kwargs)
+        boost, scripts = generate_kwargs.pop("boost", None), generate_kwargs.pop("scripts", None)
+        language_model = generate_kwargs.get("language_model")
+        if boost:
+            generate_kwargs["boosting"] = self.processor.boosting_tree(boost)
+        if scripts:
+            generate_kwargs["allowed_tokens"] = self.processor.tokens_of_scripts(scripts)
+        if isinstance(language_model, (str, os.PathLike)):
+            generate_kwargs["language_model"] = self.processor.load_language_model(language_model)
+        if (generate_kwargs.get("num_return_sequences") or 1) > 1:
+            raise ValueError(
+                "the pipeline returns one text, so `num_return_sequences` must be 1, got "
+                f"{generate_kwargs['num_return_sequences']}: call `model.generate` for several hypotheses"
+            )
+        return generate_kwargs
 
     def get_iterator(
         self, inputs: Any, num_workers: int, batch_size: int, preprocess_params: dict[str, Any], *args: Any

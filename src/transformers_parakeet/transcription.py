@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from .configuration_parakeet import get_head_type
-from .generation_arguments import check_decoder
+from .decoding import TokenScorer
+from .generation_arguments import DEFAULT_LM_WEIGHT, check_decoder
 from .long_audio import InputOptions
 from .nemo import demo_model_path, load_nemo
 from .pipeline_parakeet import ParakeetASRPipeline
@@ -55,6 +56,13 @@ class TranscriptionOptions:
         memory_budget: number of bytes that may be used in addition to the model; `None` for a quarter of the free
             memory, at least 1 GB.
         confidence: whether to compute the confidence of tokens, words, segments and texts.
+        num_beams: number of hypotheses of a beam search; 1 for greedy decoding.
+        boost: phrases to recognise more often, and pairs (phrase, score); see `ParakeetProcessor.boosting_tree`.
+        language_model: path of an n-gram model in ARPA format, or the result of
+            `ParakeetProcessor.load_language_model`; `None` for no language model.
+        lm_weight: weight of the language model.
+        scripts: names of the scripts of labels that may be emitted; empty for all. See
+            `ParakeetProcessor.tokens_of_scripts`.
 
     Raises:
         ValueError: an option is out of range.
@@ -65,6 +73,11 @@ class TranscriptionOptions:
     batch_size: int | None = None
     memory_budget: int | None = None
     confidence: bool = True
+    num_beams: int = 1
+    boost: Sequence[str | tuple[str, float]] = ()
+    language_model: str | Path | TokenScorer | None = None
+    lm_weight: float = DEFAULT_LM_WEIGHT
+    scripts: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Check the options that do not depend on the model."""
@@ -72,6 +85,8 @@ class TranscriptionOptions:
             raise ValueError(f"`decoder` must be 'transducer' or 'ctc', got {self.decoder!r}: correct it")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}: raise it")
+        if self.num_beams < 1:
+            raise ValueError(f"`num_beams` must be at least 1, got {self.num_beams}: raise it")
         # the options of the pipeline check themselves
         InputOptions(self.chunk_length_s, memory_budget=self.memory_budget)
 
@@ -98,6 +113,11 @@ def transcribe(
     batch_size: int | None = None,
     memory_budget: int | None = None,
     confidence: bool = True,
+    num_beams: int = 1,
+    boost: Sequence[str | tuple[str, float]] = (),
+    language_model: str | Path | TokenScorer | None = None,
+    lm_weight: float = DEFAULT_LM_WEIGHT,
+    scripts: Sequence[str] = (),
     device: str | torch.device | None = None,
     dtype: str | None = None,
     attention: str | None = None,
@@ -110,7 +130,8 @@ def transcribe(
         files: paths, URLs, bytes, binary file objects or arrays of samples; see `load_audio`. A single path or URL is
             one file.
         model: Hub id, folder, `.nemo` file, `"demo"` for the bundled model of spoken digits, or a loaded pipeline.
-        decoder, chunk_length_s, batch_size, memory_budget, confidence: see `TranscriptionOptions`.
+        decoder, chunk_length_s, batch_size, memory_budget, confidence, num_beams, boost, language_model, lm_weight,
+            scripts: see `TranscriptionOptions`.
         device, dtype, attention: see `load_pipeline`; `None` for a loaded pipeline.
 
     Returns:
@@ -121,7 +142,18 @@ def transcribe(
         ValueError: an option is invalid, or the model does not have the decoder.
         OSError: the model cannot be loaded.
     """
-    options = TranscriptionOptions(decoder, chunk_length_s, batch_size, memory_budget, confidence)
+    options = TranscriptionOptions(
+        decoder,
+        chunk_length_s,
+        batch_size,
+        memory_budget,
+        confidence,
+        num_beams,
+        boost,
+        language_model,
+        lm_weight,
+        scripts,
+    )
     loading_options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention}
     if not isinstance(model, ParakeetASRPipeline):
         model = load_pipeline(model, **loading_options)
@@ -270,10 +302,18 @@ def _get_pipeline_options(options: TranscriptionOptions, config: Any) -> dict[st
     """Convert the options to arguments of a call of the pipeline.
 
     Args:
-        options: decoder, windows and confidence.
+        options: decoder, windows, confidence and search.
         config: configuration of the model.
     """
     arguments: dict[str, Any] = {"return_confidence": options.confidence}
+    if options.num_beams > 1:
+        arguments["num_beams"] = options.num_beams
+    if options.boost:
+        arguments["boost"] = options.boost
+    if options.scripts:
+        arguments["scripts"] = options.scripts
+    if options.language_model is not None:
+        arguments.update(language_model=options.language_model, lm_weight=options.lm_weight)
     if options.chunk_length_s is not None:
         arguments["chunk_length_s"] = options.chunk_length_s
     if options.memory_budget is not None:
@@ -325,7 +365,7 @@ def _build_entry(
 def _describe_settings(
     pipeline: ParakeetASRPipeline, preprocess_arguments: dict[str, Any], generate_arguments: dict[str, Any]
 ) -> dict[str, Any]:
-    """Build the settings that a result contains: decoder, length of windows, attention context, device and dtype.
+    """Build the settings that a result contains: decoder, beams, length of windows, attention context, device and dtype.
 
     Args:
         pipeline: the pipeline.
@@ -336,6 +376,7 @@ def _describe_settings(
     is_ctc = generate_arguments.get("decoder") == "ctc"
     return {
         "decoder": "ctc" if is_ctc else get_head_type(model.config),
+        "num_beams": generate_arguments.get("num_beams") or 1,
         "chunk_length_s": preprocess_arguments.get("chunk_length_s"),
         "attention_context_size": list(model.config.encoder_config.attention_context_size),
         "device": str(pipeline.device),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .inputs import Recording, choose_output_names, find_recordings
@@ -67,16 +68,19 @@ class Job:
         self.errors.append(name)
         print_error(message)
 
-    def run(self, model: str, model_options: dict[str, Any], options: dict[str, Any]) -> None:
+    def run(
+        self, model: str, model_options: dict[str, Any], options: dict[str, Any], phrase_file: Path | None = None
+    ) -> None:
         """Transcribe the recordings whose outputs are missing.
 
         Args:
             model: Hub id, folder, `.nemo` file, or `demo`.
             model_options: arguments of `transformers_parakeet.transcription.load_pipeline`.
             options: fields of `TranscriptionOptions`.
+            phrase_file: text file with phrases to recognise more often; `None` for no phrases.
 
         Raises:
-            OSError: the model cannot be found or downloaded.
+            OSError: the model or a file cannot be read.
             ValueError: an option is invalid.
         """
         tasks = self.find_tasks()
@@ -86,8 +90,12 @@ class Job:
             return
         # imported here, because this imports torch
         from transformers_parakeet import transcription
+        from transformers_parakeet.phrases import read_phrases
 
-        all_options = transcription.TranscriptionOptions(**options, confidence=self.outputs.needs_confidence)
+        phrases = () if phrase_file is None else tuple(read_phrases(phrase_file))
+        all_options = transcription.TranscriptionOptions(
+            **options, boost=phrases, confidence=self.outputs.needs_confidence
+        )
         pipeline = load_pipeline(model, **model_options)
         if not self.is_quiet:
             print_model_note(pipeline, is_default_dtype=model_options["dtype"] is None)

@@ -92,6 +92,15 @@ AttentionOption = Annotated[
 ]
 Device = Annotated[str | None, option("cpu, cuda or cuda:1. Default: cuda if there is a GPU.")]
 DtypeOption = Annotated[Dtype | None, option("Default: bfloat16 if the device computes it natively, else float32.")]
+Beams = Annotated[int, option("Number of hypotheses of a beam search. Default: 1, greedy decoding.")]
+Boost = Annotated[
+    Path | None, option("Text file with phrases to recognise more often, one per line; a score may follow a tab.")
+]
+LanguageModel = Annotated[Path | None, option("n-gram model of tokens or words: ARPA file, also .gz.", "--lm")]
+LanguageModelWeight = Annotated[float, option("Weight of the n-gram model.", "--lm-weight")]
+Scripts = Annotated[
+    list[str] | None, option("Script that letters may have, such as Latin; repeatable. Default: all.", "--script")
+]
 Overwrite = Annotated[bool, option("Replace existing output files; otherwise they are kept.", "--overwrite")]
 JsonLines = Annotated[bool, option("Print each result to stdout as a JSON object on one line.", "--jsonl")]
 Quiet = Annotated[bool, option("Print only results and errors.", "--quiet")]
@@ -107,6 +116,11 @@ def transcribe(
     batch_size: BatchSize = None,
     chunk_length: ChunkLength = None,
     attention: AttentionOption = None,
+    beams: Beams = 1,
+    boost: Boost = None,
+    language_model: LanguageModel = None,
+    lm_weight: LanguageModelWeight = 0.3,
+    scripts: Scripts = None,
     device: Device = None,
     dtype: DtypeOption = None,
     overwrite: Overwrite = False,
@@ -129,7 +143,16 @@ def transcribe(
         job.run(
             model,
             {"device": device, "dtype": get_value(dtype), "attention": get_value(attention)},
-            {"decoder": get_value(decoder), "batch_size": batch_size, "chunk_length_s": chunk_length},
+            {
+                "decoder": get_value(decoder),
+                "batch_size": batch_size,
+                "chunk_length_s": chunk_length,
+                "num_beams": beams,
+                "language_model": language_model,
+                "lm_weight": lm_weight,
+                "scripts": tuple(scripts or ()),
+            },
+            boost,
         )
     raise typer.Exit(int(bool(job.errors)))
 
