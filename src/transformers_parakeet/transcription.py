@@ -365,7 +365,7 @@ def _build_entry(
 def _describe_settings(
     pipeline: ParakeetASRPipeline, preprocess_arguments: dict[str, Any], generate_arguments: dict[str, Any]
 ) -> dict[str, Any]:
-    """Build the settings that a result contains: decoder, beams, length of windows, attention context, device and dtype.
+    """Build the settings that a result contains: decoder, beams, windows, attention context, device and dtype.
 
     Args:
         pipeline: the pipeline.

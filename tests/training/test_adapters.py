@@ -58,7 +58,7 @@ def test_adapters_learn_other_sentences_by_heart(tmp_path):
     trained_names = {name for name, parameter in adapted_model.named_parameters() if parameter.requires_grad}
     assert trained_names
     assert all("self_attn" in name and "lora" in name for name in trained_names)
-    scores = train(adapted_model, rows[10:], 400, 5e-3)
+    scores = train(adapted_model, rows[10:], 600, 5e-3)
     assert scores["eval_wer"] == 0
     adapted_model.save_pretrained(tmp_path / "adapter")
     merged_model = adapted_model.merge_and_unload()
