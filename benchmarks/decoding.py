@@ -53,16 +53,15 @@ def shift_output_biases(model: Any, encoder_states: torch.Tensor) -> None:
     output_layer.bias[VOCAB_SIZE:] -= 100.0
 
 
-def prepare(module: Any, side: str, case: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[Any, str], None]]:
-    """Build the model of one case, with fixed encoder states in place of the encoder.
+def build_model(module: Any, batch_size: int) -> tuple[Any, torch.Tensor]:
+    """Build a TDT model with random weights, and with fixed encoder states in place of the encoder.
 
     Args:
         module: `transformers` or `transformers_parakeet`.
-        side: `stock` or `ours`.
-        case: contains the batch size as `batch`.
+        batch_size: number of clips, at most the largest of `BATCH_SIZES`.
 
     Returns:
-        A function that decodes the batch, and a function that saves the tokens and durations to a path.
+        The model, and (B, T, F) features for `generate`; their values have no effect.
     """
     encoder = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8,
                "subsampling_conv_channels": 8, "num_mel_bins": 80}  # fmt: skip
@@ -75,14 +74,28 @@ def prepare(module: Any, side: str, case: dict[str, Any]) -> tuple[Callable[[], 
     with torch.no_grad():
         randomise_weights(model)
     shift_output_biases(model, encoder_states)
-    encoder_states = encoder_states[: case["batch"]]
+    encoder_states = encoder_states[:batch_size]
     output_class = sys.modules[type(model).__module__].ParakeetEncoderModelOutput
-    mask = torch.ones(case["batch"], NUM_FRAMES, dtype=torch.int)
+    mask = torch.ones(batch_size, NUM_FRAMES, dtype=torch.int)
     model.get_audio_features = lambda *args, **kwargs: output_class(
         last_hidden_state=encoder_states, pooler_output=encoder_states, attention_mask=mask
     )
     model.generation_config.decoder_start_token_id = config.blank_token_id
-    features = torch.zeros(case["batch"], NUM_FRAMES * 8, 80)
+    return model, torch.zeros(batch_size, NUM_FRAMES * 8, 80)
+
+
+def prepare(module: Any, side: str, case: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[Any, str], None]]:
+    """Build the model of one case, with fixed encoder states in place of the encoder.
+
+    Args:
+        module: `transformers` or `transformers_parakeet`.
+        side: `stock` or `ours`.
+        case: contains the batch size as `batch`.
+
+    Returns:
+        A function that decodes the batch, and a function that saves the tokens and durations to a path.
+    """
+    model, features = build_model(module, case["batch"])
 
     def run() -> Any:
         """Decode the batch."""
