@@ -182,7 +182,7 @@ def _tokenize(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """
     # a text with unknown characters contains the unknown token; the last token is the blank
     special_ids = {*tokenizer.all_special_ids, len(tokenizer) - 1}
-    token_lists = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    token_lists = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
     return [[] if special_ids.intersection(tokens) else list(tokens) for tokens in token_lists]
 
 
