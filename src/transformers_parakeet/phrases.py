@@ -12,16 +12,17 @@ from typing import Any, TypeAlias
 
 from .decoding import BoostedPhrase
 
-# a text, or a text with the score of its first token
+# a text, or a text with a score that replaces `context_score` for this phrase
 Phrase: TypeAlias = str | tuple[str, float]
 
 COMMENT_MARK = "#"
 
 
 def read_phrases(path: str | Path) -> list[Phrase]:
-    """Read phrases from a UTF-8 file with one phrase per line.
+    """Read phrases to boost from a UTF-8 file with one phrase per line.
 
-    A tab and a score can follow a phrase. Empty lines and lines that start with `#` are skipped.
+    A tab and a score can follow a phrase. The score replaces `context_score` for this phrase. Empty lines and lines that
+    start with `#` are skipped.
 
     Args:
         path: the file.

@@ -348,8 +348,8 @@ class ParakeetProcessor(ProcessorMixin):
         Args:
             phrases: texts, or tuples `(text, score)`, whose score replaces `context_score` for this phrase. NeMo's
                 `score_per_phrase` is the score `round(score_per_phrase / len(text), 2)`.
-            context_score: score in nats of the first token of a phrase, above 0. Raise it if phrases are missed, and
-                lower it if phrases appear that were not said.
+            context_score: score in nats of the first token of a phrase, above 0. Scores from 1 to 2 are usual. With
+                scores above 4 the model writes phrases that were not said.
             depth_scaling: factor of the score for the further tokens of a phrase.
             alternatives: whether to boost a phrase also in lower case, with capitals at the start of the phrase or of
                 every word, and in upper case. Use `False` if only one spelling is correct.

@@ -56,33 +56,33 @@ def score_plainly(phrases, history, token, depth_scaling, unk_score):
         unk_score: score of a token that neither begins nor continues a phrase.
     """
 
-    def arc_score(beginning):
-        """Score the last token of the beginning of a phrase; `None` if no phrase begins like this."""
-        scores = [score for phrase, score in phrases.items() if phrase[: len(beginning)] == beginning]
-        depth = len(beginning)
+    def arc_score(prefix):
+        """Score the last token of a prefix of a phrase; `None` if it is not one."""
+        scores = [score for phrase, score in phrases.items() if phrase[: len(prefix)] == prefix]
+        depth = len(prefix)
         return max((score if depth == 1 else score * depth_scaling + math.log(depth) for score in scores), default=None)
 
-    def gain(beginning):
-        """Sum the scores of the tokens of the beginning of a phrase."""
-        return sum(arc_score(beginning[:depth]) for depth in range(1, len(beginning) + 1))
+    def gain(prefix):
+        """Sum the scores of the tokens of a prefix."""
+        return sum(arc_score(prefix[:depth]) for depth in range(1, len(prefix) + 1))
 
-    def match_end(tokens):
-        """Return the longest end of the tokens with which a phrase begins."""
-        ends = [tokens[start:] for start in range(len(tokens))]
-        return next((end for end in ends if arc_score(end) is not None), ())
+    def match_suffix(tokens):
+        """Return the longest suffix of the tokens that is a prefix of a phrase."""
+        suffixes = [tokens[start:] for start in range(len(tokens))]
+        return next((suffix for suffix in suffixes if arc_score(suffix) is not None), ())
 
-    match, total = match_end(history), 0.0
+    match, total = match_suffix(history), 0.0
     while arc_score((*match, token)) is None:
         if not match:
             return total + unk_score
-        shorter_match = match_end(match[1:])
+        shorter_match = match_suffix(match[1:])
         total += 0.0 if match in phrases else gain(shorter_match) - gain(match)
         match = shorter_match
     return total + arc_score((*match, token))
 
 
 def random_phrases(rng, num_labels):
-    """Return random phrases with scores, of which some are beginnings, ends or parts of others."""
+    """Return random phrases with scores, of which some are prefixes, suffixes or parts of others."""
     phrases = {}
     for _ in range(rng.randint(1, 8)):
         tokens = tuple(rng.randrange(num_labels) for _ in range(rng.randint(1, 6)))
@@ -184,14 +184,14 @@ def test_ten_thousand_phrases_are_built_in_seconds():
     [
         ([], {}, "at least one phrase"),
         ([BoostedPhrase(())], {}, "at least one token, got none in phrase 0"),
-        ([BoostedPhrase((1, 4))], {}, "labels from 0 to 3, got tokens from 1 to 4"),
-        ([BoostedPhrase((-1, 2))], {}, "labels from 0 to 3, got tokens from -1 to 2"),
+        ([BoostedPhrase((1, 4))], {}, "labels from 0 to 3, got \\(1, 4\\)"),
+        ([BoostedPhrase((-1, 2))], {}, "labels from 0 to 3, got \\(-1, 2\\)"),
         ([BoostedPhrase((1,), 0.0)], {}, "above 0, got 0.0"),
         ([BoostedPhrase((1,), math.nan)], {}, "above 0, got nan"),
-        ([BoostedPhrase((1,))], {"context_score": 0.0}, "got context_score=0.0"),
-        ([BoostedPhrase((1,))], {"context_score": math.inf}, "got context_score=inf"),
-        ([BoostedPhrase((1,))], {"depth_scaling": -1.0}, "got depth_scaling=-1.0"),
-        ([BoostedPhrase((1,))], {"unk_score": math.nan}, "got unk_score=nan"),
+        ([BoostedPhrase((1,))], {"context_score": 0.0}, "`context_score` must be a finite number above 0, got 0.0"),
+        ([BoostedPhrase((1,))], {"context_score": math.inf}, "`context_score` .* got inf"),
+        ([BoostedPhrase((1,))], {"depth_scaling": -1.0}, "`depth_scaling` .* got -1.0"),
+        ([BoostedPhrase((1,))], {"unk_score": math.nan}, "`unk_score` .* got nan"),
     ],
 )
 def test_wrong_phrases_and_settings_are_refused(phrases, settings, message):

@@ -1,4 +1,4 @@
-"""Phrase boosting: an Aho-Corasick automaton over tokens that adds a bonus to phrases and their beginnings.
+"""Phrase boosting: an Aho-Corasick automaton over tokens that adds scores to phrases and their prefixes.
 
 `phrases.py` converts texts to tokens. `fusion.py` adds the scores to those of the model. The rules are those of NeMo
 (`context_graph_universal.py` and `boosting_graph_batched.py`).
@@ -14,9 +14,6 @@ import torch
 from torch import Tensor
 
 from .automaton import BackoffAutomaton
-
-# value after the last token of a phrase in a table of phrases
-NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -34,14 +31,14 @@ class BoostedPhrase:
 
 @dataclass(frozen=True)
 class PhraseTrie:
-    """All beginnings of phrases as states. State 0 is the empty beginning, and state i + 1 is the target of arc i.
+    """All prefixes of phrases as states. State 0 is the empty prefix, the root. State i + 1 is the target of arc i.
 
-    S is the number of states. The states are ordered by depth, which is their number of tokens.
+    S is the number of states. The states are ordered by depth, which is the number of tokens of the prefix.
 
     Args:
         arc_keys: (S - 1,) parent state * number of labels + token of each arc, ascending.
         arc_scores: (S - 1,) float64 score of each arc.
-        gains: (S,) float64 sum of the scores of the arcs from state 0 to each state.
+        gains: (S,) float64 sum of the scores of the arcs from the root to each state.
         is_end: (S,) whether a phrase ends in each state.
         level_ends: number of states with a depth of at most 0, 1, 2, ...
         num_labels: number of labels.
@@ -64,14 +61,16 @@ def build_boosting_tree(
 ) -> BackoffAutomaton:
     """Build the automaton that boosts phrases.
 
-    The first token of a phrase gets `context_score`. Token n > 1 gets `context_score * depth_scaling + ln(n)`. If
-    several phrases begin with the same tokens, such a token gets the largest of their scores. A token that does not
-    continue the phrase takes back the bonus of the phrase so far, except the bonus of the longest end of these tokens
-    with which a phrase begins; matching continues from there. After a complete phrase no bonus is taken back.
+    The first token of a phrase gets `context_score`, and token n > 1 gets `context_score * depth_scaling + ln(n)`. If
+    phrases with different scores have the same first tokens, these tokens get the larger score.
 
-    As in NeMo, the bonus of a complete phrase is taken back in two cases. If the phrase begins a longer phrase and the
-    next tokens continue the longer phrase without completing it, the whole bonus is taken back. If the phrase ends
-    with the beginning of another phrase that does not follow, the bonus of this beginning is taken back.
+    A token that does not continue a phrase subtracts the scores of the phrase so far, so an incomplete phrase has no
+    effect on the total. If a suffix of the tokens so far is a prefix of a phrase, the longest such suffix keeps its
+    scores, and the search for phrases continues from there. Nothing is subtracted after the last token of a phrase.
+
+    As in NeMo, the scores of a complete phrase can be subtracted later in two cases. If the phrase is a prefix of a
+    longer phrase, they are subtracted when further tokens of the longer phrase follow, but not all. If a suffix of the
+    phrase is a prefix of another phrase that does not follow, the scores of this prefix are subtracted.
 
     Args:
         phrases: the phrases, at least one.
@@ -87,88 +86,84 @@ def build_boosting_tree(
         ValueError: there are no phrases, a phrase has no tokens or a token that is not a label, or a score is out of
             range.
     """
-    _check_scores(phrases, context_score, depth_scaling, unk_score)
+    _check_phrases(phrases, num_labels)
+    _check_scores(context_score, depth_scaling, unk_score)
     scores = [context_score if phrase.score is None else phrase.score for phrase in phrases]
     first_scores = torch.tensor(scores, dtype=torch.float64)
-    trie = _build_trie(_tabulate_tokens(phrases, num_labels), first_scores, depth_scaling, num_labels)
+    trie = _build_trie([phrase.tokens for phrase in phrases], first_scores, depth_scaling, num_labels)
     return _to_automaton(trie, _find_fail_states(trie), unk_score)
 
 
-def _check_scores(
-    phrases: Sequence[BoostedPhrase], context_score: float, depth_scaling: float, unk_score: float
-) -> None:
-    """Check the settings of `build_boosting_tree`.
+def _check_phrases(phrases: Sequence[BoostedPhrase], num_labels: int) -> None:
+    """Check the phrases.
 
     Raises:
-        ValueError: there are no phrases, or a score is out of range.
+        ValueError: there are no phrases, a phrase has no tokens or a token that is not a label, or its score is not a
+            finite number above 0.
     """
     if not phrases:
         raise ValueError("there must be at least one phrase to boost, got none: pass phrases, or no boosting")
-    for name, value, is_valid in (
-        ("context_score", context_score, context_score > 0),
-        ("depth_scaling", depth_scaling, depth_scaling >= 0),
-        ("unk_score", unk_score, True),
-    ):
-        if not (math.isfinite(value) and is_valid):
+    for index, phrase in enumerate(phrases):
+        if not phrase.tokens:
+            raise ValueError(f"a phrase must have at least one token, got none in phrase {index}: remove it")
+        if min(phrase.tokens) < 0 or max(phrase.tokens) >= num_labels:
             raise ValueError(
-                f"`context_score` must be above 0, `depth_scaling` at least 0, and both and `unk_score` finite, got "
-                f"{name}={value}: use for example context_score=1.0, depth_scaling=2.0, unk_score=0.0"
+                f"the tokens of a phrase must be labels from 0 to {num_labels - 1}, got {phrase.tokens}: use the "
+                "tokenizer of the model, without special tokens"
             )
-    scores = [phrase.score for phrase in phrases if phrase.score is not None]
-    invalid = [score for score in scores if not (math.isfinite(score) and score > 0)]
-    if invalid:
-        raise ValueError(
-            f"the score of a phrase must be a finite number above 0, got {invalid[0]}: use for example 1.0"
-        )
+        if phrase.score is not None and not (math.isfinite(phrase.score) and phrase.score > 0):
+            raise ValueError(
+                f"the score of a phrase must be a finite number above 0, got {phrase.score} in phrase {index}: use for "
+                "example 1.0"
+            )
 
 
-def _tabulate_tokens(phrases: Sequence[BoostedPhrase], num_labels: int) -> Tensor:
-    """Return the (P, longest phrase) tokens of P phrases, with `NO_TOKEN` after the end of shorter phrases.
+def _check_scores(context_score: float, depth_scaling: float, unk_score: float) -> None:
+    """Check the settings of `build_boosting_tree`.
 
     Raises:
-        ValueError: a phrase has no tokens, or a token is not a label.
+        ValueError: a setting is out of range.
     """
-    lengths = torch.tensor([len(phrase.tokens) for phrase in phrases])
-    if (lengths == 0).any():
-        index = int((lengths == 0).nonzero()[0])
-        raise ValueError(f"a phrase must have at least one token, got none in phrase {index}: remove it")
-    flat_tokens = torch.tensor([token for phrase in phrases for token in phrase.tokens])
-    if flat_tokens.min() < 0 or flat_tokens.max() >= num_labels:
-        raise ValueError(
-            f"the tokens of a phrase must be labels from 0 to {num_labels - 1}, got tokens from {flat_tokens.min()} to "
-            f"{flat_tokens.max()}: use the tokenizer of the model, without special tokens"
-        )
-    tokens = torch.full((len(phrases), int(lengths.max())), NO_TOKEN)
-    tokens[torch.arange(tokens.shape[1]) < lengths[:, None]] = flat_tokens
-    return tokens
+    if not (math.isfinite(context_score) and context_score > 0):
+        raise ValueError(f"`context_score` must be a finite number above 0, got {context_score}: use for example 1.0")
+    if not (math.isfinite(depth_scaling) and depth_scaling >= 0):
+        raise ValueError(f"`depth_scaling` must be a finite number of at least 0, got {depth_scaling}: use 2.0")
+    if not math.isfinite(unk_score):
+        raise ValueError(f"`unk_score` must be a finite number, got {unk_score}: use 0.0")
 
 
-def _build_trie(tokens: Tensor, scores: Tensor, depth_scaling: float, num_labels: int) -> PhraseTrie:
-    """Build the trie of the phrases, one depth at a time.
+def _build_trie(
+    token_lists: Sequence[Sequence[int]], first_scores: Tensor, depth_scaling: float, num_labels: int
+) -> PhraseTrie:
+    """Build the trie of P phrases, one depth at a time.
 
     Args:
-        tokens: (P, longest phrase) tokens, with `NO_TOKEN` after the end of a phrase.
-        scores: (P,) score of the first token of each phrase.
+        token_lists: tokens of each phrase.
+        first_scores: (P,) float64 score of the first token of each phrase.
         depth_scaling: factor of the score for all further tokens.
         num_labels: number of labels.
     """
+    lengths = torch.tensor([len(tokens) for tokens in token_lists])
+    all_tokens = torch.tensor([token for tokens in token_lists for token in tokens])
+    starts = lengths.cumsum(0) - lengths
     # state of each phrase after its tokens so far
-    states = torch.zeros(len(tokens), dtype=torch.int64)
+    states = torch.zeros_like(lengths)
     keys, arc_scores, gains, level_ends = [], [], [torch.zeros(1, dtype=torch.float64)], [1]
-    for depth in range(1, tokens.shape[1] + 1):
-        is_active = tokens[:, depth - 1] != NO_TOKEN
-        level_keys, arcs = torch.unique(
-            states[is_active] * num_labels + tokens[is_active, depth - 1], return_inverse=True
-        )
-        phrase_scores = scores[is_active] if depth == 1 else scores[is_active] * depth_scaling + math.log(depth)
+    for depth in range(1, int(lengths.max()) + 1):
+        phrases = (lengths >= depth).nonzero()[:, 0]
+        tokens = all_tokens[starts[phrases] + depth - 1]
+        level_keys, arcs = torch.unique(states[phrases] * num_labels + tokens, return_inverse=True)
+        phrase_scores = first_scores[phrases]
+        if depth > 1:
+            phrase_scores = phrase_scores * depth_scaling + math.log(depth)
         level_scores = torch.full((len(level_keys),), -math.inf, dtype=torch.float64)
         level_scores.scatter_reduce_(0, arcs, phrase_scores, "amax")
-        # all parents have the depth before, whose first state is the number of states with a smaller depth
-        first_parent = level_ends[-2] if depth > 1 else 0
-        gains.append(gains[-1][level_keys // num_labels - first_parent] + level_scores)
+        # the parents are the states of the depth before, whose first state is `level_ends[-2]`
+        parents = level_keys // num_labels - (level_ends[-2] if depth > 1 else 0)
+        gains.append(gains[-1][parents] + level_scores)
         keys.append(level_keys)
         arc_scores.append(level_scores)
-        states[is_active] = level_ends[-1] + arcs
+        states[phrases] = level_ends[-1] + arcs
         level_ends.append(level_ends[-1] + len(level_keys))
     is_end = torch.zeros(level_ends[-1], dtype=torch.bool)
     is_end[states] = True
@@ -176,13 +171,13 @@ def _build_trie(tokens: Tensor, scores: Tensor, depth_scaling: float, num_labels
 
 
 def _find_fail_states(trie: PhraseTrie) -> Tensor:
-    """Find the fail state of each state: the longest proper end of its tokens with which a phrase begins.
+    """Find the fail state of each state: the longest proper suffix of its tokens that is a prefix of a phrase.
 
     The fail state of a target is the target of the same token in the fail state of the parent, or in the fail state of
     that state, and so on (Aho and Corasick 1975, algorithm 3).
 
     Returns:
-        (S,) int64 states; 0 for state 0 and for the states of depth 1.
+        (S,) int64 states; the root for itself and for the states of depth 1.
     """
     fail_states = torch.zeros(len(trie.gains), dtype=torch.int64)
     for first_state, end_state in zip(trie.level_ends[1:], trie.level_ends[2:], strict=False):
@@ -235,7 +230,7 @@ def _to_automaton(trie: PhraseTrie, fail_states: Tensor, unk_score: float) -> Ba
 
 
 def _count_backoffs(fail_states: Tensor) -> int:
-    """Return the largest number of fail states from a state to state 0."""
+    """Return the largest number of fail states from a state to the root."""
     states, num_backoffs = fail_states, 1
     while states.any():
         states, num_backoffs = fail_states[states], num_backoffs + 1
