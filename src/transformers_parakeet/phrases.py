@@ -21,8 +21,8 @@ COMMENT_MARK = "#"
 def read_phrases(path: str | Path) -> list[Phrase]:
     """Read phrases to boost from a UTF-8 file with one phrase per line.
 
-    A tab and a score can follow a phrase. The score replaces `context_score` for this phrase. Empty lines and lines that
-    start with `#` are skipped.
+    A tab and a score can follow a phrase. The score replaces `context_score` for this phrase. Empty lines and lines
+    that start with `#` are skipped.
 
     Args:
         path: the file.
