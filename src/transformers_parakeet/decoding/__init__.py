@@ -1,5 +1,7 @@
 """Greedy decoding of CTC and transducer scores, whole or part by part, hypotheses, and token confidence."""
 
+from .automaton import BackoffAutomaton
+from .biasing import BoostedPhrase, build_boosting_tree
 from .confidence import check_confidence_method, compute_token_confidence
 from .greedy import greedy_decode_ctc, greedy_decode_transducer_reference
 from .hypotheses import Hypotheses, Steps, collapse_ctc, insert_forced_blanks
@@ -16,12 +18,15 @@ from .state import (
 )
 
 __all__ = [
+    "BackoffAutomaton",
+    "BoostedPhrase",
     "CTCState",
     "Hypotheses",
     "Shortcuts",
     "Steps",
     "TransducerOptions",
     "TransducerState",
+    "build_boosting_tree",
     "check_confidence_method",
     "collapse_ctc",
     "compute_token_confidence",
