@@ -220,13 +220,6 @@ def test_generate_returns_the_best_token_of_each_frame_and_blanks_after_the_clip
     assert tuple(out.logits.shape) == (3, 25, model.config.vocab_size)
 
 
-def test_generate_refuses_beam_search():
-    model, _ = ctc_model()
-    inputs, mask = features()
-    with pytest.raises(ValueError, match="num_beams"):
-        model.generate(input_features=inputs, attention_mask=mask, num_beams=4)
-
-
 def test_generate_compiles_as_one_graph():
     model, processor = ctc_model()
     batch = processor([noise(1.0)], sampling_rate=16000, padding="max_length", max_length=32000)

@@ -1,0 +1,241 @@
+"""Checks the arguments of `generate` and of the pipeline for beam search, language models, boosting and allowed tokens.
+
+The searches themselves are tested in `tests/decoding`.
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from generation_helpers import BLANK, HEADS, PAD, TRANSDUCERS, VOCAB, batch_of, run, tiny
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from transformers_parakeet import ParakeetProcessor, demo_model_path, load_audio, transcribe
+from transformers_parakeet.decoding import BoostedPhrase, build_boosting_tree
+from transformers_parakeet.transcription import load_pipeline
+
+# scores are sums over up to 100 steps; measured: 2e-5 between batches of different widths
+SCORE_TOLERANCE = 2e-4
+CLIPS = sorted((demo_model_path() / "clips").glob("*.flac"))
+
+ARPA = """\\data\\
+ngram 1=5
+ngram 2=2
+
+\\1-grams:
+-99\t<s>\t-0.3
+-1.5\t</s>
+-1.0\t<unk>
+-0.7\tfive\t-0.2
+-0.9\tnine\t-0.2
+
+\\2-grams:
+-0.1\tfive nine
+-2.0\tnine five
+
+\\end\\
+"""
+
+
+@pytest.fixture(scope="module")
+def tree() -> Any:
+    """Return phrases of the small models."""
+    phrases = [BoostedPhrase((5, 6)), BoostedPhrase((17,), 3.0), BoostedPhrase((5, 30, 8))]
+    return build_boosting_tree(phrases, VOCAB - 1, context_score=2.0)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Any:
+    """Return a pipeline with the demo model."""
+    return load_pipeline("demo", dtype="float32")
+
+
+def labels_of(output: Any, row: int) -> list[int]:
+    """Return the labels of one hypothesis."""
+    return output.hypotheses.to_lists(row)["tokens"]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_hypotheses_of_a_beam_search_are_ordered_and_do_not_depend_on_the_batch(head: str, tree: Any):
+    search = {"num_beams": 3, "num_return_sequences": 2, "boosting": tree, "output_confidence": True}
+    batch = run(tiny(head), *batch_of([0, 2, 4]), **search)
+    assert len(batch.sequences) == len(batch.sequences_scores) == len(batch.hypotheses) == 6
+    scores = batch.sequences_scores.reshape(3, 2)
+    assert (scores[:, 0] >= scores[:, 1]).all()
+    expected_scores = batch.hypotheses.scores / (batch.hypotheses.lengths + 1)
+    assert torch.equal(batch.sequences_scores, expected_scores)
+    for index, clip_index in enumerate((0, 2, 4)):
+        alone = run(tiny(head), *batch_of([clip_index]), **search)
+        for rank in range(2):
+            assert labels_of(alone, rank) == labels_of(batch, 2 * index + rank)
+        difference = (alone.sequences_scores - scores[index]).abs().max()
+        assert difference < SCORE_TOLERANCE
+
+
+@pytest.mark.parametrize("head", TRANSDUCERS)
+def test_the_sequences_of_a_beam_search_contain_its_labels_and_all_frames(head: str):
+    features, mask = batch_of([2, 4, 0])
+    output = run(tiny(head), features, mask, num_beams=4, num_return_sequences=3)
+    frames = tiny(head)._get_subsampling_output_length(mask.sum(-1))
+    for row, tokens in enumerate(output.sequences.tolist()):
+        assert tokens[0] == BLANK
+        assert [token for token in tokens if token not in (BLANK, PAD)] == labels_of(output, row)
+        # the last step reaches the last frame
+        assert output.durations[row].sum() >= frames[row // 3]
+
+
+def test_the_sequences_of_a_ctc_beam_search_collapse_to_its_labels():
+    output = run(tiny("ctc"), *batch_of([2, 4]), num_beams=4, num_return_sequences=4)
+    for row, tokens in enumerate(output.sequences.tolist()):
+        runs = [token for index, token in enumerate(tokens) if index == 0 or token != tokens[index - 1]]
+        assert [token for token in runs if token != BLANK] == labels_of(output, row)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_wider_search_finds_the_better_hypothesis(head: str):
+    greedy = run(tiny(head), *batch_of([4]))
+    narrow = run(tiny(head), *batch_of([4]), num_beams=2, length_penalty=0.0)
+    wide = run(tiny(head), *batch_of([4]), num_beams=8, length_penalty=0.0)
+    assert wide.sequences_scores[0] >= narrow.sequences_scores[0] - SCORE_TOLERANCE
+    assert greedy.sequences_scores is None
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_weights_of_zero_change_nothing(head: str, tree: Any):
+    plain = run(tiny(head), *batch_of([0, 2, 4]))
+    weightless = run(tiny(head), *batch_of([0, 2, 4]), boosting=tree, boosting_weight=0.0)
+    assert torch.equal(plain.sequences, weightless.sequences)
+    boosted = run(tiny(head), *batch_of([0, 2, 4]), boosting=tree, boosting_weight=5.0)
+    assert not torch.equal(plain.sequences, boosted.sequences)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("head", HEADS)
+def test_each_clip_can_have_its_own_phrases(head: str, num_beams: int, tree: Any):
+    other = build_boosting_tree([BoostedPhrase((9,)), BoostedPhrase((30, 31))], VOCAB - 1, context_score=4.0)
+    batch = run(tiny(head), *batch_of([0, 2, 4]), num_beams=num_beams, boosting=[other, None, tree])
+    for row, (clip_index, phrases) in enumerate(((0, other), (2, None), (4, tree))):
+        alone = run(tiny(head), *batch_of([clip_index]), num_beams=num_beams, boosting=phrases)
+        assert labels_of(batch, row) == labels_of(alone, 0)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("head", HEADS)
+def test_only_allowed_tokens_are_emitted(head: str, num_beams: int):
+    allowed = torch.arange(VOCAB) % 2 == 0
+    plain = run(tiny(head), *batch_of([1]))
+    assert any(token % 2 for token in labels_of(plain, 0))
+    output = run(tiny(head), *batch_of([1]), num_beams=num_beams, allowed_tokens=allowed)
+    labels = labels_of(output, 0)
+    assert labels
+    assert all(token % 2 == 0 for token in labels)
+
+
+def test_the_ctc_head_of_a_hybrid_has_the_same_searches(tree: Any):
+    search = {"num_beams": 3, "num_return_sequences": 3, "boosting": tree, "decoder": "ctc"}
+    output = run(tiny("hybrid_tdt"), *batch_of([2]), **search)
+    assert type(output.sequences).__name__ == "CTCTokens"
+    assert len(output.sequences) == 3
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_generation_config_can_choose_the_search(head: str):
+    config = GenerationConfig(num_beams=3, num_return_sequences=2)
+    output = run(tiny(head), *batch_of([2]), generation_config=config)
+    expected = run(tiny(head), *batch_of([2]), num_beams=3, num_return_sequences=2)
+    assert torch.equal(output.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_threads_share_a_model_and_phrases(head: str, tree: Any):
+    def decode(clip_index: int) -> list[int]:
+        """Decode one clip with phrases and a beam search."""
+        return labels_of(run(tiny(head), *batch_of([clip_index]), num_beams=3, boosting=tree), 0)
+
+    expected = [decode(index) for index in (0, 2, 4, 6)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(decode, (0, 2, 4, 6))) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_beams": 2, "num_return_sequences": 3}, "at most `num_beams`"),
+        ({"num_beams": 0}, "num_beams"),
+        ({"num_beams": 2, "streamer": BaseStreamer()}, "greedy decoding"),
+        ({"boosting": build_boosting_tree([BoostedPhrase((1,))], 7)}, "7"),
+        ({"boosting": [build_boosting_tree([BoostedPhrase((1,))], VOCAB - 1)] * 2}, "2"),
+        ({"allowed_tokens": torch.ones(7, dtype=torch.bool)}, "7"),
+    ],
+)
+@pytest.mark.parametrize("head", HEADS)
+def test_impossible_searches_are_refused(head: str, arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        run(tiny(head), *batch_of([0]), **arguments)
+
+
+def test_the_pipeline_boosts_phrases_and_loads_a_language_model(demo: Any, tmp_path):
+    arpa = tmp_path / "digits.arpa"
+    arpa.write_text(ARPA, encoding="utf-8")
+    clip = str(CLIPS[0])
+    # so large a score makes the model emit the word
+    boosted = demo(clip, boost=[("nine", 40.0)])["text"]
+    assert "nine" in boosted
+    assert "nine" not in demo(clip)["text"]
+    # the language model knows two words
+    text = demo(clip, language_model=arpa, generate_kwargs={"num_beams": 4, "lm_weight": 3.0})["text"]
+    assert set(text.split()) <= {"five", "nine"}
+
+
+def test_the_pipeline_combines_a_beam_search_with_windows_batches_times_and_confidence(demo: Any):
+    samples = [load_audio(clip) for clip in CLIPS[:4]]
+    options = {"chunk_length_s": 2.0, "num_beams": 3, "boost": ["nine"], "return_timestamps": "word"}
+    batch = demo(samples, batch_size=3, return_confidence=True, **options)
+    for clip_samples, result in zip(samples, batch, strict=True):
+        alone = demo(clip_samples, return_confidence=True, **options)
+        assert alone["text"] == result["text"]
+        assert [chunk["timestamp"] for chunk in alone["chunks"]] == [chunk["timestamp"] for chunk in result["chunks"]]
+        assert all(0.0 <= chunk["confidence"] <= 1.0 for chunk in result["chunks"])
+
+
+def test_the_pipeline_refuses_several_hypotheses(demo: Any):
+    with pytest.raises(ValueError, match=r"`num_return_sequences` must be 1"):
+        demo(str(CLIPS[0]), generate_kwargs={"num_beams": 4, "num_return_sequences": 4})
+
+
+def test_scripts_restrict_the_letters(demo: Any):
+    latin = demo(str(CLIPS[0]), scripts=["Latin"])["text"]
+    assert latin == demo(str(CLIPS[0]))["text"]
+    with pytest.raises(ValueError, match="Cyrillic"):
+        demo(str(CLIPS[0]), scripts=["Cyrillic"])
+
+
+def test_transcribe_passes_the_search_on_and_records_it(demo: Any):
+    (result,) = transcribe(CLIPS[0], demo, num_beams=4, boost=[("nine", 40.0)])
+    assert "nine" in result.text
+    assert result.settings["num_beams"] == 4
+
+
+def test_the_command_passes_the_search_on(tmp_path, capsys):
+    from transformers_parakeet_cli.app import app
+
+    phrases, arpa = tmp_path / "phrases.txt", tmp_path / "digits.arpa"
+    phrases.write_text("# digits\nnine\t40\n", encoding="utf-8")
+    arpa.write_text(ARPA, encoding="utf-8")
+    arguments = ["transcribe", str(CLIPS[0]), "--model", "demo", "--jsonl", "--dtype", "float32", "--quiet"]
+    app([*arguments, "--boost", str(phrases)], standalone_mode=False)
+    boosted = json.loads(capsys.readouterr().out)
+    assert "nine" in boosted["text"]
+    app([*arguments, "--beams", "4", "--lm", str(arpa), "--lm-weight", "3"], standalone_mode=False)
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["text"].split()) <= {"five", "nine"}
+
+
+def test_processor_builds_the_arguments_of_generate(demo: Any):
+    processor = ParakeetProcessor.from_pretrained(demo_model_path())
+    inputs = processor(load_audio(CLIPS[0]), sampling_rate=16000)
+    output = demo.model.generate(**inputs, boosting=processor.boosting_tree([("nine", 40.0)]))
+    assert "nine" in processor.batch_decode(output.sequences, skip_special_tokens=True)[0]
