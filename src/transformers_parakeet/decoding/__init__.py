@@ -1,10 +1,11 @@
-"""Greedy decoding of CTC and transducer scores, whole or part by part, hypotheses, and token confidence."""
+"""Greedy decoding and beam search of CTC and transducer scores, hypotheses, and token confidence."""
 
 from .confidence import check_confidence_method, compute_token_confidence
+from .ctc_beam import beam_decode_ctc
 from .greedy import greedy_decode_ctc, greedy_decode_transducer_reference
 from .hypotheses import Hypotheses, Steps, collapse_ctc, insert_forced_blanks
 from .label_looping import Shortcuts, greedy_decode_transducer
-from .options import TransducerOptions
+from .options import BeamOptions, TransducerOptions
 from .resuming import finish_ctc, resume_ctc, resume_transducer
 from .state import (
     CTCState,
@@ -16,12 +17,14 @@ from .state import (
 )
 
 __all__ = [
+    "BeamOptions",
     "CTCState",
     "Hypotheses",
     "Shortcuts",
     "Steps",
     "TransducerOptions",
     "TransducerState",
+    "beam_decode_ctc",
     "check_confidence_method",
     "collapse_ctc",
     "compute_token_confidence",

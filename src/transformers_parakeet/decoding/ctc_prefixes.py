@@ -1,0 +1,408 @@
+"""One frame of CTC prefix beam search: extend the hypotheses of all clips, merge equal ones, and prune them.
+
+The loop over the frames and the result are in `ctc_beam.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .fusion import Fusion
+from .options import BeamOptions
+
+# odd multiplier of the hash of the labels, 2^64 divided by the golden ratio, as a signed 64-bit integer
+HASH_MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+@dataclass(frozen=True)
+class PrefixBeam:
+    """The hypotheses of all clips after a frame, K per clip.
+
+    A hypothesis is a sequence of labels together with the token of the last frame, which is the last label or the
+    blank. Hypotheses with the same labels have the same hash. Two different sequences have the same 64-bit hash with a
+    probability of about 2^-64, so the search does not compare the labels themselves. A hypothesis with the score -inf
+    does not exist.
+
+    Args:
+        scores: (B, K) scores of the hypotheses, without the log-probability of the best token of each frame.
+        path_scores: (B, K) scores of the best alignment of each hypothesis.
+        last_tokens: (B, K) token of the last frame, a label or the blank.
+        label_hashes: (B, K) int64 hash of the labels.
+        fusion_states: (B, K, number of scorers) fusion states after the labels; `None` without fusion.
+    """
+
+    scores: Tensor
+    path_scores: Tensor
+    last_tokens: Tensor
+    label_hashes: Tensor
+    fusion_states: Tensor | None
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Hypotheses after one more frame: each is a hypothesis of the beam and the token of the frame.
+
+    Args:
+        scores: (B, C) scores.
+        path_scores: (B, C) scores of the best alignment.
+        tokens: (B, C) token of the frame.
+        sources: (B, C) index in the beam of the hypothesis that the token follows.
+        path_sources: (B, C) index in the beam of the hypothesis that the token follows in the best alignment.
+    """
+
+    scores: Tensor
+    path_scores: Tensor
+    tokens: Tensor
+    sources: Tensor
+    path_sources: Tensor
+
+    def select(self, indices: Tensor) -> Candidates:
+        """Return the candidates at (B, K) indices."""
+        return Candidates(
+            scores=self.scores.gather(1, indices),
+            path_scores=self.path_scores.gather(1, indices),
+            tokens=self.tokens.gather(1, indices),
+            sources=self.sources.gather(1, indices),
+            path_sources=self.path_sources.gather(1, indices),
+        )
+
+
+def start_beam(
+    num_clips: int, num_beams: int, blank_id: int, fusion: Fusion | None, device: torch.device
+) -> PrefixBeam:
+    """Return the beam before the first frame: one hypothesis without labels per clip.
+
+    Args:
+        num_clips: number of clips B.
+        num_beams: number of hypotheses K of each clip.
+        blank_id: id of the blank.
+        fusion: language models and phrase boosting.
+        device: device of the tensors.
+    """
+    scores = torch.full((num_clips, num_beams), -torch.inf, device=device)
+    scores[:, 0] = 0.0
+    last_tokens = torch.full((num_clips, num_beams), blank_id, device=device)
+    fusion_states = None if fusion is None else fusion.start(num_clips)[:, None].repeat(1, num_beams, 1)
+    return PrefixBeam(scores, scores.clone(), last_tokens, torch.zeros_like(last_tokens), fusion_states)
+
+
+def extend_beam(
+    state: PrefixBeam, frame_scores: Tensor, blank_id: int, beam: BeamOptions, fusion: Fusion | None
+) -> Candidates:
+    """Extend the hypotheses by one frame, merge them and prune them.
+
+    Only the K + 1 best labels of each hypothesis are candidates for a new label, which loses nothing: one of them can
+    be the repeated last label, so at least K remain. Each of the K leads to another label sequence, also after a merge,
+    and scores at least as much as any label that is left out.
+
+    Args:
+        state: K hypotheses of each clip.
+        frame_scores: (B, V) scores of the tokens of the frame.
+        blank_id: id of the blank.
+        beam: settings of the search.
+        fusion: language models and phrase boosting.
+
+    Returns:
+        (B, K) candidates, best first.
+    """
+    num_beams = state.scores.shape[1]
+    label_scores = score_new_labels(state, frame_scores, blank_id, beam.label_bonus, fusion)
+    new_labels = select_labels(label_scores, min(num_beams + 1, label_scores.shape[-1])).expand(-1, num_beams, -1)
+    label_scores = label_scores.expand(-1, num_beams, -1)
+    same_labels, one_label_more = compare_hypotheses(state, blank_id, beam.sum_alignments)
+    candidates = [
+        add_blank(state, frame_scores[:, blank_id], blank_id, same_labels),
+        add_repeat(state, frame_scores, label_scores, blank_id, one_label_more),
+        add_new_labels(state, label_scores, new_labels, blank_id, beam.sum_alignments),
+    ]
+    return prune_candidates(join_candidates(candidates), num_beams, beam.score_threshold)
+
+
+def score_new_labels(
+    state: PrefixBeam, frame_scores: Tensor, blank_id: int, label_bonus: float, fusion: Fusion | None
+) -> Tensor:
+    """Score each token as a new label of each hypothesis.
+
+    Args:
+        state: K hypotheses of each clip.
+        frame_scores: (B, V) scores of the tokens of the frame.
+        blank_id: id of the blank, which gets the score -inf.
+        label_bonus: score that is added for each label.
+        fusion: language models and phrase boosting.
+
+    Returns:
+        (B, K, V) scores; (B, 1, V) without fusion, because all hypotheses of a clip have the same.
+    """
+    label_scores = frame_scores[:, None] + label_bonus
+    label_scores[..., blank_id] = -torch.inf
+    if fusion is None or state.fusion_states is None:
+        return label_scores
+    label_scores = label_scores.repeat(1, state.scores.shape[1], 1)
+    # the blank is the last token
+    label_scores[..., :-1] += fusion.score(state.fusion_states.flatten(0, 1)).unflatten(0, state.scores.shape)
+    return label_scores
+
+
+def select_labels(label_scores: Tensor, num_labels: int) -> Tensor:
+    """Select the best labels of each hypothesis.
+
+    Args:
+        label_scores: (B, K, V) scores.
+        num_labels: number L of labels to select.
+
+    Returns:
+        (B, K, L) labels. If several labels are best with the same score, the first of them is selected, as `argmax`
+        does in greedy decoding.
+    """
+    labels = label_scores.topk(num_labels).indices
+    # `topk` may leave out the first of several equal labels
+    first_best = label_scores.max(-1).indices
+    is_missing = (labels != first_best[..., None]).all(-1)
+    labels[..., -1] = torch.where(is_missing, first_best, labels[..., -1])
+    return labels
+
+
+def compare_hypotheses(state: PrefixBeam, blank_id: int, sum_alignments: bool) -> tuple[Tensor, Tensor]:
+    """Compare the labels of each pair of hypotheses of a clip.
+
+    Args:
+        state: K hypotheses of each clip.
+        blank_id: id of the blank.
+        sum_alignments: `False` to treat all hypotheses as different.
+
+    Returns:
+        (B, K, K) whether hypotheses i and j have the same labels.
+        (B, K, K) whether hypothesis j ends in a label, and a new label after hypothesis i gives the labels of j.
+    """
+    num_beams = state.scores.shape[1]
+    same_labels = torch.eye(num_beams, dtype=torch.bool, device=state.scores.device).expand(len(state.scores), -1, -1)
+    if not sum_alignments:
+        return same_labels, torch.zeros_like(same_labels)
+    hashes, last_tokens = state.label_hashes, state.last_tokens
+    same_labels = hashes[:, :, None] == hashes[:, None]
+    longer_hashes = hash_next_label(hashes[:, :, None], last_tokens[:, None])
+    is_new_label = last_tokens[:, :, None] != last_tokens[:, None]
+    one_label_more = (longer_hashes == hashes[:, None]) & is_new_label & ends_in_label(state, blank_id)[:, None]
+    return same_labels, one_label_more
+
+
+def ends_in_label(state: PrefixBeam, blank_id: int) -> Tensor:
+    """Return (B, K) whether a hypothesis exists and its last frame is a label."""
+    return (state.last_tokens != blank_id) & (state.scores > -torch.inf)
+
+
+def hash_next_label(label_hashes: Tensor, labels: Tensor) -> Tensor:
+    """Return the hash of a sequence of labels with one more label.
+
+    Args:
+        label_hashes: int64 hash of each sequence; 0 for no labels.
+        labels: the next label of each sequence.
+    """
+    # the product wraps at 64 bits; the shift brings its high bits into the low bits of the next product
+    product = (label_hashes + labels + 1) * HASH_MULTIPLIER
+    return product ^ (product >> 32)
+
+
+def merge_hypotheses(state: PrefixBeam, step_scores: Tensor, is_source: Tensor) -> Candidates:
+    """Merge hypotheses that become equal by the next token.
+
+    Args:
+        state: K hypotheses of each clip.
+        step_scores: (B, K, K) score of the token that turns hypothesis i into merged hypothesis j.
+        is_source: (B, K, K) whether hypothesis i becomes merged hypothesis j.
+
+    Returns:
+        (B, K) merged hypotheses with the log of the summed probabilities; `tokens` are those of the state.
+    """
+    scores = torch.where(is_source, state.scores[:, :, None] + step_scores, -torch.inf)
+    path_scores = torch.where(is_source, state.path_scores[:, :, None] + step_scores, -torch.inf)
+    best_path_scores, path_sources = path_scores.max(1)
+    sources = torch.arange(scores.shape[1], device=scores.device).expand_as(path_sources)
+    return Candidates(scores.logsumexp(1), best_path_scores, state.last_tokens, sources, path_sources)
+
+
+def remove_second(scores: Tensor, is_equal: Tensor) -> Tensor:
+    """Set the score of each hypothesis that equals an earlier hypothesis of its clip to -inf.
+
+    Args:
+        scores: (B, K) scores.
+        is_equal: (B, K, K) whether two hypotheses are equal.
+    """
+    return scores.masked_fill(is_equal.triu(diagonal=1).any(1), -torch.inf)
+
+
+def add_blank(state: PrefixBeam, blank_scores: Tensor, blank_id: int, same_labels: Tensor) -> Candidates:
+    """Extend each hypothesis by a blank, and merge the two endings of the same labels.
+
+    Args:
+        state: K hypotheses of each clip.
+        blank_scores: (B,) score of the blank on the frame.
+        blank_id: id of the blank.
+        same_labels: (B, K, K) whether two hypotheses have the same labels and are merged.
+
+    Returns:
+        (B, K) candidates.
+    """
+    merged = merge_hypotheses(state, blank_scores[:, None, None], same_labels)
+    return replace(
+        merged,
+        scores=remove_second(merged.scores, same_labels),
+        tokens=torch.full_like(merged.tokens, blank_id),
+    )
+
+
+def add_repeat(
+    state: PrefixBeam, frame_scores: Tensor, label_scores: Tensor, blank_id: int, one_label_more: Tensor
+) -> Candidates:
+    """Repeat the last label of each hypothesis, and merge with shorter hypotheses that emit this label.
+
+    Args:
+        state: K hypotheses of each clip.
+        frame_scores: (B, V) scores of the tokens of the frame.
+        label_scores: (B, K, V) score of each token as a new label.
+        blank_id: id of the blank.
+        one_label_more: (B, K, K) whether a new label after hypothesis i gives hypothesis j and is merged.
+
+    Returns:
+        (B, K) candidates.
+    """
+    num_beams = state.scores.shape[1]
+    is_same = torch.eye(num_beams, dtype=torch.bool, device=frame_scores.device)
+    repeat_scores = frame_scores.gather(1, state.last_tokens)[:, None]
+    # (B, K, K) score of the last label of hypothesis j as a new label of hypothesis i
+    new_scores = label_scores.gather(2, state.last_tokens[:, None].expand(-1, num_beams, -1))
+    step_scores = torch.where(is_same, repeat_scores, new_scores)
+    is_source = (is_same & ends_in_label(state, blank_id)[:, None]) | one_label_more
+    return merge_hypotheses(state, step_scores, is_source)
+
+
+def add_new_labels(
+    state: PrefixBeam, label_scores: Tensor, new_labels: Tensor, blank_id: int, sum_alignments: bool
+) -> Candidates:
+    """Extend each hypothesis by new labels.
+
+    A label that repeats the last token, and with `sum_alignments` a label that gives another hypothesis of the beam,
+    gets the score -inf, because `add_repeat` covers both.
+
+    Args:
+        state: K hypotheses of each clip.
+        label_scores: (B, K, V) score of each token as a new label.
+        new_labels: (B, K, L) the L labels to try.
+        blank_id: id of the blank.
+        sum_alignments: whether hypotheses are merged.
+
+    Returns:
+        (B, K * L) candidates.
+    """
+    excluded = new_labels == state.last_tokens[..., None]
+    if sum_alignments:
+        is_equal = (
+            hash_next_label(state.label_hashes[..., None], new_labels)[..., None] == state.label_hashes[:, None, None]
+        )
+        excluded = excluded | (is_equal & ends_in_label(state, blank_id)[:, None, None]).any(-1)
+    step_scores = label_scores.gather(2, new_labels).masked_fill(excluded, -torch.inf)
+    sources = (
+        torch.arange(new_labels.shape[1], device=new_labels.device)[None, :, None].expand_as(new_labels).flatten(1)
+    )
+    return Candidates(
+        scores=(state.scores[..., None] + step_scores).flatten(1),
+        path_scores=(state.path_scores[..., None] + step_scores).flatten(1),
+        tokens=new_labels.flatten(1),
+        sources=sources,
+        path_sources=sources,
+    )
+
+
+def join_candidates(groups: Sequence[Candidates]) -> Candidates:
+    """Join groups of candidates to one group.
+
+    Args:
+        groups: groups of (B, C_i) candidates.
+
+    Returns:
+        (B, sum of C_i) candidates.
+    """
+    return Candidates(
+        scores=torch.cat([group.scores for group in groups], dim=1),
+        path_scores=torch.cat([group.path_scores for group in groups], dim=1),
+        tokens=torch.cat([group.tokens for group in groups], dim=1),
+        sources=torch.cat([group.sources for group in groups], dim=1),
+        path_sources=torch.cat([group.path_sources for group in groups], dim=1),
+    )
+
+
+def prune_candidates(candidates: Candidates, num_beams: int, score_threshold: float) -> Candidates:
+    """Select the best candidates of each clip.
+
+    Candidates with the same score are ordered by token, as `argmax` does in greedy decoding.
+
+    Args:
+        candidates: (B, C) candidates.
+        num_beams: number K of candidates to select.
+        score_threshold: a candidate this much below the best one gets the score -inf.
+
+    Returns:
+        (B, K) candidates, best first.
+    """
+    by_token = candidates.tokens.argsort(dim=1, stable=True)
+    by_score = candidates.scores.gather(1, by_token).argsort(dim=1, descending=True, stable=True)
+    best = candidates.select(by_token.gather(1, by_score[:, :num_beams]))
+    is_below = best.scores <= best.scores[:, :1] - score_threshold
+    return replace(best, scores=best.scores.masked_fill(is_below, -torch.inf))
+
+
+def advance_beam(
+    state: PrefixBeam, candidates: Candidates, is_valid: Tensor, blank_id: int, fusion: Fusion | None
+) -> tuple[PrefixBeam, Tensor]:
+    """Replace the hypotheses of the beam by the selected candidates.
+
+    Args:
+        state: K hypotheses of each clip.
+        candidates: (B, K) candidates.
+        is_valid: (B,) whether the frame is valid; on a padding frame, the hypotheses of a clip stay the same.
+        blank_id: id of the blank.
+        fusion: language models and phrase boosting.
+
+    Returns:
+        The new hypotheses.
+        (B, K) index of the hypothesis before the frame that the best alignment comes from.
+    """
+    tokens, sources = candidates.tokens, candidates.sources
+    is_new_label = (tokens != blank_id) & (tokens != state.last_tokens.gather(1, sources))
+    label_hashes = state.label_hashes.gather(1, sources)
+    label_hashes = torch.where(is_new_label, hash_next_label(label_hashes, tokens), label_hashes)
+    path_scores = torch.where(candidates.scores > -torch.inf, candidates.path_scores, -torch.inf)
+    is_valid = is_valid[:, None]
+    fusion_states = state.fusion_states
+    if fusion is not None and fusion_states is not None:
+        states = fusion_states.gather(1, sources[..., None].expand_as(fusion_states))
+        labels = torch.where(is_new_label, tokens, 0)
+        next_states = fusion.advance(states.flatten(0, 1), labels.flatten()).view_as(states)
+        states = torch.where(is_new_label[..., None], next_states, states)
+        fusion_states = torch.where(is_valid[..., None], states, fusion_states)
+    next_state = PrefixBeam(
+        scores=torch.where(is_valid, candidates.scores, state.scores),
+        path_scores=torch.where(is_valid, path_scores, state.path_scores),
+        last_tokens=torch.where(is_valid, tokens, state.last_tokens),
+        label_hashes=torch.where(is_valid, label_hashes, state.label_hashes),
+        fusion_states=fusion_states,
+    )
+    same_indices = torch.arange(tokens.shape[1], device=tokens.device)
+    return next_state, torch.where(is_valid, candidates.path_sources, same_indices)
+
+
+def keep_best_of_equal(state: PrefixBeam) -> PrefixBeam:
+    """Drop each hypothesis that has the labels and the last token of a better one.
+
+    Args:
+        state: K hypotheses of each clip, best first.
+    """
+    hashes, last_tokens = state.label_hashes, state.last_tokens
+    is_equal = (hashes[:, :, None] == hashes[:, None]) & (last_tokens[:, :, None] == last_tokens[:, None])
+    return replace(
+        state, scores=remove_second(state.scores, is_equal), path_scores=remove_second(state.path_scores, is_equal)
+    )
