@@ -134,11 +134,7 @@ def compute_golden_logits(model_name: str) -> tuple[Tensor, Tensor, object]:
         samples, rate = soundfile.read(GOLDEN / folder / "clips" / f"{clip}.wav", dtype="float32")
         inputs = processor(samples, sampling_rate=rate, return_tensors="pt")
         with torch.no_grad():
-            if hasattr(model, "ctc_logits"):
-                encoder = model.get_encoder() if hasattr(model, "get_encoder") else model.encoder
-                clip_logits = model.ctc_logits(encoder(**inputs).last_hidden_state)
-            else:
-                clip_logits = model(**inputs).logits
+            clip_logits = model.ctc_logits(model.encoder(**inputs).last_hidden_state)
         logits.append(clip_logits[0])
         lengths.append(len(clip_logits[0]))
     return torch.nn.utils.rnn.pad_sequence(logits, batch_first=True), torch.tensor(lengths), processor
@@ -146,7 +142,7 @@ def compute_golden_logits(model_name: str) -> tuple[Tensor, Tensor, object]:
 
 @cache
 def read_ngram_model(num_labels: int) -> TableScorer:
-    """Read the golden n-gram model to tables. A state is a history of at most two tokens; see golden2/NOTES.md, D1-D4."""
+    """Read the golden n-gram model to tables. A state is a history; the rules are D1 to D4 of golden2/NOTES.md."""
     lines = (GOLDEN / "search" / "lm.arpa").read_text("utf-8").split("\n")
     weights, backoffs = {}, {}
     for line in lines:
@@ -158,12 +154,12 @@ def read_ngram_model(num_labels: int) -> TableScorer:
     order = max(map(len, weights))
     words = [chr(label + TOKEN_OFFSET) for label in range(num_labels)]
     num_unknown = sum((word,) not in weights for word in words)
-    unknown_score = weights["<unk>",] - (math.log(num_unknown) if num_unknown > 1 else 0.0)
+    unknown_score = weights[("<unk>",)] - (math.log(num_unknown) if num_unknown > 1 else 0.0)
 
     def score(history: tuple, word: str) -> float:
         """Return the log-probability of a word after a history."""
         if (*history, word) in weights:
-            return weights[*history, word]
+            return weights[(*history, word)]
         if not history:
             return unknown_score
         return backoffs[history] + score(history[1:], word)
@@ -181,7 +177,7 @@ def read_ngram_model(num_labels: int) -> TableScorer:
         scores=torch.tensor([[score(history, word) for word in words] for history in histories]),
         targets=torch.tensor([[index[follow(history, word)] for word in words] for history in histories]),
         end_scores=torch.tensor([score(history, "</s>") for history in histories]),
-        start_state=index["<s>",],
+        start_state=index[("<s>",)],
     )
 
 

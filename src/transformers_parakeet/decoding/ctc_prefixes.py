@@ -114,12 +114,12 @@ def extend_beam(
     new_labels = select_labels(label_scores, min(num_beams + 1, label_scores.shape[-1])).expand(-1, num_beams, -1)
     label_scores = label_scores.expand(-1, num_beams, -1)
     same_labels, one_label_more = compare_hypotheses(state, blank_id, beam.sum_alignments)
-    candidates = [
-        add_blank(state, frame_scores[:, blank_id], blank_id, same_labels),
-        add_repeat(state, frame_scores, label_scores, blank_id, one_label_more),
-        add_new_labels(state, label_scores, new_labels, blank_id, beam.sum_alignments),
-    ]
-    return prune_candidates(join_candidates(candidates), num_beams, beam.score_threshold)
+    blanks = add_blank(state, frame_scores[:, blank_id], blank_id, same_labels)
+    repeats = add_repeat(state, frame_scores, label_scores, blank_id, one_label_more)
+    extensions = add_new_labels(state, label_scores, new_labels, blank_id, same_labels)
+    if beam.sum_alignments:
+        extensions = remove_existing(state, extensions, blank_id)
+    return prune_candidates(join_candidates([blanks, repeats, extensions]), num_beams, beam.score_threshold)
 
 
 def score_new_labels(
@@ -281,40 +281,61 @@ def add_repeat(
 
 
 def add_new_labels(
-    state: PrefixBeam, label_scores: Tensor, new_labels: Tensor, blank_id: int, sum_alignments: bool
+    state: PrefixBeam, label_scores: Tensor, new_labels: Tensor, blank_id: int, same_labels: Tensor
 ) -> Candidates:
-    """Extend each hypothesis by new labels.
+    """Extend each hypothesis by new labels, and merge the extensions of the two endings of the same labels.
 
-    A label that repeats the last token, and with `sum_alignments` a label that gives another hypothesis of the beam,
-    gets the score -inf, because `add_repeat` covers both.
+    Where both endings exist, the hypothesis that ends in a blank gets the candidates of both. Its extension by the
+    last label comes from the blank only, because this label after itself is a repeat.
 
     Args:
         state: K hypotheses of each clip.
         label_scores: (B, K, V) score of each token as a new label.
         new_labels: (B, K, L) the L labels to try.
         blank_id: id of the blank.
-        sum_alignments: whether hypotheses are merged.
+        same_labels: (B, K, K) whether two hypotheses have the same labels and are merged.
 
     Returns:
         (B, K * L) candidates.
     """
-    excluded = new_labels == state.last_tokens[..., None]
-    if sum_alignments:
-        is_equal = (
-            hash_next_label(state.label_hashes[..., None], new_labels)[..., None] == state.label_hashes[:, None, None]
-        )
-        excluded = excluded | (is_equal & ends_in_label(state, blank_id)[:, None, None]).any(-1)
-    step_scores = label_scores.gather(2, new_labels).masked_fill(excluded, -torch.inf)
-    sources = (
-        torch.arange(new_labels.shape[1], device=new_labels.device)[None, :, None].expand_as(new_labels).flatten(1)
-    )
+    is_label = ends_in_label(state, blank_id)
+    is_blank = (state.scores > -torch.inf) & ~is_label
+    merged = merge_hypotheses(state, torch.zeros_like(state.scores)[:, None], same_labels)
+    # (B, K) last label of the ending of the same labels that is a label; -1 if there is none
+    last_labels = torch.where(same_labels & is_label[:, :, None], state.last_tokens[:, :, None], -1).amax(1)
+    is_last_label = new_labels == last_labels[..., None]
+    is_extended = is_blank | (is_label & ~(same_labels & is_blank[:, :, None]).any(1))
+    is_possible = is_extended[..., None] & ~(is_last_label & is_label[..., None])
+    step_scores = label_scores.gather(2, new_labels).masked_fill(~is_possible, -torch.inf)
+    sources = merged.sources[..., None].expand_as(new_labels)
+
+    def add(scores: Tensor, merged_scores: Tensor) -> Tensor:
+        """Add the scores of the new labels to (B, K) scores of the hypotheses alone and merged."""
+        return (torch.where(is_last_label, scores[..., None], merged_scores[..., None]) + step_scores).flatten(1)
+
     return Candidates(
-        scores=(state.scores[..., None] + step_scores).flatten(1),
-        path_scores=(state.path_scores[..., None] + step_scores).flatten(1),
+        scores=add(state.scores, merged.scores),
+        path_scores=add(state.path_scores, merged.path_scores),
         tokens=new_labels.flatten(1),
-        sources=sources,
-        path_sources=sources,
+        sources=sources.flatten(1),
+        path_sources=torch.where(is_last_label, sources, merged.path_sources[..., None]).flatten(1),
     )
+
+
+def remove_existing(state: PrefixBeam, candidates: Candidates, blank_id: int) -> Candidates:
+    """Remove the new labels that give the labels of another hypothesis of the beam, which `add_repeat` covers.
+
+    Args:
+        state: K hypotheses of each clip.
+        candidates: (B, C) candidates with a new label.
+        blank_id: id of the blank.
+
+    Returns:
+        The candidates; those that are removed have the score -inf.
+    """
+    hashes = hash_next_label(state.label_hashes.gather(1, candidates.sources), candidates.tokens)
+    is_equal = (hashes[:, :, None] == state.label_hashes[:, None]) & ends_in_label(state, blank_id)[:, None]
+    return replace(candidates, scores=candidates.scores.masked_fill(is_equal.any(-1), -torch.inf))
 
 
 def join_candidates(groups: Sequence[Candidates]) -> Candidates:
