@@ -19,7 +19,7 @@ from transformers_parakeet.decoding import (
 from transformers_parakeet.decoding.fusion import Fusion
 
 
-def make_table(seed: int, num_clips: int = 3, max_frames: int = 12) -> tuple[Tensor, Tensor]:
+def make_table(seed: int, num_clips: int = 10, max_frames: int = 30) -> tuple[Tensor, Tensor]:
     """Return (B, N, V) random scores and (B,) lengths; some tables have equal scores, and some are bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     num_frames = int(torch.randint(0, max_frames, (), generator=generator))
@@ -40,7 +40,8 @@ def make_fusion(num_labels: int, generator: torch.Generator) -> Fusion:
 
 @pytest.mark.parametrize("sum_alignments", [True, False], ids=["sum", "max"])
 def test_one_beam_equals_greedy_decoding_on_500_tables(sum_alignments: bool):
-    for seed in range(500):
+    # 50 batches of 10 tables
+    for seed in range(50):
         logits, frame_lengths = make_table(seed)
         blank_id = logits.shape[-1] - 1 if seed % 2 else 0
         beam = BeamOptions(num_beams=1, sum_alignments=sum_alignments)
@@ -57,21 +58,22 @@ def test_one_beam_equals_greedy_decoding_on_500_tables(sum_alignments: bool):
             assert torch.equal(getattr(hypotheses, field), padded), (seed, field)
 
 
-# shapes (T, V) of 330 tables; in the beam of each shape, all hypotheses fit before they are merged
-SHAPES = [(1, 2, 40), (2, 3, 60), (3, 4, 60), (4, 4, 60), (5, 2, 30), (5, 3, 60), (5, 4, 20)]
+# T, V, number of tables, and number of pairs of labels and ending that alignments of T frames can have; 330 tables
+SHAPES = [(1, 2, 40, 2), (2, 3, 60, 9), (3, 4, 60, 34), (4, 4, 60, 85), (5, 2, 30, 6), (5, 3, 60, 39), (5, 4, 20, 208)]
 
 
 @pytest.mark.parametrize("has_fusion", [False, True], ids=["plain", "fusion"])
-@pytest.mark.parametrize(("num_frames", "vocab_size", "num_tables"), SHAPES)
+@pytest.mark.parametrize(("num_frames", "vocab_size", "num_tables", "num_pairs"), SHAPES)
 @pytest.mark.parametrize("sum_alignments", [True, False], ids=["sum", "max"])
 def test_a_large_beam_finds_the_best_labels_of_all_alignments(
-    sum_alignments: bool, num_frames: int, vocab_size: int, num_tables: int, has_fusion: bool
+    sum_alignments: bool, num_frames: int, vocab_size: int, num_tables: int, num_pairs: int, has_fusion: bool
 ):
     generator = torch.Generator().manual_seed(100 * num_frames + vocab_size)
     logits = 2 * torch.randn(num_tables, num_frames, vocab_size, generator=generator)
     fusion = make_fusion(vocab_size - 1, generator) if has_fusion else None
     label_bonus = 0.7 if has_fusion else 0.0
-    num_beams = min(vocab_size**num_frames, 512)
+    # without sums, up to 3 equal hypotheses are merged after the beam is pruned
+    num_beams = num_pairs if sum_alignments else 3 * num_pairs
     beam = BeamOptions(num_beams, min(num_beams, 3), label_bonus=label_bonus, sum_alignments=sum_alignments)
     hypotheses, _ = beam_decode_ctc(logits, None, vocab_size - 1, beam, fusion=fusion)
     for index in range(num_tables):
@@ -89,15 +91,15 @@ def test_a_large_beam_finds_the_best_labels_of_all_alignments(
 
 def test_no_beam_scores_better_than_the_exact_search():
     generator = torch.Generator().manual_seed(1)
-    logits = 2 * torch.randn(40, 5, 4, generator=generator)
+    logits = 2 * torch.randn(20, 5, 4, generator=generator)
     fusion = make_fusion(3, generator)
     exact = torch.tensor([max(scores[0] for scores in enumerate_alignments(clip, fusion).values()) for clip in logits])
     means = []
-    for num_beams in (1, 2, 4, 8, 16, 512):
+    for num_beams in (1, 2, 4, 8, 16, 208):
         hypotheses, _ = beam_decode_ctc(logits, None, 3, BeamOptions(num_beams), fusion=fusion)
         assert (hypotheses.scores <= exact + 1e-5).all(), num_beams
         means.append(float(hypotheses.scores.mean()))
-    # a wider beam may score worse on one clip; these six beams do not on average
+    # a wider beam may score worse on one clip; these beams do not on average
     assert means == sorted(means)
     torch.testing.assert_close(hypotheses.scores, exact.float(), atol=1e-5, rtol=0)
 
@@ -200,8 +202,11 @@ def test_a_clip_does_not_depend_on_padding_and_on_other_clips(sum_alignments: bo
         alone, clip_alignments = beam_decode_ctc(clip, None, 39, beam, fusion=fusion, confidence="entropy")
         for rank in range(4):
             row = together[4 * clip_index + rank]
-            assert row.to_lists() == alone.to_lists(rank)
-            assert torch.equal(row.scores, alone.scores[rank : rank + 1])
+            row_alone = alone[rank]
+            for field in ("tokens", "frames", "durations", "scores"):
+                assert torch.equal(getattr(row, field), getattr(row_alone, field)), field
+            # measured: 2e-7 relative, because torch computes powers of the last elements of a tensor in another way
+            torch.testing.assert_close(row.confidence, row_alone.confidence, atol=1e-6, rtol=1e-5)
             assert torch.equal(alignments[4 * clip_index + rank, :length], clip_alignments[rank])
             assert (alignments[4 * clip_index + rank, length:] == 39).all()
 
@@ -244,7 +249,7 @@ def test_the_alignment_is_the_best_one_of_its_labels():
     generator = torch.Generator().manual_seed(8)
     logits = 2 * torch.randn(30, 5, 3, generator=generator)
     log_probabilities = logits.log_softmax(-1)
-    hypotheses, alignments = beam_decode_ctc(logits, None, 2, BeamOptions(243))
+    hypotheses, alignments = beam_decode_ctc(logits, None, 2, BeamOptions(39))
     for index, clip in enumerate(logits):
         score = float(log_probabilities[index].gather(1, alignments[index, :, None]).sum())
         best = enumerate_alignments(clip)[tuple(hypotheses[index].tokens[0].tolist())][1]
