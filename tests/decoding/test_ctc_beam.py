@@ -85,8 +85,8 @@ def test_a_large_beam_finds_the_best_labels_of_all_alignments(
             row = hypotheses[index * beam.num_return_sequences + rank]
             labels, scores = expected[rank]
             assert tuple(row.tokens[0].tolist()) == labels
-            # measured: ERROR_BRUTE
-            assert float(row.scores) == pytest.approx(scores[column], abs=1e-5)
+            # measured: 7.6e-7
+            assert float(row.scores) == pytest.approx(scores[column], abs=5e-6)
 
 
 def test_no_beam_scores_better_than_the_exact_search():
@@ -119,8 +119,8 @@ def test_the_beam_is_that_of_a_plain_search(num_beams: int, sum_alignments: bool
             if rank < len(expected):
                 labels, score = expected[rank]
                 assert tuple(row.tokens[0].tolist()) == labels
-                # measured: ERROR_PLAIN
-                assert float(row.scores) == pytest.approx(score, abs=2e-5)
+                # measured: 1.9e-6
+                assert float(row.scores) == pytest.approx(score, abs=1e-5)
             else:
                 assert float(row.scores) == -math.inf
                 assert int(row.lengths) == 0
@@ -240,7 +240,7 @@ def test_alignments_give_frames_durations_and_confidence():
         assert row.durations[0].tolist() == [len(frames) for _, frames in runs]
         lowest = [min(float(probabilities[index // 2, frame, token]) for frame in frames) for token, frames in runs]
         expected = [max(0.0, (probability * 6 - 1) / 5) for probability in lowest]
-        # measured: ERROR_CONF
+        # measured: 1.6e-7, the error of torch's float32 softmax
         assert row.confidence[0].tolist() == pytest.approx(expected, abs=1e-6)
         assert (hypotheses.tokens[index, int(row.lengths) :] == 9).all()
 

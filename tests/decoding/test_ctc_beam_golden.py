@@ -59,5 +59,6 @@ def test_nbest_lists_are_those_of_nemo(model_name: str, case_name: str):
         assert [row.tokens[0].tolist() for row in existing] == [entry["tokens"] for entry in expected]
         assert rows[0].frames[0].tolist() == expected[0]["frames"]
         scores = torch.cat([row.scores for row in existing])
-        # measured: SCORE_ERROR
+        # measured: 3.1e-5 alone, 6.5e-5 with boosting, 1.3e-4 with the language model; with the search in float64,
+        # 3.6e-5, 6.4e-5 and 1.1e-4
         torch.testing.assert_close(scores, torch.tensor([entry["score"] for entry in expected]), atol=3e-4, rtol=0)

@@ -73,6 +73,29 @@ def beam_decode_ctc(
     num_clips, num_frames, _ = logits.shape
     if frame_lengths is None:
         frame_lengths = torch.full((num_clips,), num_frames, device=logits.device)
+    scores, alignments = search_alignments(logits, frame_lengths, blank_id, beam, fusion)
+    frame_confidence = compute_alignment_confidence(logits, alignments, confidence) if confidence else None
+    hypotheses = collapse_alignments(alignments, scores, blank_id, pad_id, frame_confidence)
+    return hypotheses, alignments.flatten(0, 1)
+
+
+def search_alignments(
+    logits: Tensor, frame_lengths: Tensor, blank_id: int, beam: BeamOptions, fusion: Fusion | None
+) -> tuple[Tensor, Tensor]:
+    """Search the best label sequences, and the best alignment of each.
+
+    Args:
+        logits: (B, N, V) raw scores or log-probabilities.
+        frame_lengths: (B,) number of valid frames.
+        blank_id: id of the blank.
+        beam: settings of the search.
+        fusion: language models and phrase boosting.
+
+    Returns:
+        (B, R) scores, best first, where R is `num_return_sequences`; -inf for a missing hypothesis.
+        (B, R, N) token of each frame in the best alignment.
+    """
+    num_clips, num_frames, _ = logits.shape
     state = start_beam(num_clips, beam.num_beams, blank_id, fusion, logits.device)
     # log-probability of the best token, summed over the valid frames
     best_scores = torch.zeros(num_clips, device=logits.device)
@@ -92,9 +115,7 @@ def beam_decode_ctc(
     alignments = trace_alignments(steps, indices, frame_lengths, num_frames, blank_id)
     # a missing hypothesis has no label
     alignments = torch.where(scores[..., None] > -torch.inf, alignments, blank_id)
-    frame_confidence = compute_alignment_confidence(logits, alignments, confidence) if confidence else None
-    hypotheses = collapse_alignments(alignments, scores + best_scores[:, None], blank_id, pad_id, frame_confidence)
-    return hypotheses, alignments.flatten(0, 1)
+    return scores + best_scores[:, None], alignments
 
 
 def check_arguments(logits: Tensor, blank_id: int, fusion: Fusion | None, confidence: str | None) -> None:

@@ -61,7 +61,11 @@ class Candidates:
     path_sources: Tensor
 
     def select(self, indices: Tensor) -> Candidates:
-        """Return the candidates at (B, K) indices."""
+        """Return the candidates at some indices.
+
+        Args:
+            indices: (B, K) indices of candidates.
+        """
         return Candidates(
             scores=self.scores.gather(1, indices),
             path_scores=self.path_scores.gather(1, indices),
@@ -111,7 +115,7 @@ def extend_beam(
     """
     num_beams = state.scores.shape[1]
     label_scores = score_new_labels(state, frame_scores, blank_id, beam.label_bonus, fusion)
-    new_labels = select_labels(label_scores, min(num_beams + 1, label_scores.shape[-1])).expand(-1, num_beams, -1)
+    new_labels = select_labels(label_scores, num_beams)
     label_scores = label_scores.expand(-1, num_beams, -1)
     same_labels, one_label_more = compare_hypotheses(state, blank_id, beam.sum_alignments)
     blanks = add_blank(state, frame_scores[:, blank_id], blank_id, same_labels)
@@ -147,23 +151,23 @@ def score_new_labels(
     return label_scores
 
 
-def select_labels(label_scores: Tensor, num_labels: int) -> Tensor:
-    """Select the best labels of each hypothesis.
+def select_labels(label_scores: Tensor, num_beams: int) -> Tensor:
+    """Select the K + 1 best labels of each hypothesis, or all tokens if there are fewer.
 
     Args:
-        label_scores: (B, K, V) scores.
-        num_labels: number L of labels to select.
+        label_scores: (B, K, V) scores, or (B, 1, V) if all hypotheses of a clip have the same.
+        num_beams: number K of hypotheses of each clip.
 
     Returns:
-        (B, K, L) labels. If several labels are best with the same score, the first of them is selected, as `argmax`
-        does in greedy decoding.
+        (B, K, K + 1) labels.
     """
-    labels = label_scores.topk(num_labels).indices
-    # `topk` may leave out the first of several equal labels
-    first_best = label_scores.max(-1).indices
-    is_missing = (labels != first_best[..., None]).all(-1)
-    labels[..., -1] = torch.where(is_missing, first_best, labels[..., -1])
-    return labels
+    labels = label_scores.topk(min(num_beams + 1, label_scores.shape[-1])).indices
+    if num_beams == 1:
+        # one beam equals greedy decoding: `argmax` selects the first of several equal labels, `topk` any of them
+        first_best = label_scores.max(-1).indices
+        is_missing = (labels != first_best[..., None]).all(-1)
+        labels[..., -1] = torch.where(is_missing, first_best, labels[..., -1])
+    return labels.expand(-1, num_beams, -1)
 
 
 def compare_hypotheses(state: PrefixBeam, blank_id: int, sum_alignments: bool) -> tuple[Tensor, Tensor]:
@@ -191,7 +195,15 @@ def compare_hypotheses(state: PrefixBeam, blank_id: int, sum_alignments: bool) -
 
 
 def ends_in_label(state: PrefixBeam, blank_id: int) -> Tensor:
-    """Return (B, K) whether a hypothesis exists and its last frame is a label."""
+    """Check which hypotheses exist and have a label as the token of the last frame.
+
+    Args:
+        state: K hypotheses of each clip.
+        blank_id: id of the blank.
+
+    Returns:
+        (B, K) bool.
+    """
     return (state.last_tokens != blank_id) & (state.scores > -torch.inf)
 
 
