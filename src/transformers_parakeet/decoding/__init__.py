@@ -1,12 +1,13 @@
-"""Greedy decoding of CTC and transducer scores, whole or part by part, hypotheses, and token confidence."""
+"""Greedy decoding and beam search of CTC and transducer scores, hypotheses, and token confidence."""
 
 from .automaton import BackoffAutomaton
 from .biasing import BoostedPhrase, build_boosting_tree
 from .confidence import check_confidence_method, compute_token_confidence
+from .ctc_beam import beam_decode_ctc
 from .greedy import greedy_decode_ctc, greedy_decode_transducer_reference
 from .hypotheses import Hypotheses, Steps, collapse_ctc, insert_forced_blanks
 from .label_looping import Shortcuts, greedy_decode_transducer
-from .options import TransducerOptions
+from .options import BeamOptions, TransducerOptions
 from .resuming import finish_ctc, resume_ctc, resume_transducer
 from .state import (
     CTCState,
@@ -19,6 +20,7 @@ from .state import (
 
 __all__ = [
     "BackoffAutomaton",
+    "BeamOptions",
     "BoostedPhrase",
     "CTCState",
     "Hypotheses",
@@ -26,6 +28,7 @@ __all__ = [
     "Steps",
     "TransducerOptions",
     "TransducerState",
+    "beam_decode_ctc",
     "build_boosting_tree",
     "check_confidence_method",
     "collapse_ctc",

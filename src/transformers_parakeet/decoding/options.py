@@ -5,6 +5,7 @@ The search itself is in `greedy.py` (reference implementation) and `label_loopin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,12 @@ class BeamOptions:
         num_return_sequences: number of hypotheses of each clip in the result, at most `num_beams`.
         length_penalty: hypotheses are ordered by score / (number of labels + 1)^length_penalty. 1 is NeMo's
             `score_norm`, 0 orders by the score.
+        label_bonus: score that a CTC search adds for each label, NeMo's `beam_beta`. A positive bonus favours longer
+            results.
+        score_threshold: a CTC search drops a hypothesis if its score is this much below the best score of its clip,
+            NeMo's `beam_threshold`. Infinity drops none.
+        sum_alignments: `True`: the score of a CTC hypothesis is the log of the summed probability of its alignments
+            (Graves). `False`: it is the score of its best alignment, as in NeMo.
 
     Raises:
         ValueError: a number is out of range.
@@ -62,6 +69,9 @@ class BeamOptions:
     num_beams: int = 4
     num_return_sequences: int = 1
     length_penalty: float = 1.0
+    label_bonus: float = 0.0
+    score_threshold: float = math.inf
+    sum_alignments: bool = True
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -69,4 +79,9 @@ class BeamOptions:
             raise ValueError(
                 "`num_return_sequences` must be at least 1 and at most `num_beams`, got "
                 f"{self.num_return_sequences} with num_beams={self.num_beams}: raise `num_beams`"
+            )
+        if not self.score_threshold > 0:
+            raise ValueError(
+                f"`score_threshold` must be greater than 0, got {self.score_threshold}: "
+                "pass infinity to drop no hypothesis"
             )
