@@ -53,7 +53,8 @@ class SearchOptions:
     Args:
         num_beams: number of hypotheses that a beam search keeps; 1 for greedy decoding.
         num_return_sequences: number of hypotheses to return for each clip, best first; at most `num_beams`.
-        length_penalty: a beam search orders hypotheses by score / (number of labels + 1)^length_penalty.
+        length_penalty: the beam search of a transducer orders hypotheses by
+            score / (number of labels + 1)^length_penalty; that of a CTC head orders them by their scores.
         language_model: scorer of the next token, from `ParakeetProcessor.load_language_model`; `None` for no language
             model.
         lm_weight: weight of the scores of the language model.

@@ -5,7 +5,7 @@ The search itself is in `decoding/`. The processor computes text and times.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from .decoding import (
 from .generation_arguments import (
     CTCArguments,
     check_beam_search,
-    compute_sequence_scores,
     get_confidence_method,
     parse_ctc_arguments,
 )
@@ -64,8 +63,7 @@ class ParakeetCTCGenerateOutput(ModelOutput):
             `None` for a beam search, whose confidence is in `hypotheses`.
         scores: equal to `logits`, because decoding does not change scores; set if requested with `output_scores`.
         hypotheses: the tokens without blanks and repeats, with their frames.
-        sequences_scores: (R,) score / (number of labels + 1)^length_penalty of a beam search; `None` for greedy
-            decoding.
+        sequences_scores: (R,) scores of a beam search, best first for each clip; `None` for greedy decoding.
     """
 
     sequences: Tensor | None = None
@@ -159,8 +157,10 @@ def decode_ctc(
         stream_frames(sequences, blank_id, arguments.streamer)
     else:
         check_beam_search(arguments.streamer)
+        # a label sequence can be in the beam twice: ending with a label, and ending with a blank
+        beam = replace(search.build_beam_options(), num_beams=2 * search.num_beams)
         beam_hypotheses, sequences = beam_decode_ctc(
-            logits, frame_lengths, blank_id, search.build_beam_options(), fusion=fusion, confidence=method
+            logits, frame_lengths, blank_id, beam, fusion=fusion, confidence=method
         )
     if not arguments.return_dict:
         return sequences.as_subclass(sequence_type)
@@ -174,5 +174,5 @@ def decode_ctc(
         token_confidence=frame_confidence,
         scores=logits if arguments.output_scores else None,
         hypotheses=beam_hypotheses or collapse_ctc(sequences, blank_id, frame_confidence),
-        sequences_scores=compute_sequence_scores(beam_hypotheses, search.length_penalty),
+        sequences_scores=None if beam_hypotheses is None else beam_hypotheses.scores,
     )
