@@ -161,6 +161,14 @@ def test_threads_share_a_model_and_phrases(head: str, tree: Any):
         assert list(pool.map(decode, (0, 2, 4, 6))) == expected
 
 
+def test_the_bonus_for_labels_makes_ctc_texts_longer():
+    short = run(tiny("ctc"), *batch_of([2]), num_beams=4, label_bonus=-3.0)
+    long = run(tiny("ctc"), *batch_of([2]), num_beams=4, label_bonus=3.0)
+    assert long.hypotheses.lengths[0] > short.hypotheses.lengths[0]
+    with pytest.raises(ValueError, match="requires a CTC head"):
+        run(tiny("tdt"), *batch_of([2]), num_beams=4, label_bonus=3.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

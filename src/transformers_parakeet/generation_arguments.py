@@ -55,6 +55,8 @@ class SearchOptions:
         num_return_sequences: number of hypotheses to return for each clip, best first; at most `num_beams`.
         length_penalty: the beam search of a transducer orders hypotheses by
             score / (number of labels + 1)^length_penalty; that of a CTC head orders them by their scores.
+        label_bonus: score that the beam search of a CTC head adds for each label, because a language model favours short
+            texts; a transducer does not support it.
         language_model: scorer of the next token, from `ParakeetProcessor.load_language_model`; `None` for no language
             model.
         lm_weight: weight of the scores of the language model.
@@ -71,6 +73,7 @@ class SearchOptions:
     num_beams: int = 1
     num_return_sequences: int = 1
     length_penalty: float = 1.0
+    label_bonus: float = 0.0
     language_model: TokenScorer | None = None
     lm_weight: float = DEFAULT_LM_WEIGHT
     boosting: TokenScorer | Sequence[TokenScorer | None] | None = None
@@ -83,7 +86,7 @@ class SearchOptions:
 
     def build_beam_options(self) -> BeamOptions:
         """Build the settings of a beam search."""
-        return BeamOptions(self.num_beams, self.num_return_sequences, self.length_penalty)
+        return BeamOptions(self.num_beams, self.num_return_sequences, self.length_penalty, self.label_bonus)
 
     def build_fusion(self, blank_id: int, vocab_size: int, device: torch.device) -> Fusion | None:
         """Build the scorers that a search adds to the scores of the model; `None` if there are none.
@@ -235,6 +238,21 @@ def get_confidence_method(output_confidence: bool | str | None) -> str | None:
     method = "max_prob" if output_confidence is True else output_confidence
     check_confidence_method(method)
     return method
+
+
+def check_label_bonus(label_bonus: float) -> None:
+    """Check that `label_bonus` is not set for a transducer.
+
+    Args:
+        label_bonus: the argument of `generate`.
+
+    Raises:
+        ValueError: it is not 0.
+    """
+    if label_bonus:
+        raise ValueError(
+            f"`label_bonus` requires a CTC head, got {label_bonus} for a transducer: leave it out, or set `length_penalty`"
+        )
 
 
 def check_beam_search(streamer: Any, criteria: Sequence[Any] = (), keeps_logits: bool = False) -> None:

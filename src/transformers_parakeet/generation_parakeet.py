@@ -32,6 +32,7 @@ from .decoding import (
 from .generation_arguments import (
     SearchOptions,
     check_beam_search,
+    check_label_bonus,
     check_logits_processors,
     compute_sequence_scores,
     drop_training_inputs,
@@ -123,6 +124,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             raise ValueError(f"`decoder` must be 'transducer' or 'ctc', got {decoder!r}")
         generation_config = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
         search_options, kwargs = take_search_options(kwargs, generation_config)
+        check_label_bonus(search_options.label_bonus)
         if search_options.num_beams > 1:
             # transformers would repeat the clips for its own beam search
             kwargs.update(num_beams=1, num_return_sequences=1)
