@@ -55,8 +55,8 @@ class SearchOptions:
         num_return_sequences: number of hypotheses to return for each clip, best first; at most `num_beams`.
         length_penalty: the beam search of a transducer orders hypotheses by
             score / (number of labels + 1)^length_penalty; that of a CTC head orders them by their scores.
-        label_bonus: score that the beam search of a CTC head adds for each label, because a language model favours short
-            texts; a transducer does not support it.
+        label_bonus: score that the beam search of a CTC head adds for each label, because a language model favours
+            short texts; a transducer does not support it.
         language_model: scorer of the next token, from `ParakeetProcessor.load_language_model`; `None` for no language
             model.
         lm_weight: weight of the scores of the language model.
@@ -251,7 +251,8 @@ def check_label_bonus(label_bonus: float) -> None:
     """
     if label_bonus:
         raise ValueError(
-            f"`label_bonus` requires a CTC head, got {label_bonus} for a transducer: leave it out, or set `length_penalty`"
+            f"`label_bonus` requires a CTC head, got {label_bonus} for a transducer: leave it out, or set "
+            "`length_penalty`"
         )
 
 
