@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+# fields of several n-grams: the log-probabilities, the first to the last words, the back-off weights
+Columns = list[list[bytes]]
 
 GZIP_MAGIC = b"\x1f\x8b"
 # longest line in bytes; the n-grams of real models are far shorter
@@ -82,7 +84,7 @@ def read_arpa_words(path: str | Path) -> list[str]:
     """
     with open_lines(path) as lines:
         num_unigrams = read_counts(lines)[0]
-        words = [word for rows in read_section(lines, 1, num_unigrams) for word in rows[1]]
+        words = [word for columns in read_section(lines, 1, num_unigrams) for word in columns[1]]
         try:
             decoded_words = [word.decode() for word in words]
         except UnicodeDecodeError as error:
@@ -194,7 +196,7 @@ def read_counts(lines: Iterator[bytes]) -> list[int]:
     raise ValueError("the header must be followed by the line '\\1-grams:', but the file ends: copy it again")
 
 
-def read_section(lines: Iterator[bytes], order: int, count: int) -> Iterator[list[tuple[bytes, ...]]]:
+def read_section(lines: Iterator[bytes], order: int, count: int) -> Iterator[Columns]:
     """Yield the n-grams of one order in chunks.
 
     Args:
@@ -203,15 +205,15 @@ def read_section(lines: Iterator[bytes], order: int, count: int) -> Iterator[lis
         count: number of n-grams that the header states.
 
     Yields:
-        `order + 2` columns: the log-probabilities, the first to the last words, the back-off weights. A missing
-        back-off weight is 0.
+        `order + 2` columns. A missing back-off weight is 0.
 
     Raises:
         ValueError: the section has fewer n-grams, or a line does not have the fields of an n-gram.
     """
     num_missing = count
     while num_missing:
-        rows = []
+        # One flat list, because many lists would make Python's garbage collection slow
+        all_fields: list[bytes] = []
         for line in islice(lines, min(num_missing, NGRAMS_PER_CHUNK)):
             # bytes are split at ASCII whitespace only, because other whitespace characters are tokens
             fields = line.split()
@@ -224,14 +226,15 @@ def read_section(lines: Iterator[bytes], order: int, count: int) -> Iterator[lis
                     f"a line of a {order}-gram must have a log-probability, {order} words, and at most one back-off "
                     f"weight, got {line[:200]!r}"
                 )
-            rows.append(fields)
-        if len(rows) < min(num_missing, NGRAMS_PER_CHUNK):
+            all_fields += fields
+        num_ngrams = len(all_fields) // (order + 2)
+        if num_ngrams < min(num_missing, NGRAMS_PER_CHUNK):
             raise ValueError(
-                f"the header states {count} {order}-grams, but the file has {count - num_missing + len(rows)}: correct "
+                f"the header states {count} {order}-grams, but the file has {count - num_missing + num_ngrams}: correct "
                 "the header, or copy the file again"
             )
-        num_missing -= len(rows)
-        yield list(zip(*rows, strict=True))
+        num_missing -= num_ngrams
+        yield [all_fields[column :: order + 2] for column in range(order + 2)]
 
 
 def read_unigrams(
@@ -348,7 +351,7 @@ def join_chunks(chunks: list[Array], dtype: type) -> Array:
     return joined
 
 
-def parse_numbers(fields: tuple[bytes, ...], name: str) -> Array:
+def parse_numbers(fields: list[bytes], name: str) -> Array:
     """Convert decimal logarithms to natural logarithms.
 
     Args:
@@ -368,7 +371,7 @@ def parse_numbers(fields: tuple[bytes, ...], name: str) -> Array:
     return (numbers * math.log(10)).astype(np.float32)
 
 
-def parse_log_probs(columns: list[tuple[bytes, ...]], name: str) -> Array:
+def parse_log_probs(columns: Columns, name: str) -> Array:
     """Convert the first column of a section to natural log-probabilities.
 
     Args:
@@ -387,7 +390,7 @@ def parse_log_probs(columns: list[tuple[bytes, ...]], name: str) -> Array:
     return log_probs
 
 
-def parse_backoffs(columns: list[tuple[bytes, ...]], name: str) -> Array:
+def parse_backoffs(columns: Columns, name: str) -> Array:
     """Convert the last column of a section to natural logarithms of back-off weights.
 
     Args:
@@ -401,7 +404,7 @@ def parse_backoffs(columns: list[tuple[bytes, ...]], name: str) -> Array:
 
 
 def find_parents(
-    columns: list[tuple[bytes, ...]], word_ids: dict[bytes, int], lower_orders: list[NgramOrder]
+    columns: Columns, word_ids: dict[bytes, int], lower_orders: list[NgramOrder]
 ) -> tuple[Array, Array]:
     """Find the prefix and the suffix of n-grams in the order below.
 
