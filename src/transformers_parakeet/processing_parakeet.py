@@ -5,6 +5,7 @@
 
 import re
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import BatchFeature, PreTrainedConfig
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .configuration_parakeet import get_head_type
-from .decoding import Hypotheses
+from .decoding import Hypotheses, TokenScorer, load_language_model
 from .timestamps import (
     DEFAULT_AGGREGATION,
     EmittedTokens,
@@ -332,6 +333,23 @@ class ParakeetProcessor(ProcessorMixin):
         # `aggregate_confidence` uses only the confidence of a span
         spans = [Span("", 0, 0, confidence) for confidence in emitted_tokens.confidence or []]
         return aggregate_confidence(spans, aggregation)
+
+    def load_language_model(self, path: str | Path, units: str | None = None) -> TokenScorer:
+        """Load an n-gram language model for decoding with this processor's model.
+
+        Args:
+            path: ARPA file, plain or compressed with gzip.
+            units: what the words of the file stand for: `"nemo"` (token i is the character i + 100), `"pieces"` (tokens
+                as in the vocabulary, such as `▁the`) or `"words"`. `None` to detect it.
+
+        Returns:
+            The language model. It scores the tokens below the blank.
+
+        Raises:
+            ValueError: `units` is unknown, the file is damaged, or its words are not tokens of this vocabulary.
+        """
+        pieces = self.tokenizer.convert_ids_to_tokens(range(self.blank_token_id))
+        return load_language_model(path, pieces, units)
 
     @property
     def frame_duration_s(self) -> float:

@@ -1,9 +1,11 @@
 """Greedy decoding of CTC and transducer scores, whole or part by part, hypotheses, and token confidence."""
 
 from .confidence import check_confidence_method, compute_token_confidence
+from .fusion import TokenScorer
 from .greedy import greedy_decode_ctc, greedy_decode_transducer_reference
 from .hypotheses import Hypotheses, Steps, collapse_ctc, insert_forced_blanks
 from .label_looping import Shortcuts, greedy_decode_transducer
+from .ngram import load_language_model
 from .options import TransducerOptions
 from .resuming import finish_ctc, resume_ctc, resume_transducer
 from .state import (
@@ -20,6 +22,7 @@ __all__ = [
     "Hypotheses",
     "Shortcuts",
     "Steps",
+    "TokenScorer",
     "TransducerOptions",
     "TransducerState",
     "check_confidence_method",
@@ -30,6 +33,7 @@ __all__ = [
     "greedy_decode_transducer",
     "greedy_decode_transducer_reference",
     "insert_forced_blanks",
+    "load_language_model",
     "resume_ctc",
     "resume_transducer",
     "stack_ctc_states",

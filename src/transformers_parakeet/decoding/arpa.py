@@ -32,7 +32,7 @@ GZIP_BUFFER_BYTES = 1 << 20
 # number of n-grams that are converted to arrays at once, which limits the memory for Python objects
 NGRAMS_PER_CHUNK = 32768
 COUNT_PATTERN = re.compile(rb"ngram\s+(\d{1,4})\s*=\s*(\d{1,18})")
-# n-grams are far shorter in real models
+# the n-grams of real models are far shorter
 MAX_ORDER = 100
 END_MARKER = b"\\end\\"
 
@@ -163,7 +163,9 @@ def iterate_lines(file: BinaryIO) -> Iterator[bytes]:
     """
     while line := file.readline(MAX_LINE_BYTES):
         if len(line) == MAX_LINE_BYTES:
-            raise ValueError(f"a line must be shorter than {MAX_LINE_BYTES} bytes, got one that starts with {line[:60]!r}")
+            raise ValueError(
+                f"a line must be shorter than {MAX_LINE_BYTES} bytes, got one that starts with {line[:60]!r}"
+            )
         if line := line.strip(b" \t\r\n"):
             yield line
 
@@ -182,7 +184,9 @@ def read_counts(lines: Iterator[bytes]) -> list[int]:
     """
     first_line = next(lines, b"")
     if first_line != b"\\data\\":
-        raise ValueError(f"the first line must be \\data\\, got {first_line[:60]!r}: pass an ARPA file, not a binary model")
+        raise ValueError(
+            f"the first line must be \\data\\, got {first_line[:60]!r}: pass an ARPA file, not a binary model"
+        )
     counts: list[int] = []
     for line in lines:
         if line == b"\\1-grams:" and counts:
@@ -190,7 +194,8 @@ def read_counts(lines: Iterator[bytes]) -> list[int]:
         match = COUNT_PATTERN.fullmatch(line)
         if match is None or int(match[1]) != len(counts) + 1 or len(counts) == MAX_ORDER:
             raise ValueError(
-                f"the header must have a line 'ngram {len(counts) + 1}=COUNT' or the line '\\1-grams:', got {line[:60]!r}"
+                f"the header must have a line 'ngram {len(counts) + 1}=COUNT' or the line '\\1-grams:', "
+                f"got {line[:60]!r}: correct the header"
             )
         counts.append(int(match[2]))
     raise ValueError("the header must be followed by the line '\\1-grams:', but the file ends: copy it again")
@@ -212,7 +217,7 @@ def read_section(lines: Iterator[bytes], order: int, count: int) -> Iterator[Col
     """
     num_missing = count
     while num_missing:
-        # One flat list, because many lists would make Python's garbage collection slow
+        # one flat list, because many lists would make Python's garbage collection slow
         all_fields: list[bytes] = []
         for line in islice(lines, min(num_missing, NGRAMS_PER_CHUNK)):
             # bytes are split at ASCII whitespace only, because other whitespace characters are tokens
@@ -230,8 +235,8 @@ def read_section(lines: Iterator[bytes], order: int, count: int) -> Iterator[Col
         num_ngrams = len(all_fields) // (order + 2)
         if num_ngrams < min(num_missing, NGRAMS_PER_CHUNK):
             raise ValueError(
-                f"the header states {count} {order}-grams, but the file has {count - num_missing + num_ngrams}: correct "
-                "the header, or copy the file again"
+                f"the header states {count} {order}-grams, but the file has {count - num_missing + num_ngrams}: "
+                "correct the header, or copy the file again"
             )
         num_missing -= num_ngrams
         yield [all_fields[column :: order + 2] for column in range(order + 2)]
@@ -384,8 +389,8 @@ def parse_log_probs(columns: Columns, name: str) -> Array:
     log_probs = parse_numbers(columns[0], f"log-probability of a {name}")
     if log_probs.max() > 0:
         raise ValueError(
-            f"every log-probability must be at most 0, got {columns[0][int(log_probs.argmax())].decode()} for a {name}: "
-            "train the model again"
+            f"every log-probability must be at most 0, got {columns[0][int(log_probs.argmax())].decode()} for a "
+            f"{name}: train the model again"
         )
     return log_probs
 
@@ -403,9 +408,7 @@ def parse_backoffs(columns: Columns, name: str) -> Array:
     return parse_numbers(columns[-1], f"back-off weight of a {name}")
 
 
-def find_parents(
-    columns: Columns, word_ids: dict[bytes, int], lower_orders: list[NgramOrder]
-) -> tuple[Array, Array]:
+def find_parents(columns: Columns, word_ids: dict[bytes, int], lower_orders: list[NgramOrder]) -> tuple[Array, Array]:
     """Find the prefix and the suffix of n-grams in the order below.
 
     Args:

@@ -129,7 +129,14 @@ class BackoffAutomaton:
         return scores, targets
 
     def score_end(self, states: Tensor) -> Tensor:
-        """Return the (N,) score of the end of the clip after each of (N,) states."""
+        """Score the end of the clip.
+
+        Args:
+            states: (N,) states.
+
+        Returns:
+            (N,) float32 scores.
+        """
         return self.end_scores[states]
 
     def _index_roots(self, states: Tensor) -> Tensor:

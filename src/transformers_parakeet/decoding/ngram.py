@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers.utils import logging
 from .arpa import ArpaModel, Array, read_arpa, read_arpa_words
 from .automaton import BackoffAutomaton
 from .fusion import TokenScorer
-from .word_scorer import WordScorer, build_word_scorer
+from .word_scorer import WORD_START, WordScorer, build_word_scorer
 
 logger = logging.get_logger(__name__)
 
@@ -23,8 +24,6 @@ logger = logging.get_logger(__name__)
 UNITS = ("nemo", "pieces", "words")
 # NeMo writes token i as the character i + 100
 NEMO_OFFSET = 100
-# SentencePiece's marker of a word start
-WORD_START = "\u2581"
 # words of an ARPA file that are not in the text; their labels follow those of the text in this order
 SPECIAL_WORDS = ("</s>", "<s>", "<unk>")
 # number of n-grams that are converted to arcs at once, which limits the memory
@@ -97,8 +96,8 @@ def index_tokens(text_words: Sequence[str], pieces: Sequence[str], units: str) -
     if unknown_words:
         raise ValueError(
             f"every word of a language model with units={units!r} must be a token of the speech model, but "
-            f"{len(unknown_words)} of {len(text_words)} are not, such as {unknown_words[0]!r}: train the language model "
-            "with the tokenizer of the speech model, or pass other units"
+            f"{len(unknown_words)} of {len(text_words)} are not, such as {unknown_words[0]!r}: train the language "
+            "model with the tokenizer of the speech model, or pass other units"
         )
     return {word: tokens[word] for word in text_words}
 
@@ -141,7 +140,8 @@ def build_automaton(model: ArpaModel, num_labels: int) -> BackoffAutomaton:
 
     A state is an n-gram below the highest order: the last words that the model distinguishes. State 0 is the root, the
     empty n-gram. The 1-grams follow, then the 2-grams, and so on. If an n-gram has no arc for a word, its state backs
-    off to the state of its suffix (NeMo, `NGramGPULanguageModel`).
+    off to the state of its suffix (NeMo, `NGramGPULanguageModel`). n-grams with a word that is not a label are not
+    used.
 
     Args:
         model: the n-grams. A word with a label below V is a token; the labels V to V + 2 are `</s>`, `<s>`, `<unk>`.
@@ -260,7 +260,7 @@ def back_off_end_scores(end_scores: Array, backoff_states: Array, backoff_scores
         backoff_scores: (S,) score that is added when a state backs off.
         first_states: (number of orders + 1,) the first state with n words, and the number of states.
     """
-    for first, stop in zip(first_states[1:], first_states[2:], strict=False):
+    for first, stop in pairwise(first_states[1:]):
         missing = first + np.flatnonzero(np.isnan(end_scores[first:stop]))
         # states with fewer words are complete
         end_scores[missing] = backoff_scores[missing] + end_scores[backoff_states[missing]]

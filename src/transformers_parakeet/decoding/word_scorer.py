@@ -208,7 +208,8 @@ class WordTrie:
 
     Args:
         characters: the characters of all words, ascending.
-        edge_keys: (K - 1,) int64 node * number of symbols + symbol, ascending; the edge with index i leads to node i + 1.
+        edge_keys: (K - 1,) int64 node * number of symbols + symbol, ascending; the edge with index i leads to node
+            i + 1.
         labels: (K,) label of the word that ends in a node; -1 for no word.
     """
 
@@ -232,7 +233,9 @@ def build_word_scorer(automaton: BackoffAutomaton, words: Sequence[str], pieces:
         ValueError: the language model has no words.
     """
     if not words:
-        raise ValueError("a language model over words must have at least one word besides <s>, </s> and <unk>, got none")
+        raise ValueError(
+            "a language model over words must have at least one word besides <s>, </s> and <unk>, got none"
+        )
     trie = build_trie(words)
     is_lower_case = all(word == word.lower() for word in words)
     texts = [clean_piece(piece, is_lower_case) for piece in pieces]
@@ -321,5 +324,9 @@ def clean_piece(piece: str, is_lower_case: bool) -> str:
 
 
 def is_punctuation_mark(character: str) -> bool:
-    """Return whether a character is punctuation in Unicode."""
+    """Return whether a character is punctuation in Unicode, such as a comma, a hyphen or an apostrophe.
+
+    Args:
+        character: one character.
+    """
     return unicodedata.category(character).startswith("P")
