@@ -25,6 +25,8 @@ WORD_START = "\u2581"
 # pieces such as <en>, which add nothing to a word; byte pieces such as <0xE2> and <unk> are part of a word
 MARKUP_PATTERN = re.compile(r"<(?!0x[0-9A-F]{2}>|unk>).+>")
 BYTE_OR_UNKNOWN_PATTERN = re.compile(r"<(0x[0-9A-F]{2}|unk)>")
+# symbols besides the characters of the trie: another letter, another punctuation mark, word boundary, padding
+NUM_OTHER_SYMBOLS = 4
 # label of a word state without a word
 NO_WORD = -1
 
@@ -37,8 +39,8 @@ class WordScorer:
     is added at the end of the clip. The result does not depend on how a word is divided into tokens.
 
     A state is `state of the language model * number of word states + word state`. The word state is the word so far: 0
-    for no character; 1 to K - 1 for the characters of a node in the trie of all words of the model; K to 2K - 1 for
-    such a node followed by punctuation; 2K for characters that start no word of the model.
+    for no character; 1 to K - 2 for the characters of a node in the trie of all words of the model; K - 1 for
+    characters that start no word of the model; K to 2K - 1 for these followed by punctuation.
 
     A word is looked up without the punctuation at its start and its end. If the model has no upper-case letters, it is
     looked up in lower case. A punctuation mark that is part of a word of the model (`don't`) is not removed.
@@ -47,8 +49,10 @@ class WordScorer:
 
     Args:
         automaton: the language model over words. Its last label is the unknown word.
-        edge_keys: (K - 1,) node * number of symbols + symbol, ascending. The edge with index i leads to node i + 1.
-        word_labels: (2K + 1,) label of the word that ends in a word state; -1 for no word.
+        edge_keys: (E,) word state * number of symbols + symbol for each character that continues a word, ascending. The
+            last key is larger than every key that occurs, so a search has a result.
+        edge_targets: (E,) next word state of each edge.
+        word_labels: (2K,) label of the word that ends in a word state; -1 for no word.
         symbols: (V, L) symbols of each token; the last two symbols are a word boundary and padding.
         symbol_counts: (V,) number of symbols of each token.
         is_punctuation: (number of symbols,) whether a symbol is punctuation.
@@ -59,6 +63,7 @@ class WordScorer:
 
     automaton: BackoffAutomaton
     edge_keys: Tensor
+    edge_targets: Tensor
     word_labels: Tensor
     symbols: Tensor
     symbol_counts: Tensor
@@ -131,16 +136,18 @@ class WordScorer:
         model_states, word_states = self._split_states(states)
         scores = torch.zeros_like(states, dtype=torch.float32)
         num_positions = int(self.symbol_counts[tokens].max()) if len(tokens) else 0
+        symbols = self.symbols[tokens, :num_positions]
+        is_boundary, is_padding = symbols == self._boundary_symbol, symbols == self._boundary_symbol + 1
+        is_punctuation = self.is_punctuation[symbols]
         for position in range(num_positions):
-            symbols = self.symbols[tokens, position]
-            next_word_states = self._append_symbols(word_states, symbols)
+            next_word_states = self._append_symbols(word_states, symbols[:, position], is_punctuation[:, position])
             if position in self.boundary_positions:
-                is_boundary = symbols == self._boundary_symbol
+                ends_word = is_boundary[:, position]
                 word_scores, next_model_states = self._complete_words(model_states, word_states)
-                scores = torch.where(is_boundary, scores + word_scores, scores)
-                model_states = torch.where(is_boundary, next_model_states, model_states)
-                next_word_states = next_word_states.masked_fill(is_boundary, 0)
-            word_states = next_word_states
+                scores = torch.where(ends_word, scores + word_scores, scores)
+                model_states = torch.where(ends_word, next_model_states, model_states)
+                next_word_states = next_word_states.masked_fill(ends_word, 0)
+            word_states = torch.where(is_padding[:, position], word_states, next_word_states)
         return scores, model_states * self.num_word_states + word_states
 
     def score_end(self, states: Tensor) -> Tensor:
@@ -157,7 +164,7 @@ class WordScorer:
 
     @property
     def _boundary_symbol(self) -> int:
-        """The symbol of a word boundary."""
+        """The symbol of a word boundary; the symbol after it is padding."""
         return len(self.is_punctuation) - 2
 
     def _split_states(self, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,26 +187,23 @@ class WordScorer:
         scores, next_states = self.automaton.step(model_states, labels.clamp(min=0))
         return scores * is_word, torch.where(is_word, next_states, model_states)
 
-    def _append_symbols(self, word_states: Tensor, symbols: Tensor) -> Tensor:
+    def _append_symbols(self, word_states: Tensor, symbols: Tensor, is_punctuation: Tensor) -> Tensor:
         """Append one character to every word.
 
         Args:
             word_states: (N,) word states.
-            symbols: (N,) symbols; for a word boundary the result is meaningless, padding leaves the word unchanged.
+            symbols: (N,) characters.
+            is_punctuation: (N,) whether the characters are punctuation.
 
         Returns:
             (N,) int64 next word states.
         """
-        num_symbols, num_nodes = len(self.is_punctuation), len(self.edge_keys) + 1
-        keys = word_states * num_symbols + symbols
-        edges = torch.searchsorted(self.edge_keys, keys).clamp(max=num_nodes - 2)
-        # the keys of word states that are not nodes are larger than all keys of edges
-        is_edge = self.edge_keys[edges] == keys
-        is_inside_trie = (word_states > 0) & (word_states < num_nodes)
-        after_punctuation = torch.where(is_inside_trie, word_states + num_nodes, word_states)
-        next_states = torch.where(self.is_punctuation[symbols], after_punctuation, 2 * num_nodes)
-        next_states = torch.where(is_edge, edges + 1, next_states)
-        return torch.where(symbols == num_symbols - 1, word_states, next_states)
+        num_nodes = self.num_word_states // 2
+        keys = word_states * len(self.is_punctuation) + symbols
+        edges = torch.searchsorted(self.edge_keys, keys)
+        after_punctuation = word_states % num_nodes + num_nodes
+        next_states = torch.where(is_punctuation, after_punctuation, num_nodes - 1)
+        return torch.where(self.edge_keys[edges] == keys, self.edge_targets[edges], next_states)
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,6 @@ def build_word_scorer(automaton: BackoffAutomaton, words: Sequence[str], pieces:
     trie = build_trie(words)
     is_lower_case = all(word == word.lower() for word in words)
     texts = [clean_piece(piece, is_lower_case) for piece in pieces]
-    # the symbols are the characters of the trie, one other letter, one other punctuation mark, boundary, padding
     symbol_of_character = {character: symbol for symbol, character in enumerate(trie.characters)}
     num_characters = len(trie.characters)
     symbol_of_character[WORD_START] = num_characters + 2
@@ -250,18 +253,43 @@ def build_word_scorer(automaton: BackoffAutomaton, words: Sequence[str], pieces:
             symbols[token, position] = symbol_of_character.get(character, other_symbol)
     is_boundary = symbols == num_characters + 2
     is_punctuation = [*map(is_punctuation_mark, trie.characters), False, True, False, False]
-    # a word outside the trie has the label of the unknown word
-    labels = np.concatenate([trie.labels, trie.labels, [automaton.num_labels - 1]])
+    # characters outside the trie have the label of the unknown word
+    node_labels = np.append(trie.labels, automaton.num_labels - 1)
+    edge_keys, edge_targets = build_edges(trie)
     return WordScorer(
         automaton=automaton,
-        edge_keys=torch.from_numpy(trie.edge_keys),
-        word_labels=torch.from_numpy(labels.astype(np.int32)),
+        edge_keys=torch.from_numpy(edge_keys),
+        edge_targets=torch.from_numpy(edge_targets),
+        word_labels=torch.from_numpy(np.tile(node_labels, 2).astype(np.int32)),
         symbols=torch.from_numpy(symbols),
         symbol_counts=torch.tensor([len(text) for text in texts]),
         is_punctuation=torch.tensor(is_punctuation),
         starts_word=torch.from_numpy(is_boundary[:, 0].astype(np.float32)),
         inner_boundary_tokens=torch.from_numpy(np.flatnonzero(is_boundary[:, 1:].any(1))),
         boundary_positions=tuple(np.flatnonzero(is_boundary.any(0)).tolist()),
+    )
+
+
+def build_edges(trie: WordTrie) -> tuple[Array, Array]:
+    """Build the edges between word states from a trie.
+
+    Punctuation before the first letter of a word is ignored, so the state after it has the edges of the empty word.
+
+    Args:
+        trie: the trie.
+
+    Returns:
+        (E,) int64 keys and (E,) int64 next word states, with a last key that is larger than every key that occurs.
+    """
+    num_symbols = len(trie.characters) + NUM_OTHER_SYMBOLS
+    # the nodes of the trie and the node of characters outside the trie
+    num_nodes = len(trie.labels) + 1
+    num_root_edges = int(np.searchsorted(trie.edge_keys, num_symbols))
+    keys_after_punctuation = trie.edge_keys[:num_root_edges] + num_nodes * num_symbols
+    targets = np.arange(1, len(trie.labels))
+    return (
+        np.concatenate([trie.edge_keys, keys_after_punctuation, [np.iinfo(np.int64).max]]),
+        np.concatenate([targets, targets[:num_root_edges], [0]]),
     )
 
 
@@ -275,14 +303,14 @@ def build_trie(words: Sequence[str]) -> WordTrie:
         words: different words; the label of a word is its index.
 
     Returns:
-        The trie. Its keys leave room for four symbols after the characters.
+        The trie. Its keys leave room for `NUM_OTHER_SYMBOLS` symbols after the characters.
     """
     lengths = np.array([len(word) for word in words])
     first_characters = np.cumsum(lengths) - lengths
     code_points = np.frombuffer("".join(words).encode("utf-32-le", "surrogatepass"), np.uint32)
     characters, symbols = np.unique(code_points, return_inverse=True)
     is_punctuation = np.array([is_punctuation_mark(chr(character)) for character in characters])
-    num_symbols = len(characters) + 4
+    num_symbols = len(characters) + NUM_OTHER_SYMBOLS
     # node of the first characters of each word
     nodes = np.zeros(len(words), np.int64)
     edge_keys, labels, num_nodes = [], [np.array([NO_WORD])], 1
