@@ -43,7 +43,8 @@ class WordScorer:
     characters that start no word of the model; K to 2K - 1 for these followed by punctuation.
 
     A word is looked up without the punctuation at its start and its end. If the model has no upper-case letters, it is
-    looked up in lower case. A punctuation mark that is part of a word of the model (`don't`) is not removed.
+    looked up in lower case. A punctuation mark that continues a word of the model (`don't`) is not removed. Therefore
+    `'ok` is an unknown word if the model contains `'tis`.
 
     V is the number of tokens, L the largest number of symbols of a token. A symbol is the index of a character.
 
