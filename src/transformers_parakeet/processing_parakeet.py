@@ -4,7 +4,6 @@
 """
 
 import re
-from collections.abc import Iterable, Sequence
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +15,8 @@ from transformers import BatchFeature, PreTrainedConfig
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .configuration_parakeet import get_head_type
-from .decoding import BackoffAutomaton, Hypotheses, build_boosting_tree
-from .phrases import Phrase, spell_phrases
+from .decoding import Hypotheses
+from .search_inputs import SearchInputsMixin
 from .timestamps import (
     DEFAULT_AGGREGATION,
     EmittedTokens,
@@ -29,7 +28,6 @@ from .timestamps import (
     group_into_segments,
     group_into_words,
 )
-from .token_sets import find_tokens_of_scripts
 from .tokenization_parakeet import BLANK, WORD_START
 
 HEAD_TYPES = ("ctc", "rnnt", "tdt")
@@ -61,7 +59,7 @@ class ParakeetProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[ca
     _defaults = DEFAULT_KWARGS
 
 
-class ParakeetProcessor(ProcessorMixin):
+class ParakeetProcessor(SearchInputsMixin, ProcessorMixin):
     """Prepares audio and transcripts for a model, and converts decoded tokens to text, times and confidence.
 
     Args:
@@ -335,51 +333,6 @@ class ParakeetProcessor(ProcessorMixin):
         # `aggregate_confidence` uses only the confidence of a span
         spans = [Span("", 0, 0, confidence) for confidence in emitted_tokens.confidence or []]
         return aggregate_confidence(spans, aggregation)
-
-    def boosting_tree(
-        self,
-        phrases: Iterable[Phrase],
-        context_score: float = 1.0,
-        depth_scaling: float = 2.0,
-        alternatives: bool = True,
-    ) -> BackoffAutomaton:
-        """Build a tree of phrases that `generate(boosting=tree)` prefers. See `build_boosting_tree` for the scores.
-
-        Args:
-            phrases: texts, or tuples `(text, score)`, whose score replaces `context_score` for this phrase. NeMo's
-                `score_per_phrase` is the score `round(score_per_phrase / len(text), 2)`.
-            context_score: score in nats of the first token of a phrase, above 0. Scores from 1 to 2 are usual. With
-                scores above 4 the model writes phrases that were not said.
-            depth_scaling: factor of the score for the further tokens of a phrase.
-            alternatives: whether to boost a phrase also in lower case, with capitals at the start of the phrase or of
-                every word, and in upper case. Use `False` if only one spelling is correct.
-
-        Returns:
-            The tree. Build it once and use it for any number of clips, also in several threads.
-
-        Raises:
-            TypeError: a phrase is not a text or `(text, score)`.
-            ValueError: there are no phrases, a phrase is empty, the tokenizer cannot write a phrase, or a score is out
-                of range.
-        """
-        boosted_phrases = spell_phrases(phrases, self.tokenizer, alternatives=alternatives)
-        return build_boosting_tree(boosted_phrases, len(self.tokenizer) - 1, context_score, depth_scaling)
-
-    def tokens_of_scripts(self, scripts: Sequence[str]) -> Tensor:
-        """Find the tokens of some scripts, for `generate(allowed_tokens=...)`. See `find_tokens_of_scripts`.
-
-        Args:
-            scripts: names of scripts, such as `["Latin", "Cyrillic"]`.
-
-        Returns:
-            (V,) bool: true for tokens whose letters all belong to these scripts, for tokens without letters such as
-            digits and punctuation, and for special tokens such as the blank.
-
-        Raises:
-            TypeError: `scripts` is a single text.
-            ValueError: there are no scripts, or the vocabulary has no letter of one of them.
-        """
-        return find_tokens_of_scripts(self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer))), scripts)
 
     @property
     def frame_duration_s(self) -> float:

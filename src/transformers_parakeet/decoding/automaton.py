@@ -96,10 +96,13 @@ class BackoffAutomaton:
             (N, V) float32 scores.
         """
         chains, chain_scores = self._back_off(states)
-        scores = self.root_scores[self._index_roots(states)] + chain_scores[-1][:, None]
-        # the arcs of longer states replace the scores of shorter states
-        for level_states, level_scores in zip(reversed(chains[:-1]), reversed(chain_scores[:-1]), strict=True):
-            self._write_arc_scores(scores, level_states, level_scores)
+        if len(self.roots) == 1:
+            scores = self.root_scores + chain_scores[-1][:, None]
+        else:
+            scores = self.root_scores[self._index_roots(states)] + chain_scores[-1][:, None]
+        if self.max_backoffs and len(self.arc_keys):
+            # the arcs of longer states replace the scores of shorter states
+            self._write_arc_scores(scores, chains[-2::-1], chain_scores[-2::-1])
         return scores
 
     def step(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +129,14 @@ class BackoffAutomaton:
         return scores, targets
 
     def score_end(self, states: Tensor) -> Tensor:
-        """Return the (N,) score of the end of the clip after each of (N,) states."""
+        """Score the end of the clip.
+
+        Args:
+            states: (N,) states.
+
+        Returns:
+            (N,) float32 scores.
+        """
         return self.end_scores[states]
 
     def _index_roots(self, states: Tensor) -> Tensor:
@@ -151,22 +161,33 @@ class BackoffAutomaton:
             chains.append(self.backoff_states[chains[-1]].long())
         return chains, chain_scores
 
-    def _write_arc_scores(self, scores: Tensor, states: Tensor, state_scores: Tensor) -> None:
-        """Write the scores of the arcs of some states to a table of scores.
+    def _write_arc_scores(self, scores: Tensor, chains: list[Tensor], chain_scores: list[Tensor]) -> None:
+        """Write the scores of the arcs of several states per row to a table of scores.
+
+        All arcs are collected in one pass and then written state by state, because a later state replaces the scores of
+        an earlier one.
 
         Args:
             scores: (N, V) scores, changed in place.
-            states: (N,) one state per row of the table.
-            state_scores: (N,) score that is added to all arcs of a state.
+            chains: (N,) one state per row of the table, for each of K back-offs.
+            chain_scores: (N,) score that is added to all arcs of a state, for each of K back-offs.
         """
+        states = torch.cat(chains)
+        num_rows = len(scores)
         first_arcs = self.arc_offsets[states].long()
         num_arcs = self.arc_offsets[states + 1].long() - first_arcs
-        # rows 0 0 0 2 2 for 3, 0 and 2 arcs
-        rows = torch.repeat_interleave(num_arcs)
-        # position of each arc among the arcs of its state: 0 1 2 0 1
-        positions = torch.arange(len(rows), device=rows.device) - (num_arcs.cumsum(0) - num_arcs)[rows]
-        arcs = first_arcs[rows] + positions
-        scores[rows, self.arc_keys[arcs] % self.num_labels] = self.arc_scores[arcs] + state_scores[rows]
+        last_arcs = num_arcs.cumsum(0)
+        # indices 0 0 0 2 2 for 3, 0 and 2 arcs
+        indices = torch.repeat_interleave(num_arcs)
+        arcs = torch.arange(len(indices), device=states.device) + (first_arcs - last_arcs + num_arcs)[indices]
+        # an arc key is state * V + token; the position in the table is row * V + token
+        rows = torch.arange(num_rows, device=states.device).repeat(len(chains))
+        positions = self.arc_keys[arcs] + ((rows - states) * self.num_labels)[indices]
+        values = self.arc_scores[arcs] + torch.cat(chain_scores)[indices]
+        flat_scores = scores.view(-1)
+        sizes = num_arcs.view(len(chains), num_rows).sum(1).tolist()
+        for level_positions, level_values in zip(positions.split(sizes), values.split(sizes), strict=True):
+            flat_scores.scatter_(0, level_positions, level_values)
 
 
 def stack_automata(automata: Sequence[BackoffAutomaton]) -> BackoffAutomaton:
