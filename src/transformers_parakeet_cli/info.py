@@ -21,10 +21,10 @@ def info(
     The configuration is read without the weights.
     """
     with print_error_and_exit():
-        from transformers_parakeet import demo_model_path
         from transformers_parakeet.model_info import read_model_info
+        from transformers_parakeet.nemo import resolve_model_name
 
-        model_info = read_model_info(demo_model_path() if model == "demo" else model, revision=revision)
+        model_info = read_model_info(resolve_model_name(model), revision=revision)
     if as_json:
         print_text(json.dumps(asdict(model_info), ensure_ascii=False, indent=2))
         return

@@ -77,13 +77,15 @@ class Job:
 
         Raises:
             OSError: the model cannot be found or downloaded.
-            ValueError: an option is invalid.
+            ValueError: an option is invalid, or the output folder cannot be written.
         """
         tasks = self.find_tasks()
         if not tasks:
             # the list of results is empty
             self.write([])
             return
+        # an invalid folder is an error before the model is loaded
+        self.outputs.create_folder()
         # imported here, because this imports torch
         from transformers_parakeet import transcription
 
@@ -186,10 +188,12 @@ class Job:
         """
         audio_s = sum(durations)
         length = f"{audio_s / 3600:.2f} hours" if audio_s >= MIN_HOURS_S else f"{audio_s:.1f} s"
-        print_note(
-            f"{format_count(len(durations))} transcribed, {length} of audio in {elapsed_s:.1f} s "
-            f"({audio_s / elapsed_s:.1f} times real time)"
-        )
+        if durations:
+            folder = self.outputs.folder
+            print_note(
+                f"{format_count(len(durations))} transcribed, {length} of audio in {elapsed_s:.1f} s "
+                f"({audio_s / elapsed_s:.1f} times real time)" + (f"; outputs in {folder}" if folder else "")
+            )
         if len(self.errors) > 1 or (self.errors and durations):
             print_note(f"{format_count(len(self.errors))} failed: {', '.join(self.errors)}")
 
