@@ -136,7 +136,10 @@ def list_abilities(model_info: Any) -> list[tuple[str, str]]:
         ("confidence", "yes: of characters, words and segments"),
         ("streaming", describe_streaming(model_info)),
         ("CTC head", "yes" if "ctc" in model_info.decoders else "no"),
-        ("NeMo export", "yes" if export_error is None else f"no: {export_error}"),
+        (
+            "NeMo export",
+            "yes, if SentencePiece can express the tokenizer" if export_error is None else f"no: {export_error}",
+        ),
     ]
 
 

@@ -473,8 +473,6 @@ def test_the_messages_name_the_limit_of_the_demo_model_and_the_output_folder(tmp
     assert summary.endswith(f"; outputs in {tmp_path}")
 
 
-def test_every_subcommand_accepts_the_name_of_the_demo_model(tmp_path):
-    result = CliRunner().invoke(app, ["convert", "demo", str(tmp_path / "digits.nemo")])
-    assert result.exit_code == 0, result.output
-    assert run(DIGITS, options=("--model", tmp_path / "digits.nemo", "--quiet")).stdout == "one two three\n"
-    assert CliRunner().invoke(app, ["info", "demo"]).exit_code == 0
+def test_a_text_file_with_the_ending_of_an_audio_file_cannot_be_read_as_audio(tmp_path):
+    (tmp_path / "notes.flac").write_text("no audio")
+    assert "notes.flac cannot be read as audio (libsndfile: " in run(tmp_path / "notes.flac").stderr
