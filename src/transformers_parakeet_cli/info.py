@@ -131,15 +131,14 @@ def list_abilities(model_info: Any) -> list[tuple[str, str]]:
         model_info: a `ModelInfo`.
     """
     export_error = model_info.nemo_export_error
+    # the tokenizer is not read here
+    export = f"no: {export_error}" if export_error else "yes, if SentencePiece can express the tokenizer"
     return [
         ("times", f"yes: of characters, words and segments, resolution {model_info.frame_duration_s * 1000:g} ms"),
         ("confidence", "yes: of characters, words and segments"),
         ("streaming", describe_streaming(model_info)),
         ("CTC head", "yes" if "ctc" in model_info.decoders else "no"),
-        (
-            "NeMo export",
-            "yes, if SentencePiece can express the tokenizer" if export_error is None else f"no: {export_error}",
-        ),
+        ("NeMo export", export),
     ]
 
 
