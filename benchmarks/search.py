@@ -27,12 +27,13 @@ from decoding import NUM_FRAMES, VOCAB_SIZE, build_model
 import transformers_parakeet
 from transformers_parakeet.decoding import (
     BeamOptions,
+    BoostedPhrase,
     TokenScorer,
     beam_decode_ctc,
     build_boosting_tree,
     build_fusion,
     greedy_decode_ctc,
-    load_token_ngrams,
+    load_language_model,
 )
 
 BATCH_SIZE = 16
@@ -76,8 +77,10 @@ def build_scorers() -> dict[str, TokenScorer]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.arpa"
         write_random_arpa(path)
-        language_model = load_token_ngrams(path, VOCAB_SIZE - 1)
-    phrases = [rng.integers(VOCAB_SIZE - 1, size=rng.integers(2, 7)).tolist() for _ in range(NUM_PHRASES)]
+        language_model = load_language_model(path, [str(token) for token in range(VOCAB_SIZE - 1)], "nemo")
+    phrases = [
+        BoostedPhrase(tuple(rng.integers(VOCAB_SIZE - 1, size=rng.integers(2, 7)).tolist())) for _ in range(NUM_PHRASES)
+    ]
     return {"language_model": language_model, "boosting": build_boosting_tree(phrases, VOCAB_SIZE - 1)}
 
 

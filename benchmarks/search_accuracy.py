@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from digit_strings import DIGITS, Clip, DigitString, group_by_speaker, join_clips, read_digit_recordings, scale_to_peak
-from train_ngram import train_ngram, write_arpa
+from train_ngram import train, write_arpa
 
 from transformers_parakeet import demo_model_path
 from transformers_parakeet.transcription import load_pipeline
@@ -161,10 +161,10 @@ def measure_grammar(pipe: Any, draw: Any, name: str, recordings: dict[str, list[
         number: number of strings of each split.
     """
     training_rng = np.random.default_rng(1)
-    lines = [to_words(draw(training_rng)) for _ in range(NUM_TRAINING_STRINGS)]
+    lines = [to_words(draw(training_rng)).split() for _ in range(NUM_TRAINING_STRINGS)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.arpa"
-        write_arpa(train_ngram(lines, order=NGRAM_ORDER), path)
+        write_arpa(train(lines, NGRAM_ORDER), path)
         language_model = pipe.processor.load_language_model(path, units="words")
     strings = {}
     for seed, split in enumerate(("dev", "test"), start=2):

@@ -262,7 +262,7 @@ def test_the_snippets_that_do_not_run_are_few_and_give_a_reason():
 
 def test_usage_states_what_its_examples_print():
     claims = re.findall(r"# prints (.*)", (ROOT / "docs" / "usage.md").read_text(encoding="utf-8"))
-    assert len(claims) == 9
+    assert len(claims) == 13
 
 
 def test_the_examples_on_the_model_page_agree_with_each_other(workplace, monkeypatch, capsys):

@@ -19,7 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TORCH = "torch==2.13.0"
 # what the tests need in addition to the extras `cli`, `kernels` and `train`
-TEST_PACKAGES = ("pytest>=8", "pytest-xdist>=3.6", "librosa>=0.10", "parameterized>=0.9", "pillow>=10", "torchao>=0.12")
+TEST_PACKAGES = (
+    *("pytest>=8", "pytest-xdist>=3.6", "librosa>=0.10", "parameterized>=0.9", "pillow>=10", "srt>=3.5"),
+    *("torchao>=0.12", "webvtt-py>=0.5.1"),
+)
 # kernel, import and command; the first also runs the kernel's own tests
 TESTS = ("tests/losses/test_backend.py", "tests/test_registration.py", "tests/cli")
 # tests of the source tree, which an installed wheel does not have

@@ -7,6 +7,7 @@ import http.client
 import math
 import os
 import sys
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -317,7 +318,9 @@ def _download(url: str) -> bytes:
     except AudioError:
         raise
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise AudioError(f"could not download {url!r}: {error}") from error
+        # the text of a `URLError` contains its reason in angle brackets; that of an `HTTPError` also has the status
+        reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
+        raise AudioError(f"could not download {url!r}: {reason}: check the address and the connection") from error
     # check the size, because http.client raises no error if the connection is closed early
     if content_length is not None and content_length.isdigit() and int(content_length) != len(content):
         raise AudioError(f"could not download {url!r}: got {len(content)} of {content_length} bytes, try again")

@@ -224,7 +224,8 @@ def decode_audio(source: str | bytes, name: str, target_rate: int, in_memory_s: 
     # prefer the longest result; at equal durations, prefer a result without a problem
     best = max(results, key=lambda result: (result.duration_s, result.problem is None))
     problems = "; ".join(result.problem for result in results if result.problem is not None)
-    if best.num_samples == 0 and best.problem is not None:
+    # FFmpeg opens any file with the ending `.flac`, and then reads no samples at 0 Hz
+    if best.num_samples == 0 and (best.problem is not None or (problems and best.rate == 0)):
         raise AudioError(f"{name} cannot be read as audio ({problems}): check that it is a complete audio file")
     if not MIN_RATE <= best.rate <= MAX_RATE:
         raise AudioError(

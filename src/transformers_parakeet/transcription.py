@@ -21,7 +21,7 @@ from .configuration_parakeet import get_head_type
 from .decoding import TokenScorer
 from .generation_arguments import DEFAULT_LM_WEIGHT, check_decoder
 from .long_audio import InputOptions
-from .nemo import demo_model_path, load_nemo
+from .nemo import DEMO_MODEL, load_nemo, resolve_model_name
 from .pipeline_parakeet import ParakeetASRPipeline
 from .results import TranscriptionResult, to_timed_texts
 from .timestamps import DEFAULT_AGGREGATION
@@ -35,8 +35,6 @@ from .window_batches import (
 )
 
 DEFAULT_MODEL = "nvidia/parakeet-tdt-0.6b-v3"
-# name of the bundled model of spoken digits
-DEMO_MODEL = "demo"
 # encoder frames before and after a frame in local attention; NVIDIA recommends this context for long recordings
 LOCAL_CONTEXT_SIZE = 128
 DTYPES = ("float32", "float16", "bfloat16")
@@ -196,15 +194,15 @@ def load_pipeline(
         The pipeline.
 
     Raises:
-        ValueError: `dtype` or `attention` is unknown, or the model does not support the context.
+        ValueError: `dtype` or `attention` is unknown, the device is not available, or the model does not support the
+            context.
         OSError: the model cannot be found or downloaded.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}: correct it")
     dtype = dtype or ("bfloat16" if has_native_bfloat16(device) else "float32")
-    source = demo_model_path() if model == DEMO_MODEL else model
-    loaded_model, processor = load_nemo(source, dtype=getattr(torch, dtype))
+    loaded_model, processor = load_nemo(resolve_model_name(model), dtype=getattr(torch, dtype))
     if attention is not None:
         set_attention(loaded_model, attention)
     pipeline = ParakeetASRPipeline(
@@ -213,6 +211,29 @@ def load_pipeline(
     # a `.nemo` file does not set the name; the results contain it
     pipeline.model.name_or_path = str(model)
     return pipeline
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return the device for a model, and check that it is available.
+
+    Args:
+        device: the device; `None` for a CUDA GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: the text does not name a device, or this machine or this build of torch does not have the device.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        # torch checks a device only when it is used
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        names = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"`device` must be available, got {str(device)!r} ({reason}): use one of {names}, or install a build of "
+            "torch for the device"
+        ) from error
 
 
 def has_native_bfloat16(device: torch.device) -> bool:

@@ -10,7 +10,7 @@ from .messages import print_error_and_exit, print_next_command, print_note, prin
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A .nemo file, a folder, or a Hub id.")],
+    source: Annotated[str, typer.Argument(help="A .nemo file, a folder, or a Hub id; demo: the bundled digits.")],
     target: Annotated[str, typer.Argument(help="Folder or .nemo file to write; with --push-to-hub a Hub id.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; default: the dtype of the source.")
@@ -24,12 +24,14 @@ def convert(
     """
     from transformers.utils import logging
 
-    from transformers_parakeet.nemo import convert_checkpoint
+    from transformers_parakeet.nemo import convert_checkpoint, resolve_model_name
 
     logging.disable_progress_bar()
     print_note(f"converting {source} and comparing the result with it")
     with print_error_and_exit():
-        written_path = convert_checkpoint(source, target, dtype=dtype, push_to_hub=push_to_hub, revision=revision)
+        written_path = convert_checkpoint(
+            resolve_model_name(source), target, dtype=dtype, push_to_hub=push_to_hub, revision=revision
+        )
     print_text(f"wrote {written_path}; weights and output for random noise equal those of {source}")
     print_next_command("parakeet", "transcribe", "--model", str(written_path), "FILE")
 

@@ -28,7 +28,7 @@ def demo() -> None:
         rate = compute_word_error_rate(references, [result["text"] for result in results])
         rate_text = "not computed, because it needs jiwer (in the extra `cli`)" if rate is None else f"{rate:.1%}"
         print_text(f"word error rate, {head}: {rate_text} on {len(clips)} clips")
-    print_next_command("parakeet", "transcribe", "--model", "HUB_ID", "FILE")
+    print_next_command("parakeet", "transcribe", "FILE", "--model", "nvidia/parakeet-tdt-0.6b-v3")
 
 
 def print_demo_table(

@@ -106,7 +106,8 @@ def print_evaluation(evaluation: Any) -> None:
     """
     print_rows(list_results(evaluation))
     for score in evaluation.worst_clips(NUM_WORST_CLIPS):
-        print_note(f"{score.words.errors} word errors in {score.clip.name}")
+        errors = "1 word error" if score.words.errors == 1 else f"{score.words.errors} word errors"
+        print_note(f"{errors} in {score.clip.name}")
         print_note(f"  reference:  {score.clip.reference}\n  hypothesis: {score.clip.hypothesis}")
 
 

@@ -21,10 +21,10 @@ def info(
     The configuration is read without the weights.
     """
     with print_error_and_exit():
-        from transformers_parakeet import demo_model_path
         from transformers_parakeet.model_info import read_model_info
+        from transformers_parakeet.nemo import resolve_model_name
 
-        model_info = read_model_info(demo_model_path() if model == "demo" else model, revision=revision)
+        model_info = read_model_info(resolve_model_name(model), revision=revision)
     if as_json:
         print_text(json.dumps(asdict(model_info), ensure_ascii=False, indent=2))
         return
@@ -131,12 +131,14 @@ def list_abilities(model_info: Any) -> list[tuple[str, str]]:
         model_info: a `ModelInfo`.
     """
     export_error = model_info.nemo_export_error
+    # the tokenizer is not read here
+    export = f"no: {export_error}" if export_error else "yes, if SentencePiece can express the tokenizer"
     return [
         ("times", f"yes: of characters, words and segments, resolution {model_info.frame_duration_s * 1000:g} ms"),
         ("confidence", "yes: of characters, words and segments"),
         ("streaming", describe_streaming(model_info)),
         ("CTC head", "yes" if "ctc" in model_info.decoders else "no"),
-        ("NeMo export", "yes" if export_error is None else f"no: {export_error}"),
+        ("NeMo export", export),
     ]
 
 

@@ -73,21 +73,28 @@ class Job:
     ) -> None:
         """Transcribe the recordings whose outputs are missing.
 
-        Args:
-            model: Hub id, folder, `.nemo` file, or `demo`.
-            model_options: arguments of `transformers_parakeet.transcription.load_pipeline`.
-            options: fields of `TranscriptionOptions`.
-            phrase_file: text file with phrases to recognise more often; `None` for no phrases.
+                Args:
+                    model: Hub id, folder, `.nemo` file, or `demo`.
+                    model_options: arguments of `transformers_parakeet.transcription.load_pipeline`.
+                    options: fields of `TranscriptionOptions`.
+                    phrase_file: text file with phrases to recognise more often; `None` for no phrases.
 
-        Raises:
-            OSError: the model or a file cannot be read.
-            ValueError: an option is invalid.
+                Raises:
+        <<<<<<< HEAD
+                    OSError: the model or a file cannot be read.
+                    ValueError: an option is invalid.
+        =======
+                    OSError: the model cannot be found or downloaded.
+                    ValueError: an option is invalid, or the output folder cannot be written.
+        >>>>>>> trial
         """
         tasks = self.find_tasks()
         if not tasks:
             # the list of results is empty
             self.write([])
             return
+        # an invalid folder is an error before the model is loaded
+        self.outputs.create_folder()
         # imported here, because this imports torch
         from transformers_parakeet import transcription
         from transformers_parakeet.phrases import read_phrases
@@ -194,10 +201,12 @@ class Job:
         """
         audio_s = sum(durations)
         length = f"{audio_s / 3600:.2f} hours" if audio_s >= MIN_HOURS_S else f"{audio_s:.1f} s"
-        print_note(
-            f"{format_count(len(durations))} transcribed, {length} of audio in {elapsed_s:.1f} s "
-            f"({audio_s / elapsed_s:.1f} times real time)"
-        )
+        if durations:
+            folder = self.outputs.folder
+            print_note(
+                f"{format_count(len(durations))} transcribed, {length} of audio in {elapsed_s:.1f} s "
+                f"({audio_s / elapsed_s:.1f} times real time)" + (f"; outputs in {folder}" if folder else "")
+            )
         if len(self.errors) > 1 or (self.errors and durations):
             print_note(f"{format_count(len(self.errors))} failed: {', '.join(self.errors)}")
 

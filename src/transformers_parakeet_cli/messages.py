@@ -88,6 +88,11 @@ def format_error(error: Exception, file: str = "") -> str:
         file: name of the file that caused the error. It is prepended unless the message already contains it.
     """
     message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        # the text of Python, without the number of the error
+        message = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, FileNotFoundError) and error.errno is not None:
+        message = f"{message}: correct the path"
     return message if file in message else f"{file}: {message}"
 
 

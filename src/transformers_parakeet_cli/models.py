@@ -35,17 +35,21 @@ def load_pipeline(model: str, **options: Any) -> Any:
 
 
 def print_model_note(pipeline: Any, is_default_dtype: bool) -> None:
-    """Print to stderr which model runs, on which device and in which dtype.
+    """Print to stderr which model runs, on which device and in which dtype, and the limit of the demo model.
 
     Args:
         pipeline: the loaded pipeline.
         is_default_dtype: whether the dtype was chosen by `load_pipeline`.
     """
+    from transformers_parakeet.transcription import DEMO_MODEL
+
     dtype = str(pipeline.model.dtype).removeprefix("torch.")
     reason = ""
     if is_default_dtype:
         verb = "computes" if dtype == "bfloat16" else "does not compute"
         reason = f", because the device {verb} bfloat16 natively"
+    if pipeline.model.name_or_path == DEMO_MODEL:
+        print_note("the demo model recognises only spoken English digits")
     print_note(f"model {pipeline.model.name_or_path} on {pipeline.device} in {dtype}{reason}")
 
 

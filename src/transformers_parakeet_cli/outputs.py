@@ -71,6 +71,23 @@ class OutputOptions:
                 "`--output-dir FOLDER`"
             )
 
+    def create_folder(self) -> None:
+        """Create the output folder if it does not exist.
+
+        Raises:
+            ValueError: the folder cannot be created or written.
+        """
+        if self.folder is None:
+            return
+        reason = "no permission to write"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            is_writable = os.access(self.folder, os.W_OK)
+        except OSError as error:
+            is_writable, reason = False, error.strerror or type(error).__name__
+        if not is_writable:
+            raise ValueError(f"`--output-dir` must be a folder that can be written, got {self.folder} ({reason})")
+
     @property
     def needs_confidence(self) -> bool:
         """Whether an output contains confidences."""

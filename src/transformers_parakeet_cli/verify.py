@@ -13,7 +13,7 @@ from .messages import print_error, print_error_and_exit, print_note, print_text
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help="Hub id, folder or .nemo file.")],
+    model: Annotated[str, typer.Argument(help="Hub id, folder or .nemo file; demo: the bundled digits.")],
     clips: Annotated[int, typer.Option(help="Number of clips of the test data to score; 0: none.", min=0)] = 100,
     data: Annotated[
         str | None,
@@ -33,11 +33,12 @@ def verify(
     with print_error_and_exit():
         from transformers.utils import logging
 
+        from transformers_parakeet.nemo import resolve_model_name
         from transformers_parakeet.verification import VerifyOptions, verify_checkpoint
 
         logging.disable_progress_bar()
         options = VerifyOptions(clips, data, batch_size, device, revision)
-        verification = verify_checkpoint(model, options, print_note)
+        verification = verify_checkpoint(str(resolve_model_name(model)), options, print_note)
     print_text(format_verification(verification))
     differences = verification.comparison.differences
     if differences:

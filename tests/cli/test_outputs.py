@@ -40,3 +40,12 @@ def test_only_missing_formats_are_written_unless_files_are_overwritten(tmp_path)
     assert OutputOptions(**options).get_missing_formats("a") == ("srt",)
     assert OutputOptions(**options).get_missing_formats("sub/a") == ("txt", "srt")
     assert OutputOptions(**options, overwrite=True).get_missing_formats("a") == ("txt", "srt")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    OutputOptions(("txt",), tmp_path / "a" / "b").create_folder()
+    assert (tmp_path / "a" / "b").is_dir()
+    for folder in (tmp_path / "file", tmp_path / "file" / "a"):
+        with pytest.raises(ValueError, match=r"`--output-dir` must be a folder that can be written, got .*file"):
+            OutputOptions(("txt",), folder).create_folder()

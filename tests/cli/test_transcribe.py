@@ -450,3 +450,29 @@ def test_a_url_is_transcribed(tmp_path, monkeypatch):
     assert run(url, "--output-dir", tmp_path).exit_code == 0
     assert read_files(tmp_path) == {"my talk.txt": "one two three\n"}
     assert len(requests) == 1
+
+
+def test_a_device_that_the_machine_lacks_is_an_error_in_one_line():
+    for device, reason in (("cuda:99", "'cuda:99'"), ("gpu", "'gpu'")):
+        result = run(DIGITS, "--device", device)
+        assert (result.exit_code, result.stdout) == (1, "")
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(f"`device` must be available, got {reason} (")
+        assert "use one of cpu" in line
+
+
+def test_a_missing_file_is_named_without_the_number_of_the_error(tmp_path):
+    result = run(tmp_path / "missing.wav", options=OPTIONS)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == f"{tmp_path / 'missing.wav'}: No such file or directory: correct the path"
+
+
+def test_the_messages_name_the_limit_of_the_demo_model_and_the_output_folder(tmp_path):
+    first, _, summary = run(DIGITS, "--output-dir", tmp_path, options=OPTIONS).stderr.splitlines()
+    assert first == "the demo model recognises only spoken English digits"
+    assert summary.endswith(f"; outputs in {tmp_path}")
+
+
+def test_a_text_file_with_the_ending_of_an_audio_file_cannot_be_read_as_audio(tmp_path):
+    (tmp_path / "notes.flac").write_text("no audio")
+    assert "notes.flac cannot be read as audio (libsndfile: " in run(tmp_path / "notes.flac").stderr

@@ -94,3 +94,14 @@ def test_a_dataset_that_is_one_split_has_only_this_split(clips):
     assert load_speech(data, "validation")["text"] == ["one"]
     with pytest.raises(ValueError, match="has no split 'test'"):
         load_speech(data, "test")
+
+
+def test_a_hub_dataset_that_cannot_be_loaded_is_an_error_with_a_remedy(monkeypatch):
+    def fail(*arguments, **options):
+        raise ConnectionError("Couldn't reach 'nodata' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(
+        OSError, match=r"no file or folder nodata on this machine.*\(Couldn't reach.*: correct the path"
+    ):
+        load_speech("nodata")

@@ -54,8 +54,7 @@ def read_json_lines(path):
 
 def finetune(folder, *options, model=None, data=SENTENCES):
     """Run `parakeet finetune` on the demo model or another one; return its result."""
-    model = tp.demo_model_path() if model is None else model
-    return run("finetune", "--model", model, "--train_data", data, "--output_dir", folder, *QUICK, *options)
+    return run("finetune", "--model", model or "demo", "--train_data", data, "--output_dir", folder, *QUICK, *options)
 
 
 def changed_weights(old_folder, new_folder):
@@ -183,6 +182,13 @@ def test_help_lists_our_options_and_those_of_transformers():
     output = run("finetune", "--help").stdout
     names = ("--batch_duration_s", "--learning_rate", "--gradient_checkpointing", "--bf16")
     assert [name for name in names if name not in output] == []
+
+
+def test_an_invalid_command_line_prints_a_short_usage():
+    result = run("finetune", "--model", "demo")
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 4
+    assert "required: --train_data" in result.stderr.splitlines()[-1]
 
 
 def test_a_model_of_another_type_is_refused(tmp_path):

@@ -2,13 +2,22 @@
 
 from .archive import NemoError
 from .convert import convert_checkpoint
-from .hub import HUB_TIMEOUT_S, REQUEST_ERRORS, demo_model_path, download_checkpoint, summarize_error
+from .hub import (
+    DEMO_MODEL,
+    HUB_TIMEOUT_S,
+    REQUEST_ERRORS,
+    demo_model_path,
+    download_checkpoint,
+    resolve_model_name,
+    summarize_error,
+)
 from .pipeline import add_nemo_support
 from .reader import build_empty_model, describe_head, load_config, load_nemo
 from .sentencepiece import build_tokenizer, get_sentencepiece_models, parse_sentencepiece
 from .writer import check_config, export_nemo
 
 __all__ = [
+    "DEMO_MODEL",
     "HUB_TIMEOUT_S",
     "REQUEST_ERRORS",
     "NemoError",
@@ -25,5 +34,6 @@ __all__ = [
     "load_config",
     "load_nemo",
     "parse_sentencepiece",
+    "resolve_model_name",
     "summarize_error",
 ]

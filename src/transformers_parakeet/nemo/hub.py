@@ -25,9 +25,22 @@ HUB_TIMEOUT_S = 10.0
 REQUEST_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 
 
+# name of the bundled model on the command line and in `transcribe`
+DEMO_MODEL = "demo"
+
+
 def demo_model_path() -> Path:
     """Return the folder of the bundled demo model, which recognises spoken English digits."""
     return Path(__file__).parents[1] / "demo_model"
+
+
+def resolve_model_name(model: str | Path) -> str | Path:
+    """Return the folder of the demo model for the name `"demo"`, and every other name unchanged.
+
+    Args:
+        model: Hub id, path of a folder or `.nemo` file, or `"demo"`.
+    """
+    return demo_model_path() if model == DEMO_MODEL else model
 
 
 def find_checkpoint(path: str | Path, **hub: Any) -> Path:
@@ -52,7 +65,10 @@ def find_checkpoint(path: str | Path, **hub: Any) -> Path:
     if local_path.is_file():
         return local_path
     if isinstance(path, Path) or not is_repo_id(path):
-        raise FileNotFoundError(f"the file {path} does not exist")
+        raise FileNotFoundError(
+            f"the file {path} does not exist: give the path of a .nemo file or folder, or a Hub id such as "
+            "nvidia/parakeet-tdt-0.6b-v3"
+        )
     repository = HubFiles(path, **hub)
     return choose_checkpoint(path, repository.names, repository.snapshot_folder or Path(path), repository.fetch)
 

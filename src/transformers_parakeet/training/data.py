@@ -75,6 +75,7 @@ def open_dataset(source: str | Path, split: SplitRequest, config_name: str | Non
         streaming: whether to return an `IterableDataset`; ignored for folders written by `save_to_disk`.
 
     Raises:
+        OSError: the Hub dataset does not exist, or it cannot be downloaded.
         ValueError: the data has no such split, or a line of the manifest or metadata file is invalid.
     """
     datasets = import_optional("datasets", "this data")
@@ -88,9 +89,31 @@ def open_dataset(source: str | Path, split: SplitRequest, config_name: str | Non
     elif path.is_dir():
         rows = read_audio_folder(path, split)
     else:
-        return datasets.load_dataset(str(source), config_name, split=split.name, streaming=streaming)
+        return load_hub_dataset(str(source), config_name, split=split.name, streaming=streaming)
     dataset = datasets.Dataset.from_list(rows)
     return dataset.to_iterable_dataset() if streaming else dataset
+
+
+def load_hub_dataset(name: str, config_name: str | None, **options: Any) -> Any:
+    """Load a dataset from the Hub or from its cache.
+
+    Args:
+        name: name of the dataset, `org/name`.
+        config_name: configuration name; None for the default configuration.
+        **options: `split` and `streaming`, as in `datasets.load_dataset`.
+
+    Raises:
+        OSError: the dataset does not exist, or it cannot be downloaded.
+    """
+    datasets = import_optional("datasets", "this data")
+    try:
+        return datasets.load_dataset(name, config_name, **options)
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise OSError(
+            f"there is no file or folder {name} on this machine, and no dataset of this name was loaded from the Hub "
+            f"({reason}): correct the path, or check the name of the dataset and the connection"
+        ) from error
 
 
 def select_split(dataset: Any, source: Any, split: SplitRequest) -> Any:

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from ..generation_arguments import check_decoder
 from ..modeling_parakeet import ParakeetForCTC
-from ..nemo import load_nemo
+from ..nemo import load_nemo, resolve_model_name
 from .adapters import add_lora, freeze
 from .clips import add_durations
 from .collator import SpeechCollator
@@ -40,6 +40,11 @@ logger = logging.get_logger(__name__)
 
 # number of updates between two reports of the loss, unless `--logging_steps` is given
 DEFAULT_LOGGING_STEPS = 10
+
+# replaces the list of all options, more than 150 lines, which argparse prints before an error message
+USAGE = """parakeet finetune --model MODEL --train_data DATA [--eval_data DATA] [--output_dir FOLDER] [options]
+       parakeet finetune OPTIONS.yaml
+       parakeet finetune --help lists all options"""
 
 
 def create_option(default: Any, help_text: str) -> Any:
@@ -59,7 +64,7 @@ class FinetuneArguments:
     The options of the training loop are `TrainingArguments`.
     """
 
-    model: str = field(metadata={"help": "Hub id, folder or .nemo file of the model"})
+    model: str = field(metadata={"help": "Hub id, folder or .nemo file of the model; demo: the bundled digits"})
     train_data: str = field(metadata={"help": "training data: NeMo manifest (.json, .jsonl), folder, or Hub dataset"})
     eval_data: str | None = create_option(
         None, "evaluation data, in the forms of train_data; default: train_data if eval_split is set, otherwise none"
@@ -114,7 +119,7 @@ def prepare_model(options: FinetuneArguments) -> tuple[Any, Any]:
     Raises:
         ValueError: an option is not valid for the model.
     """
-    model, processor = load_nemo(options.model, dtype=torch.float32)
+    model, processor = load_nemo(resolve_model_name(options.model), dtype=torch.float32)
     if options.tokenizer is not None:
         replace_tokenizer(model, processor, options.tokenizer)
     if options.new_tokens:
@@ -298,8 +303,8 @@ def save_model(trainer: Any, merge_adapters: bool) -> None:
 def parse_options(command_line: Sequence[str] | None) -> tuple[FinetuneArguments, Any]:
     """Parse the options of `parakeet finetune`.
 
-    Defaults on the command line that differ from those of transformers: `logging_steps` is 10, and the model is
-    evaluated after every epoch if there is evaluation data.
+    Defaults on the command line that differ from those of transformers: `logging_steps` is 10, memory is pinned only if
+    there is an accelerator, and the model is evaluated after every epoch if there is evaluation data.
 
     Args:
         command_line: command-line options, or a single path of a JSON or YAML file that contains the options; None to
@@ -308,14 +313,16 @@ def parse_options(command_line: Sequence[str] | None) -> tuple[FinetuneArguments
     Returns:
         The options for the model and the data, and the `TrainingArguments`.
     """
-    parser = HfArgumentParser((FinetuneArguments, TrainingArguments), prog="parakeet finetune")
+    parser = HfArgumentParser((FinetuneArguments, TrainingArguments), prog="parakeet finetune", usage=USAGE)
     if command_line and len(command_line) == 1 and command_line[0].endswith((".json", ".yaml", ".yml")):
         (path,) = command_line
         parse_file = parser.parse_json_file if path.endswith(".json") else parser.parse_yaml_file
         options, training_arguments = parse_file(path)
         return options, training_arguments
     names = {argument.partition("=")[0] for argument in (sys.argv[1:] if command_line is None else command_line)}
-    parser.set_defaults(logging_steps=DEFAULT_LOGGING_STEPS)
+    # without an accelerator, torch warns that it cannot pin memory
+    has_accelerator = torch.accelerator.is_available()
+    parser.set_defaults(logging_steps=DEFAULT_LOGGING_STEPS, dataloader_pin_memory=has_accelerator)
     if names & {"--eval_data", "--eval_split"}:
         parser.set_defaults(eval_strategy="epoch")
     options, training_arguments = parser.parse_args_into_dataclasses(command_line)
