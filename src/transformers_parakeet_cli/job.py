@@ -13,7 +13,7 @@ from typing import Any
 
 from .inputs import Recording, choose_output_names, find_recordings
 from .messages import error_console, format_error, print_error, print_note, print_text, print_traceback
-from .models import load_pipeline, print_model_note
+from .models import load_pipeline, pause_garbage_collection, print_model_note
 from .outputs import OutputOptions, format_result, print_json_line, print_json_list
 from .progress import ProgressBar
 
@@ -73,20 +73,15 @@ class Job:
     ) -> None:
         """Transcribe the recordings whose outputs are missing.
 
-                Args:
-                    model: Hub id, folder, `.nemo` file, or `demo`.
-                    model_options: arguments of `transformers_parakeet.transcription.load_pipeline`.
-                    options: fields of `TranscriptionOptions`.
-                    phrase_file: text file with phrases to recognise more often; `None` for no phrases.
+        Args:
+            model: Hub id, folder, `.nemo` file, or `demo`.
+            model_options: arguments of `transformers_parakeet.transcription.load_pipeline`.
+            options: fields of `TranscriptionOptions`.
+            phrase_file: text file with phrases to recognise more often; `None` for no phrases.
 
-                Raises:
-        <<<<<<< HEAD
-                    OSError: the model or a file cannot be read.
-                    ValueError: an option is invalid.
-        =======
-                    OSError: the model cannot be found or downloaded.
-                    ValueError: an option is invalid, or the output folder cannot be written.
-        >>>>>>> trial
+        Raises:
+            OSError: the model or a file cannot be read.
+            ValueError: an option is invalid, or the output folder cannot be written.
         """
         tasks = self.find_tasks()
         if not tasks:
@@ -96,8 +91,9 @@ class Job:
         # an invalid folder is an error before the model is loaded
         self.outputs.create_folder()
         # imported here, because this imports torch
-        from transformers_parakeet import transcription
-        from transformers_parakeet.phrases import read_phrases
+        with pause_garbage_collection():
+            from transformers_parakeet import transcription
+            from transformers_parakeet.phrases import read_phrases
 
         phrases = () if phrase_file is None else tuple(read_phrases(phrase_file))
         all_options = transcription.TranscriptionOptions(
