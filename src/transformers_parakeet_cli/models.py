@@ -13,7 +13,7 @@ from .messages import print_note
 
 @contextmanager
 def pause_garbage_collection() -> Iterator[None]:
-    """Pause garbage collection while modules are imported, because it would take about 15 % of the time of the import."""
+    """Pause garbage collection while modules are imported. It would take about 15 % of the time of the import."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
