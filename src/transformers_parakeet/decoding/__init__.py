@@ -1,9 +1,10 @@
 """Greedy decoding of CTC and transducer scores, whole or part by part, hypotheses, and token confidence."""
 
 from .confidence import check_confidence_method, compute_token_confidence
+from .frame_scoring import Shortcuts
 from .greedy import greedy_decode_ctc, greedy_decode_transducer_reference
 from .hypotheses import Hypotheses, Steps, collapse_ctc, insert_forced_blanks
-from .label_looping import Shortcuts, greedy_decode_transducer
+from .label_looping import greedy_decode_transducer
 from .options import TransducerOptions
 from .resuming import finish_ctc, resume_ctc, resume_transducer
 from .state import (

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .confidence import compute_token_confidence
+from .frame_scoring import FramePlan, FrameScores, Shortcuts, follow_blanks
 from .hypotheses import ClipSteps, Hypotheses, collect_hypotheses
 from .options import Joint, Predict, TransducerOptions
 
@@ -30,22 +31,6 @@ MIN_LABEL_FRACTION = 0.6
 OnStep = Callable[[list[list[int]]], Sequence[bool]]
 
 
-@dataclass(frozen=True)
-class Shortcuts:
-    """Functions that find the best outputs of a joint network faster than by scoring all outputs.
-
-    Both take encoder states (R, K, J) of K frames of R clips and predictor states (R, 1, J), and return (R, K) indices.
-
-    Args:
-        find_best_durations: returns the index of the best duration output. With it, the search predicts which frames a
-            clip visits while it emits blanks, and scores only these. `None` for RNN-T or if it is not available.
-        find_best_tokens: returns the best token. It is used if no scores are needed. `None` if it is not available.
-    """
-
-    find_best_durations: Callable[[Tensor, Tensor], Tensor] | None = None
-    find_best_tokens: Callable[[Tensor, Tensor], Tensor] | None = None
-
-
 def greedy_decode_transducer(
     encoder_states: Tensor,
     frame_lengths: Tensor,
@@ -53,7 +38,7 @@ def greedy_decode_transducer(
     joint: Joint,
     options: TransducerOptions,
     pad_id: int = 0,
-    shortcuts: Shortcuts = Shortcuts(),
+    shortcuts: Shortcuts | None = None,
     on_step: OnStep | None = None,
 ) -> Hypotheses:
     """Decode a batch of RNN-T or TDT clips greedily by label looping (arXiv 2406.06220).
@@ -65,7 +50,7 @@ def greedy_decode_transducer(
         joint: joint network: (encoder states, predictor states) -> scores of tokens and durations.
         options: settings of the search.
         pad_id: token id that pads short hypotheses.
-        shortcuts: functions that find the best outputs of the joint network faster.
+        shortcuts: functions that find the best outputs of the joint network faster; `None` for no such functions.
         on_step: called after every step with the tokens of all clips; returns which clips to stop. `None` for no call.
 
     Returns:
@@ -75,7 +60,7 @@ def greedy_decode_transducer(
     searches = [ClipSearch(min(length, num_frames), options) for length in frame_lengths.tolist()]
     start_tokens = torch.full((batch,), options.blank_id, device=encoder_states.device)
     predictor_states, lstm_state = predict(start_tokens, None)
-    scorer = FrameScorer(encoder_states, joint, shortcuts, options)
+    scorer = FrameScorer(encoder_states, joint, shortcuts or Shortcuts(), options)
     search_labels(searches, scorer, predict, predictor_states, lstm_state, on_step)
     all_steps = [search.steps for search in searches]
     has_confidence = options.confidence is not None
@@ -248,38 +233,6 @@ def choose_lookahead(options: TransducerOptions, num_clips: int) -> int:
     return options.lookahead or min(MAX_FRAMES_PER_CLIP, max(1, FRAMES_PER_CALL // num_clips))
 
 
-@dataclass(frozen=True)
-class FramePlan:
-    """The frames that one call of the joint network scores: K frames of each of R clips.
-
-    Args:
-        clip_indices: indices of the R clips.
-        frames: K frame indices of each clip, in chronological order.
-        predictor_states: (R, 1, J) predictor states of the clips.
-        durations: predicted duration of each frame, if the shortcut for durations was used; `None` otherwise.
-    """
-
-    clip_indices: list[int]
-    frames: list[list[int]]
-    predictor_states: Tensor
-    durations: list[list[int]] | None = None
-
-
-@dataclass(frozen=True)
-class FrameScores:
-    """The best outputs of the joint network on the frames of a `FramePlan`: K frames of each of R clips.
-
-    Args:
-        tokens: best token of each frame.
-        durations: predicted duration of each frame; for RNN-T 1 for a blank and 0 for a label.
-        logits: (R, K, V + D) scores; `None` if the shortcut for tokens was used.
-    """
-
-    tokens: list[list[int]]
-    durations: list[list[int]]
-    logits: Tensor | None
-
-
 class FrameScorer:
     """Chooses which frames to score, and scores them with the joint network.
 
@@ -397,23 +350,6 @@ class FrameScorer:
     def _to_durations(self, duration_indices: Tensor) -> list[list[int]]:
         """Convert (R, K) indices of duration outputs to durations in frames."""
         return [[self.duration_values[index] for index in indices] for indices in duration_indices.tolist()]
-
-
-def follow_blanks(durations: Sequence[int], num_offsets: int) -> list[int]:
-    """List the frame offsets that the decoder visits while it emits only blanks.
-
-    A blank advances by its predicted duration, but by at least one frame: durations 2 1 0 1 and `num_offsets` 3 give
-    the offsets 0, 2, 3.
-
-    Args:
-        durations: predicted duration for each consecutive frame; must cover all returned offsets except the last one.
-        num_offsets: number of offsets to return; the first one is 0.
-    """
-    offsets = [0]
-    for _ in range(num_offsets - 1):
-        current_offset = offsets[-1]
-        offsets.append(current_offset + max(1, durations[current_offset]))
-    return offsets
 
 
 def advance_clips(

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .frame_scoring import Shortcuts
 from .hypotheses import Hypotheses, collect_hypotheses, pad_lists
-from .label_looping import ClipSearch, FrameScorer, Shortcuts, predict_clips, search_labels
+from .label_looping import ClipSearch, FrameScorer, predict_clips, search_labels
 from .options import Joint, Predict, TransducerOptions
 from .state import CTCState, Run, TransducerState
 
