@@ -1,12 +1,22 @@
-"""Greedy decoding of CTC and transducer scores, whole or part by part, hypotheses, and token confidence."""
+"""Greedy decoding of CTC and transducer scores, whole or part by part, fusion, hypotheses, and token confidence."""
 
+from .automaton import BackoffAutomaton, stack_automata
 from .confidence import check_confidence_method, compute_token_confidence
 from .frame_scoring import Shortcuts
+from .fusion import Fusion, TokenScorer
 from .greedy import greedy_decode_ctc, greedy_decode_transducer_reference
 from .hypotheses import Hypotheses, Steps, collapse_ctc, insert_forced_blanks
 from .label_looping import greedy_decode_transducer
 from .options import TransducerOptions
-from .resuming import finish_ctc, resume_ctc, resume_transducer
+from .resuming import finish_ctc, resume_ctc, resume_greedy_ctc, resume_transducer
+from .search_inputs import (
+    DEFAULT_BOOSTING_WEIGHT,
+    DEFAULT_LM_WEIGHT,
+    build_fusion,
+    mask_joint,
+    mask_tokens,
+    prepare_allowed_tokens,
+)
 from .state import (
     CTCState,
     TransducerState,
@@ -17,12 +27,18 @@ from .state import (
 )
 
 __all__ = [
+    "DEFAULT_BOOSTING_WEIGHT",
+    "DEFAULT_LM_WEIGHT",
+    "BackoffAutomaton",
     "CTCState",
+    "Fusion",
     "Hypotheses",
     "Shortcuts",
     "Steps",
+    "TokenScorer",
     "TransducerOptions",
     "TransducerState",
+    "build_fusion",
     "check_confidence_method",
     "collapse_ctc",
     "compute_token_confidence",
@@ -31,8 +47,13 @@ __all__ = [
     "greedy_decode_transducer",
     "greedy_decode_transducer_reference",
     "insert_forced_blanks",
+    "mask_joint",
+    "mask_tokens",
+    "prepare_allowed_tokens",
     "resume_ctc",
+    "resume_greedy_ctc",
     "resume_transducer",
+    "stack_automata",
     "stack_ctc_states",
     "stack_transducer_states",
     "start_ctc_state",
