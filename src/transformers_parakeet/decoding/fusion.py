@@ -131,9 +131,10 @@ class Fusion:
         Returns:
             (N, V) float32 scores.
         """
+        columns = split_states(states)
         scores = [
-            scorer.score(states[:, index]) * weight
-            for index, (scorer, weight) in enumerate(zip(self.scorers, self.weights, strict=True))
+            scorer.score(column) * weight
+            for scorer, weight, column in zip(self.scorers, self.weights, columns, strict=True)
         ]
         return torch.stack(scores).sum(0) if len(scores) > 1 else scores[0]
 
@@ -147,7 +148,8 @@ class Fusion:
         Returns:
             (N, number of scorers) next states.
         """
-        next_states = [scorer.step(states[:, index], tokens)[1] for index, scorer in enumerate(self.scorers)]
+        columns = split_states(states)
+        next_states = [scorer.step(column, tokens)[1] for scorer, column in zip(self.scorers, columns, strict=True)]
         return torch.stack(next_states, dim=1)
 
     def choose_labels(self, states: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +162,8 @@ class Fusion:
         Returns:
             (N,) labels, and the (N, number of scorers) states after these labels.
         """
-        labels = (logits + self.score(states)).argmax(-1)
+        # `max` is faster than `argmax` on a CPU
+        labels = (logits + self.score(states)).max(-1).indices
         return labels, self.advance(states, labels)
 
     def score_end(self, states: Tensor) -> Tensor:
@@ -172,11 +175,24 @@ class Fusion:
         Returns:
             (N,) float32 scores.
         """
+        columns = split_states(states)
         scores = [
-            scorer.score_end(states[:, index]) * weight
-            for index, (scorer, weight) in enumerate(zip(self.scorers, self.weights, strict=True))
+            scorer.score_end(column) * weight
+            for scorer, weight, column in zip(self.scorers, self.weights, columns, strict=True)
         ]
         return torch.stack(scores).sum(0)
+
+
+def split_states(states: Tensor) -> tuple[Tensor, ...]:
+    """Split the states of a fusion into the states of its scorers.
+
+    Args:
+        states: (N, number of scorers) states.
+
+    Returns:
+        One contiguous (N,) tensor per scorer.
+    """
+    return states.t().contiguous().unbind()
 
 
 class LabelChooser:
