@@ -21,7 +21,7 @@ from transformers_parakeet.decoding import (
     greedy_decode_transducer,
     greedy_decode_transducer_reference,
     mask_joint,
-    mask_tokens,
+    mask_logits,
     prepare_allowed_tokens,
     resume_ctc,
     resume_greedy_ctc,
@@ -297,9 +297,8 @@ def test_tokens_that_are_not_allowed_are_never_emitted(has_fusion):
         options = TransducerOptions(BLANK, VOCAB, (0, 1, 2), 3, confidence="max_prob")
         # the blank is always allowed
         mask = torch.tensor([True, False, True, False, False, True, False])
-        allowed = prepare_allowed_tokens(mask, BLANK, VOCAB)
+        joint = mask_joint(networks.joint, mask, BLANK)
         assert mask.tolist() == [True, False, True, False, False, True, False]
-        joint = mask_joint(networks.joint, allowed)
         # the same networks without the outputs that are not allowed
         masked = RandomNetworks(seed, (0, 1, 2), blank_bias=0.0)
         masked.bias[torch.tensor([1, 3, 4])] = -torch.inf
@@ -318,7 +317,7 @@ def test_tokens_that_are_not_allowed_are_never_emitted(has_fusion):
         plain = greedy_decode_transducer(frames, lengths, networks.predict, networks.joint, options, fusion=fusion)
         num_changed += not torch.equal(plain.tokens, hypotheses.tokens)
         logits = torch.randn(3, 30, VOCAB, generator=torch.Generator().manual_seed(seed))
-        tokens = greedy_decode_ctc(mask_tokens(logits, allowed), None, BLANK, fusion)
+        tokens = greedy_decode_ctc(mask_logits(logits, mask, BLANK), None, BLANK, fusion)
         assert set(tokens.unique().tolist()) == {0, 2, 5, BLANK}
     assert num_changed >= 15
 

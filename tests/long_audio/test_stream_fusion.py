@@ -15,8 +15,7 @@ from transformers_parakeet.decoding import (
     greedy_decode_ctc,
     greedy_decode_transducer_reference,
     mask_joint,
-    mask_tokens,
-    prepare_allowed_tokens,
+    mask_logits,
 )
 
 # model, decoder
@@ -51,9 +50,8 @@ def decode_whole(model, decoder, hidden, options):
         blank_id,
         vocab_size,
     )
-    allowed = prepare_allowed_tokens(options["allowed_tokens"], blank_id, vocab_size)
     if decoder == "ctc" or isinstance(model, tp.ParakeetForCTC):
-        logits = mask_tokens(model.ctc_logits(hidden[None]), allowed)
+        logits = mask_logits(model.ctc_logits(hidden[None]), options["allowed_tokens"], blank_id)
         tokens = greedy_decode_ctc(logits, None, blank_id, fusion)
         return collapse_ctc(tokens, blank_id, compute_token_confidence(logits, "max_prob", tokens)).to_lists(0)
     durations = tuple(model.config.durations) if isinstance(model, tp.ParakeetForTDT) else None
@@ -64,7 +62,7 @@ def decode_whole(model, decoder, hidden, options):
         model.encoder_projector(hidden[None]),
         torch.tensor([len(hidden)]),
         model.decoder.step,
-        mask_joint(model.joint.score, allowed),
+        mask_joint(model.joint.score, options["allowed_tokens"], blank_id),
         search,
         fusion=fusion,
     ).to_lists(0)

@@ -14,7 +14,7 @@ from .search_inputs import (
     DEFAULT_LM_WEIGHT,
     build_fusion,
     mask_joint,
-    mask_tokens,
+    mask_logits,
     prepare_allowed_tokens,
 )
 from .state import (
@@ -48,7 +48,7 @@ __all__ = [
     "greedy_decode_transducer_reference",
     "insert_forced_blanks",
     "mask_joint",
-    "mask_tokens",
+    "mask_logits",
     "prepare_allowed_tokens",
     "resume_ctc",
     "resume_greedy_ctc",

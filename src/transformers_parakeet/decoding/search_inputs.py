@@ -23,7 +23,7 @@ DEFAULT_LM_WEIGHT, DEFAULT_BOOSTING_WEIGHT = 0.3, 1.0
 def build_fusion(
     language_model: TokenScorer | None,
     lm_weight: float,
-    boosting: TokenScorer | Sequence[BackoffAutomaton | None] | None,
+    boosting: TokenScorer | Sequence[TokenScorer | None] | None,
     boosting_weight: float,
     blank_id: int,
     vocab_size: int,
@@ -61,7 +61,7 @@ def build_fusion(
     return fusion
 
 
-def combine_boosting(trees: Sequence[BackoffAutomaton | None], num_labels: int) -> BackoffAutomaton | None:
+def combine_boosting(trees: Sequence[TokenScorer | None], num_labels: int) -> BackoffAutomaton | None:
     """Combine the boosting trees of the clips of a batch.
 
     Args:
@@ -75,16 +75,18 @@ def combine_boosting(trees: Sequence[BackoffAutomaton | None], num_labels: int) 
         ValueError: the trees have different numbers of labels.
         TypeError: an entry is neither a `BackoffAutomaton` nor `None`.
     """
+    empty_tree = build_empty_automaton(num_labels)
+    automata = []
     for tree in trees:
         if tree is not None and not isinstance(tree, BackoffAutomaton):
             raise TypeError(
                 f"each entry of a list of boosting trees must be a tree or `None`, got {type(tree).__name__}: build "
                 "trees with `processor.boosting_tree`"
             )
-    if all(tree is None for tree in trees):
+        automata.append(empty_tree if tree is None else tree)
+    if all(automaton is empty_tree for automaton in automata):
         return None
-    empty_tree = build_empty_automaton(num_labels)
-    return stack_automata([empty_tree if tree is None else tree for tree in trees])
+    return stack_automata(automata)
 
 
 def build_empty_automaton(num_labels: int) -> BackoffAutomaton:
@@ -110,13 +112,13 @@ def build_empty_automaton(num_labels: int) -> BackoffAutomaton:
     )
 
 
-def prepare_allowed_tokens(allowed_tokens: Tensor, blank_id: int, vocab_size: int) -> Tensor:
+def prepare_allowed_tokens(allowed_tokens: Tensor, blank_id: int, vocab_size: int | None = None) -> Tensor:
     """Check a mask of allowed tokens, and allow the blank.
 
     Args:
         allowed_tokens: (V,) bool, whether a token is allowed; V is the number of tokens with the blank.
         blank_id: id of the blank, which is always allowed.
-        vocab_size: number of tokens V of the model.
+        vocab_size: number of tokens V of the model; `None` for `blank_id` + 1.
 
     Returns:
         (V,) bool, a copy in which the blank is allowed.
@@ -130,38 +132,58 @@ def prepare_allowed_tokens(allowed_tokens: Tensor, blank_id: int, vocab_size: in
         raise TypeError(
             f"`allowed_tokens` must be a tensor of type bool, got {kind}: pass one truth value per token of the model"
         )
-    if allowed_tokens.shape != (vocab_size,):
+    shape = (blank_id + 1 if vocab_size is None else vocab_size,)
+    if allowed_tokens.shape != shape:
         raise ValueError(
-            f"`allowed_tokens` must have one truth value per token of the model, with the blank, ({vocab_size},), got "
-            f"the shape {tuple(allowed_tokens.shape)}: build it for the tokenizer of the model"
+            f"`allowed_tokens` must have one truth value per token of the model, with the blank, {shape}, got the "
+            f"shape {tuple(allowed_tokens.shape)}: build it for the tokenizer of the model"
         )
     allowed = allowed_tokens.clone()
     allowed[blank_id] = False
     if not allowed.any():
         raise ValueError(
-            "`allowed_tokens` must allow at least one label, got a mask that allows none: set the entries to "
-            "True of the labels that the result may contain"
+            "`allowed_tokens` must allow at least one label, got a mask that allows none: set the entries to True of "
+            "the labels that the result may contain"
         )
     allowed[blank_id] = True
     return allowed
 
 
-def mask_tokens(logits: Tensor, allowed: Tensor) -> Tensor:
+def mask_logits(logits: Tensor, allowed_tokens: Tensor, blank_id: int) -> Tensor:
     """Set the scores of tokens that are not allowed to -inf, so that no search can emit them.
 
     Args:
         logits: (..., V) scores of V tokens, or (..., V + D) scores of V tokens and D durations, which do not change.
-        allowed: (V,) bool, whether a token is allowed, on the device of the scores; the blank must be allowed.
+        allowed_tokens: (V,) bool, whether a token is allowed; the blank is always allowed.
+        blank_id: id of the blank, the last of the V tokens.
+
+    Returns:
+        The scores, in a new tensor.
+
+    Raises:
+        TypeError: the mask is not a bool tensor.
+        ValueError: the mask has another shape, or allows no label.
+    """
+    return fill_masked(logits, prepare_allowed_tokens(allowed_tokens, blank_id))
+
+
+def fill_masked(logits: Tensor, is_allowed: Tensor) -> Tensor:
+    """Set the scores of tokens that are not allowed to -inf.
+
+    Args:
+        logits: (..., V) scores of V tokens, or (..., V + D) scores of V tokens and D durations, which do not change.
+        is_allowed: (V,) bool, whether a token is allowed; True for the blank.
 
     Returns:
         The scores, in a new tensor.
     """
     # the outputs after the first V are durations
-    is_allowed = F.pad(allowed, (0, logits.shape[-1] - len(allowed)), value=True)
-    return logits.masked_fill(~is_allowed, -torch.inf)
+    num_durations = logits.shape[-1] - len(is_allowed)
+    mask = F.pad(is_allowed.to(logits.device), (0, num_durations), value=True)
+    return logits.masked_fill(~mask, -torch.inf)
 
 
-def mask_joint(joint: Joint, allowed: Tensor) -> Joint:
+def mask_joint(joint: Joint, allowed_tokens: Tensor, blank_id: int) -> Joint:
     """Wrap a joint network so that tokens that are not allowed have the score -inf.
 
     A search with this joint network must not use the shortcut `find_best_tokens`, which does not call the joint
@@ -169,14 +191,21 @@ def mask_joint(joint: Joint, allowed: Tensor) -> Joint:
 
     Args:
         joint: joint network: (encoder states, predictor states) -> scores of tokens and durations.
-        allowed: (V,) bool, whether a token is allowed; the blank must be allowed (see `prepare_allowed_tokens`).
+        allowed_tokens: (V,) bool, whether a token is allowed; the blank is always allowed.
+        blank_id: id of the blank, the last of the V tokens.
 
     Returns:
         The joint network with the mask, which applies to all clips of a batch.
+
+    Raises:
+        TypeError: the mask is not a bool tensor.
+        ValueError: the mask has another shape, or allows no label.
     """
+    is_allowed = prepare_allowed_tokens(allowed_tokens, blank_id)
 
     def masked_joint(encoder_states: Tensor, predictor_states: Tensor) -> Tensor:
         """Compute the scores, with -inf for tokens that are not allowed."""
-        return mask_tokens(joint(encoder_states, predictor_states), allowed)
+        logits = joint(encoder_states, predictor_states)
+        return fill_masked(logits, is_allowed)
 
     return masked_joint

@@ -23,7 +23,7 @@ from ..decoding import (
     compute_token_confidence,
     finish_ctc,
     mask_joint,
-    mask_tokens,
+    mask_logits,
     resume_ctc,
     resume_greedy_ctc,
     resume_transducer,
@@ -118,7 +118,7 @@ class StreamDecoder:
         """
         logits = self.model.ctc_logits(hidden)
         if self.allowed_tokens is not None:
-            logits = mask_tokens(logits, self.allowed_tokens)
+            logits = mask_logits(logits, self.allowed_tokens, self.blank_id)
         state = stack_ctc_states(states)
         tokens, state = resume_greedy_ctc(logits, lengths, state, self.blank_id, self.fusion)
         confidence = None
@@ -147,7 +147,7 @@ class StreamDecoder:
         joint, shortcuts = model.joint.score, Shortcuts(*model.joint.build_argmax_functions(config.vocab_size))
         if self.allowed_tokens is not None:
             # the shortcut for tokens does not call the joint network, so it would ignore the mask
-            joint = mask_joint(joint, self.allowed_tokens)
+            joint = mask_joint(joint, self.allowed_tokens, self.blank_id)
             shortcuts = Shortcuts(find_best_durations=shortcuts.find_best_durations)
         return resume_transducer(
             model.encoder_projector(hidden),
