@@ -15,7 +15,16 @@ from transformers.generation import GenerationConfig, SuppressTokensLogitsProces
 from transformers.utils import logging
 
 from .configuration_parakeet import get_head_type
-from .decoding import BeamOptions, Fusion, Hypotheses, TokenScorer, build_fusion, check_confidence_method
+from .decoding import (
+    DEFAULT_BOOSTING_WEIGHT,
+    DEFAULT_LM_WEIGHT,
+    BeamOptions,
+    Fusion,
+    Hypotheses,
+    TokenScorer,
+    build_fusion,
+    check_confidence_method,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -40,8 +49,6 @@ ARGUMENTS_IGNORED_WITH_WARNING = {
 }  # fmt: skip
 
 
-# default weight of the scores of a language model
-DEFAULT_LM_WEIGHT = 0.3
 # arguments of transformers' `generate` that choose the search
 STOCK_SEARCH_ARGUMENTS = ("num_beams", "num_return_sequences", "length_penalty")
 
@@ -77,7 +84,7 @@ class SearchOptions:
     language_model: TokenScorer | None = None
     lm_weight: float = DEFAULT_LM_WEIGHT
     boosting: TokenScorer | Sequence[TokenScorer | None] | None = None
-    boosting_weight: float = 1.0
+    boosting_weight: float = DEFAULT_BOOSTING_WEIGHT
     allowed_tokens: Tensor | None = None
 
     def __post_init__(self) -> None:

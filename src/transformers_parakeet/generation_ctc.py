@@ -165,7 +165,8 @@ def decode_ctc(
     if not arguments.return_dict:
         return sequences.as_subclass(sequence_type)
     if beam_hypotheses is None and method is not None:
-        frame_confidence = compute_token_confidence(logits, method, sequences)
+        # without fusion, the token of a frame is the one with the highest score
+        frame_confidence = compute_token_confidence(logits, method, None if fusion is None else sequences)
     return ParakeetCTCGenerateOutput(
         sequences=sequences.as_subclass(sequence_type),
         logits=logits,

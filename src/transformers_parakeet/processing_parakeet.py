@@ -16,7 +16,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .configuration_parakeet import get_head_type
 from .decoding import Hypotheses
-from .search_inputs import SearchInputsMixin
+from .processing_search import SearchInputsMixin
 from .timestamps import (
     DEFAULT_AGGREGATION,
     EmittedTokens,

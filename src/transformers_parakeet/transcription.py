@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from .configuration_parakeet import get_head_type
-from .decoding import TokenScorer
-from .generation_arguments import DEFAULT_LM_WEIGHT, check_decoder
+from .decoding import DEFAULT_LM_WEIGHT, TokenScorer
+from .generation_arguments import check_decoder
 from .long_audio import InputOptions
 from .nemo import DEMO_MODEL, load_nemo, resolve_model_name
 from .pipeline_parakeet import ParakeetASRPipeline

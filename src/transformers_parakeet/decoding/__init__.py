@@ -1,16 +1,25 @@
-"""Greedy decoding and beam search of CTC and transducer scores, hypotheses, and token confidence."""
+"""Greedy decoding and beam search of CTC and transducer scores, language models, phrase boosting, and confidence."""
 
-from .automaton import BackoffAutomaton
+from .automaton import BackoffAutomaton, stack_automata
 from .biasing import BoostedPhrase, build_boosting_tree
 from .confidence import check_confidence_method, compute_token_confidence
 from .ctc_beam import beam_decode_ctc
-from .fusion import TokenScorer
+from .frame_scoring import Shortcuts
+from .fusion import Fusion, TokenScorer
 from .greedy import greedy_decode_ctc, greedy_decode_transducer_reference
 from .hypotheses import Hypotheses, Steps, collapse_ctc, insert_forced_blanks
-from .label_looping import Shortcuts, greedy_decode_transducer
+from .label_looping import greedy_decode_transducer
 from .ngram import load_language_model
-from .options import BeamOptions, TransducerOptions
-from .resuming import finish_ctc, resume_ctc, resume_transducer
+from .options import BeamOptions, Joint, Predict, TransducerOptions
+from .resuming import finish_ctc, resume_ctc, resume_greedy_ctc, resume_transducer
+from .search_inputs import (
+    DEFAULT_BOOSTING_WEIGHT,
+    DEFAULT_LM_WEIGHT,
+    build_fusion,
+    mask_joint,
+    mask_logits,
+    prepare_allowed_tokens,
+)
 from .state import (
     CTCState,
     TransducerState,
@@ -21,11 +30,16 @@ from .state import (
 )
 
 __all__ = [
+    "DEFAULT_BOOSTING_WEIGHT",
+    "DEFAULT_LM_WEIGHT",
     "BackoffAutomaton",
     "BeamOptions",
     "BoostedPhrase",
     "CTCState",
+    "Fusion",
     "Hypotheses",
+    "Joint",
+    "Predict",
     "Shortcuts",
     "Steps",
     "TokenScorer",
@@ -33,6 +47,7 @@ __all__ = [
     "TransducerState",
     "beam_decode_ctc",
     "build_boosting_tree",
+    "build_fusion",
     "check_confidence_method",
     "collapse_ctc",
     "compute_token_confidence",
@@ -42,8 +57,13 @@ __all__ = [
     "greedy_decode_transducer_reference",
     "insert_forced_blanks",
     "load_language_model",
+    "mask_joint",
+    "mask_logits",
+    "prepare_allowed_tokens",
     "resume_ctc",
+    "resume_greedy_ctc",
     "resume_transducer",
+    "stack_automata",
     "stack_ctc_states",
     "stack_transducer_states",
     "start_ctc_state",

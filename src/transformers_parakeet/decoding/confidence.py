@@ -12,18 +12,21 @@ CONFIDENCE_METHODS = ("max_prob", "entropy")
 TSALLIS_ALPHA = 0.33
 
 
-def compute_token_confidence(logits: Tensor, method: str = "max_prob") -> Tensor:
-    """Compute the confidence of the best token from the scores of all tokens.
+def compute_token_confidence(logits: Tensor, method: str = "max_prob", tokens: Tensor | None = None) -> Tensor:
+    """Compute the confidence of the emitted token from the scores of all tokens.
 
     Source: arXiv 2212.08703, and `asr_confidence_utils.py` in NeMo.
 
     Args:
         logits: (..., V) raw scores or log-probabilities of the V tokens, with the blank and without duration outputs.
-        method: `"max_prob"`: (p V - 1) / (V - 1), where p is the largest probability. `"entropy"`, NeMo's default:
-            Tsallis entropy of order 0.33 with exponential normalisation.
+        method: `"max_prob"`: (p V - 1) / (V - 1), where p is the probability of the emitted token. `"entropy"`, NeMo's
+            default: Tsallis entropy of order 0.33 with exponential normalisation, which does not depend on the token.
+        tokens: (...) emitted tokens, if a language model or phrase boosting chose them; `None` for the tokens with the
+            largest probability.
 
     Returns:
-        (...) float32, from 0 for a uniform distribution to 1 for a distribution with all probability on one token.
+        (...) float32, from 0 for a uniform distribution to 1 for a distribution with all probability on one token. An
+        emitted token with p < 1 / V has the confidence 0.
 
     Raises:
         ValueError: `method` is not a confidence method.
@@ -32,7 +35,10 @@ def compute_token_confidence(logits: Tensor, method: str = "max_prob") -> Tensor
     probabilities = logits.float().softmax(-1)
     vocab_size = probabilities.shape[-1]
     if method == "max_prob":
-        return (probabilities.amax(-1) * vocab_size - 1) / (vocab_size - 1)
+        if tokens is None:
+            return (probabilities.amax(-1) * vocab_size - 1) / (vocab_size - 1)
+        token_probabilities = probabilities.gather(-1, tokens[..., None])[..., 0]
+        return ((token_probabilities * vocab_size - 1) / (vocab_size - 1)).clamp(min=0)
     # Tsallis entropy: (1 - sum of p^alpha) / (1 - alpha); its maximum is the entropy of the uniform distribution
     entropy = (1 - (probabilities**TSALLIS_ALPHA).sum(-1)) / (1 - TSALLIS_ALPHA)
     max_entropy = torch.tensor((1 - vocab_size ** (1 - TSALLIS_ALPHA)) / (1 - TSALLIS_ALPHA))

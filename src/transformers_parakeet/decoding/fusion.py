@@ -1,11 +1,12 @@
 """Shallow fusion: the scores of language models and phrase boosting, added to the scores of the model.
 
-The scorers are built in `ngram.py` and `biasing.py`. The searches that use them are in `label_looping.py`, `beam.py`
-and `ctc_beam.py`.
+The scorers are built in `ngram.py` and `biasing.py`. `search_inputs.py` builds a fusion from the arguments of users.
+The searches that use it are in `greedy.py`, `label_looping.py`, `beam.py` and `ctc_beam.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,19 +25,40 @@ class TokenScorer(Protocol):
         """Number of labels V, without the blank."""
 
     def to(self, device: torch.device | str) -> TokenScorer:
-        """Return the scorer with all tensors on a device."""
+        """Return the scorer with all tensors on a device.
+
+        Args:
+            device: the device.
+        """
 
     def start(self, num_clips: int) -> Tensor:
-        """Return the (B,) int64 states before the first token of B clips."""
+        """Return the (B,) int64 states before the first token.
+
+        Args:
+            num_clips: number of clips B.
+        """
 
     def score(self, states: Tensor) -> Tensor:
-        """Return the (N, V) float32 scores of all tokens after each of (N,) states."""
+        """Return the (N, V) float32 scores of all tokens in every state.
+
+        Args:
+            states: (N,) states.
+        """
 
     def step(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the (N,) scores of (N,) tokens after (N,) states, and the (N,) next states."""
+        """Return the (N,) float32 scores of one token in every state, and the (N,) next states.
+
+        Args:
+            states: (N,) states.
+            tokens: (N,) one token per state, from 0 to V - 1.
+        """
 
     def score_end(self, states: Tensor) -> Tensor:
-        """Return the (N,) scores of the end of the clip after (N,) states."""
+        """Return the (N,) float32 scores of the end of the clip in every state.
+
+        Args:
+            states: (N,) states.
+        """
 
 
 @dataclass(frozen=True)
@@ -57,6 +79,29 @@ class Fusion:
     def total_weight(self) -> float:
         """Sum of the weights."""
         return sum(self.weights)
+
+    def check_vocabulary(self, blank_id: int, vocab_size: int) -> None:
+        """Check that the scorers and the model have the same labels.
+
+        Args:
+            blank_id: id of the blank of the model.
+            vocab_size: number of tokens of the model, with the blank.
+
+        Raises:
+            ValueError: the blank is not the last token, or a scorer has another number of labels.
+        """
+        if blank_id != vocab_size - 1:
+            raise ValueError(
+                "language models and phrase boosting need a model whose blank is the last token, got a model with the "
+                f"blank {blank_id} and {vocab_size} tokens: decode this model without them"
+            )
+        for scorer in self.scorers:
+            if scorer.num_labels != vocab_size - 1:
+                raise ValueError(
+                    "a language model or a boosting tree must have the labels of the model, got "
+                    f"{scorer.num_labels} labels for a model with {vocab_size - 1}: build it with the tokenizer of the "
+                    "model"
+                )
 
     def to(self, device: torch.device | str) -> Fusion:
         """Return the fusion with all tensors on a device.
@@ -86,9 +131,10 @@ class Fusion:
         Returns:
             (N, V) float32 scores.
         """
+        columns = split_states(states)
         scores = [
-            scorer.score(states[:, index]) * weight
-            for index, (scorer, weight) in enumerate(zip(self.scorers, self.weights, strict=True))
+            scorer.score(column) * weight
+            for scorer, weight, column in zip(self.scorers, self.weights, columns, strict=True)
         ]
         return torch.stack(scores).sum(0) if len(scores) > 1 else scores[0]
 
@@ -102,8 +148,23 @@ class Fusion:
         Returns:
             (N, number of scorers) next states.
         """
-        next_states = [scorer.step(states[:, index], tokens)[1] for index, scorer in enumerate(self.scorers)]
+        columns = split_states(states)
+        next_states = [scorer.step(column, tokens)[1] for scorer, column in zip(self.scorers, columns, strict=True)]
         return torch.stack(next_states, dim=1)
+
+    def choose_labels(self, states: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose the label with the largest sum of logit and weighted scores in every state.
+
+        Args:
+            states: (N, number of scorers) states.
+            logits: (N, V) logits of the labels, without the blank.
+
+        Returns:
+            (N,) labels, and the (N, number of scorers) states after these labels.
+        """
+        # `max` is faster than `argmax` on a CPU
+        labels = (logits + self.score(states)).max(-1).indices
+        return labels, self.advance(states, labels)
 
     def score_end(self, states: Tensor) -> Tensor:
         """Return the weighted sum of the scores of the end of the clip.
@@ -114,8 +175,48 @@ class Fusion:
         Returns:
             (N,) float32 scores.
         """
+        columns = split_states(states)
         scores = [
-            scorer.score_end(states[:, index]) * weight
-            for index, (scorer, weight) in enumerate(zip(self.scorers, self.weights, strict=True))
+            scorer.score_end(column) * weight
+            for scorer, weight, column in zip(self.scorers, self.weights, columns, strict=True)
         ]
         return torch.stack(scores).sum(0)
+
+
+def split_states(states: Tensor) -> tuple[Tensor, ...]:
+    """Split the states of a fusion into the states of its scorers.
+
+    Args:
+        states: (N, number of scorers) states.
+
+    Returns:
+        One contiguous (N,) tensor per scorer.
+    """
+    return states.t().contiguous().unbind()
+
+
+class LabelChooser:
+    """Chooses the new labels of a batch of clips with a fusion, and holds the fusion state of every clip.
+
+    Args:
+        fusion: token scorers with weights, on the device of the clips.
+        states: (B, number of scorers) fusion states before the first label.
+    """
+
+    def __init__(self, fusion: Fusion, states: Tensor) -> None:
+        self.fusion, self.states = fusion, states
+
+    def choose(self, clip_indices: Sequence[int], logits: Tensor) -> Tensor:
+        """Choose one label for each of R clips, and advance the fusion states of these clips.
+
+        Args:
+            clip_indices: indices of the R clips.
+            logits: (R, V) logits of the labels, without the blank.
+
+        Returns:
+            (R,) labels.
+        """
+        indices = torch.tensor(clip_indices, device=self.states.device)
+        labels, next_states = self.fusion.choose_labels(self.states[indices], logits)
+        self.states = self.states.index_copy(0, indices, next_states)
+        return labels

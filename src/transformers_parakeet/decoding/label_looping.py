@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from .confidence import compute_token_confidence
+from .frame_scoring import FramePlan, FrameScores, Shortcuts, follow_blanks
+from .fusion import Fusion, LabelChooser
 from .hypotheses import ClipSteps, Hypotheses, collect_hypotheses
 from .options import Joint, Predict, TransducerOptions
 
@@ -30,22 +32,6 @@ MIN_LABEL_FRACTION = 0.6
 OnStep = Callable[[list[list[int]]], Sequence[bool]]
 
 
-@dataclass(frozen=True)
-class Shortcuts:
-    """Functions that find the best outputs of a joint network faster than by scoring all outputs.
-
-    Both take encoder states (R, K, J) of K frames of R clips and predictor states (R, 1, J), and return (R, K) indices.
-
-    Args:
-        find_best_durations: returns the index of the best duration output. With it, the search predicts which frames a
-            clip visits while it emits blanks, and scores only these. `None` for RNN-T or if it is not available.
-        find_best_tokens: returns the best token. It is used if no scores are needed. `None` if it is not available.
-    """
-
-    find_best_durations: Callable[[Tensor, Tensor], Tensor] | None = None
-    find_best_tokens: Callable[[Tensor, Tensor], Tensor] | None = None
-
-
 def greedy_decode_transducer(
     encoder_states: Tensor,
     frame_lengths: Tensor,
@@ -53,8 +39,9 @@ def greedy_decode_transducer(
     joint: Joint,
     options: TransducerOptions,
     pad_id: int = 0,
-    shortcuts: Shortcuts = Shortcuts(),
+    shortcuts: Shortcuts | None = None,
     on_step: OnStep | None = None,
+    fusion: Fusion | None = None,
 ) -> Hypotheses:
     """Decode a batch of RNN-T or TDT clips greedily by label looping (arXiv 2406.06220).
 
@@ -65,18 +52,27 @@ def greedy_decode_transducer(
         joint: joint network: (encoder states, predictor states) -> scores of tokens and durations.
         options: settings of the search.
         pad_id: token id that pads short hypotheses.
-        shortcuts: functions that find the best outputs of the joint network faster.
+        shortcuts: functions that find the best outputs of the joint network faster; `None` for no such functions.
         on_step: called after every step with the tokens of all clips; returns which clips to stop. `None` for no call.
+        fusion: language model and phrase boosting, on the device of the encoder states. They change which label is
+            emitted, but not whether a label is emitted. `None` for the labels of the model alone.
 
     Returns:
         The hypotheses of all clips with the predicted durations.
+
+    Raises:
+        ValueError: the scorers of `fusion` and the model have different labels.
     """
     batch, num_frames = encoder_states.shape[:2]
     searches = [ClipSearch(min(length, num_frames), options) for length in frame_lengths.tolist()]
     start_tokens = torch.full((batch,), options.blank_id, device=encoder_states.device)
     predictor_states, lstm_state = predict(start_tokens, None)
-    scorer = FrameScorer(encoder_states, joint, shortcuts, options)
-    search_labels(searches, scorer, predict, predictor_states, lstm_state, on_step)
+    scorer = FrameScorer(encoder_states, joint, shortcuts or Shortcuts(), options, has_fusion=fusion is not None)
+    label_chooser = None
+    if fusion is not None:
+        fusion.check_vocabulary(options.blank_id, options.vocab_size)
+        label_chooser = LabelChooser(fusion, fusion.start(batch))
+    search_labels(searches, scorer, predict, predictor_states, lstm_state, on_step, label_chooser)
     all_steps = [search.steps for search in searches]
     has_confidence = options.confidence is not None
     return collect_hypotheses(
@@ -91,6 +87,7 @@ def search_labels(
     predictor_states: Tensor,
     lstm_state: Any,
     on_step: OnStep | None = None,
+    label_chooser: LabelChooser | None = None,
 ) -> tuple[Tensor, Any]:
     """Continue the search in every clip of a batch until all clips are finished.
 
@@ -101,6 +98,7 @@ def search_labels(
         predictor_states: (B, J) predictor states before the first step.
         lstm_state: LSTM state of the prediction network before the first step.
         on_step: called after every step with the tokens of all clips; returns which clips to stop. `None` for no call.
+        label_chooser: chooses the labels with a fusion, changed in place; `None` without a fusion.
 
     Returns:
         The last (B, J) predictor states and the last LSTM state. They do not include a label that finished its clip.
@@ -112,7 +110,7 @@ def search_labels(
         without_label = unfinished
         while not has_enough_labels(len(without_label), len(unfinished)):
             plan = scorer.plan_frames(searches, without_label, predictor_states)
-            without_label = advance_clips(searches, plan, scorer.score(plan), options)
+            without_label = advance_clips(searches, plan, scorer.score(plan), options, label_chooser)
             if on_step is not None:
                 stop_clips(searches, on_step)
                 without_label = select_unfinished(searches, without_label)
@@ -185,6 +183,14 @@ class ClipSearch:
             return position
         return None
 
+    def replace_last_label(self, label: int) -> None:
+        """Replace the last emitted label; its frame and its duration do not change.
+
+        Args:
+            label: the new label.
+        """
+        self.last_label = self.steps.tokens[self.last_label_step] = label
+
     def _append_step(self, token: int, duration: int) -> None:
         """Append a step and advance `next_frame` by its duration.
 
@@ -248,38 +254,6 @@ def choose_lookahead(options: TransducerOptions, num_clips: int) -> int:
     return options.lookahead or min(MAX_FRAMES_PER_CLIP, max(1, FRAMES_PER_CALL // num_clips))
 
 
-@dataclass(frozen=True)
-class FramePlan:
-    """The frames that one call of the joint network scores: K frames of each of R clips.
-
-    Args:
-        clip_indices: indices of the R clips.
-        frames: K frame indices of each clip, in chronological order.
-        predictor_states: (R, 1, J) predictor states of the clips.
-        durations: predicted duration of each frame, if the shortcut for durations was used; `None` otherwise.
-    """
-
-    clip_indices: list[int]
-    frames: list[list[int]]
-    predictor_states: Tensor
-    durations: list[list[int]] | None = None
-
-
-@dataclass(frozen=True)
-class FrameScores:
-    """The best outputs of the joint network on the frames of a `FramePlan`: K frames of each of R clips.
-
-    Args:
-        tokens: best token of each frame.
-        durations: predicted duration of each frame; for RNN-T 1 for a blank and 0 for a label.
-        logits: (R, K, V + D) scores; `None` if the shortcut for tokens was used.
-    """
-
-    tokens: list[list[int]]
-    durations: list[list[int]]
-    logits: Tensor | None
-
-
 class FrameScorer:
     """Chooses which frames to score, and scores them with the joint network.
 
@@ -288,9 +262,17 @@ class FrameScorer:
         joint: joint network: (encoder states, predictor states) -> scores of tokens and durations.
         shortcuts: functions that find the best outputs of the joint network faster.
         options: settings of the search.
+        has_fusion: whether a fusion chooses the labels, which needs the scores of all tokens.
     """
 
-    def __init__(self, encoder_states: Tensor, joint: Joint, shortcuts: Shortcuts, options: TransducerOptions) -> None:
+    def __init__(
+        self,
+        encoder_states: Tensor,
+        joint: Joint,
+        shortcuts: Shortcuts,
+        options: TransducerOptions,
+        has_fusion: bool = False,
+    ) -> None:
         self.num_frames = encoder_states.shape[1]
         # (B * N, J): frame n of clip b is at index b * N + n
         self.flat_encoder_states = encoder_states.flatten(0, 1)
@@ -298,7 +280,8 @@ class FrameScorer:
         self.duration_values = options.durations or ()
         self.find_best_durations = shortcuts.find_best_durations
         needs_duration_scores = options.durations is not None and shortcuts.find_best_durations is None
-        needs_logits = needs_duration_scores or options.confidence is not None or options.keep_logits
+        needs_token_scores = has_fusion or options.confidence is not None or options.keep_logits
+        needs_logits = needs_duration_scores or needs_token_scores
         self.find_best_tokens = None if needs_logits else shortcuts.find_best_tokens
 
     def plan_frames(
@@ -399,25 +382,12 @@ class FrameScorer:
         return [[self.duration_values[index] for index in indices] for indices in duration_indices.tolist()]
 
 
-def follow_blanks(durations: Sequence[int], num_offsets: int) -> list[int]:
-    """List the frame offsets that the decoder visits while it emits only blanks.
-
-    A blank advances by its predicted duration, but by at least one frame: durations 2 1 0 1 and `num_offsets` 3 give
-    the offsets 0, 2, 3.
-
-    Args:
-        durations: predicted duration for each consecutive frame; must cover all returned offsets except the last one.
-        num_offsets: number of offsets to return; the first one is 0.
-    """
-    offsets = [0]
-    for _ in range(num_offsets - 1):
-        current_offset = offsets[-1]
-        offsets.append(current_offset + max(1, durations[current_offset]))
-    return offsets
-
-
 def advance_clips(
-    searches: Sequence[ClipSearch], plan: FramePlan, scores: FrameScores, options: TransducerOptions
+    searches: Sequence[ClipSearch],
+    plan: FramePlan,
+    scores: FrameScores,
+    options: TransducerOptions,
+    label_chooser: LabelChooser | None = None,
 ) -> list[int]:
     """Append the scored steps to every planned clip, up to the first label of the clip.
 
@@ -426,6 +396,7 @@ def advance_clips(
         plan: the R clips and K frames of each that were scored.
         scores: the best outputs of the joint network on these frames.
         options: settings of the search.
+        label_chooser: chooses the labels with a fusion, changed in place; `None` without a fusion.
 
     Returns:
         Indices of the clips that have no new label and are not finished.
@@ -448,14 +419,42 @@ def advance_clips(
             label_positions.append(label_position)
         elif not search.is_finished:
             without_label.append(clip_index)
-    if label_plan_rows and options.confidence is not None and scores.logits is not None:
-        # one call for all new labels
+    needs_label_logits = label_chooser is not None or options.confidence is not None
+    if label_plan_rows and needs_label_logits and scores.logits is not None:
+        # (number of new labels, V)
         label_logits = scores.logits[label_plan_rows, label_positions, : options.vocab_size]
-        confidences = compute_token_confidence(label_logits, options.confidence).tolist()
-        for plan_row, confidence in zip(label_plan_rows, confidences, strict=True):
-            search = searches[plan.clip_indices[plan_row]]
-            search.steps.confidences[search.last_label_step] = confidence
+        with_label = [plan.clip_indices[plan_row] for plan_row in label_plan_rows]
+        complete_labels(searches, with_label, label_logits, options.confidence, label_chooser)
     return without_label
+
+
+def complete_labels(
+    searches: Sequence[ClipSearch],
+    clip_indices: list[int],
+    logits: Tensor,
+    confidence_method: str | None,
+    label_chooser: LabelChooser | None,
+) -> None:
+    """Choose the new labels of clips with a fusion, and compute the confidence of the labels.
+
+    Args:
+        searches: the search state of every clip of the batch, changed in place.
+        clip_indices: indices of the R clips whose last step is a new label.
+        logits: (R, V) scores of all tokens on the frames of these labels.
+        confidence_method: method of `compute_token_confidence`; `None` for no confidence.
+        label_chooser: chooses the labels with a fusion, changed in place; `None` to keep the labels.
+    """
+    labels = None
+    if label_chooser is not None:
+        # the blank is the last of the V tokens
+        labels = label_chooser.choose(clip_indices, logits[:, :-1])
+        for clip_index, label in zip(clip_indices, labels.tolist(), strict=True):
+            searches[clip_index].replace_last_label(label)
+    if confidence_method is not None:
+        confidences = compute_token_confidence(logits, confidence_method, labels).tolist()
+        for clip_index, confidence in zip(clip_indices, confidences, strict=True):
+            search = searches[clip_index]
+            search.steps.confidences[search.last_label_step] = confidence
 
 
 def predict_clips(

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .frame_scoring import Shortcuts
+from .fusion import Fusion, LabelChooser
+from .greedy import choose_ctc_labels, greedy_decode_ctc
 from .hypotheses import Hypotheses, collect_hypotheses, pad_lists
-from .label_looping import ClipSearch, FrameScorer, Shortcuts, predict_clips, search_labels
+from .label_looping import ClipSearch, FrameScorer, predict_clips, search_labels
 from .options import Joint, Predict, TransducerOptions
 from .state import CTCState, Run, TransducerState
 
@@ -28,6 +31,7 @@ def resume_transducer(
     options: TransducerOptions,
     pad_id: int = 0,
     shortcuts: Shortcuts | None = None,
+    fusion: Fusion | None = None,
 ) -> tuple[Hypotheses, TransducerState]:
     """Decode the next frames of a batch of RNN-T or TDT streams greedily.
 
@@ -44,28 +48,54 @@ def resume_transducer(
         options: settings of the search; `max_steps` must be `None`.
         pad_id: token id that pads short hypotheses.
         shortcuts: functions that find the best outputs of the joint network faster; `None` for no such functions.
+        fusion: the language model and phrase boosting with which the state was started; `None` without them.
 
     Returns:
         The new tokens, with frames counted from the start of each stream, and the state after these frames.
+
+    Raises:
+        ValueError: the state was started with a fusion and `fusion` is `None`, or the reverse; or the scorers of
+            `fusion` and the model have different labels.
     """
+    label_chooser = resume_fusion(fusion, state, options.blank_id, options.vocab_size)
     lengths = [min(length, encoder_states.shape[1]) for length in frame_lengths.tolist()]
     searches = [
         ClipSearch(length, options, next_frame=skipped)
         for length, skipped in zip(lengths, state.skipped_frames, strict=True)
     ]
-    scorer = FrameScorer(encoder_states, joint, shortcuts or Shortcuts(), options)
-    networks_state = search_labels(searches, scorer, predict, state.predictor_states, state.lstm_state)
-    predictor_states, lstm_state = predict_last_labels(searches, predict, *networks_state)
-    new_state = TransducerState(
-        predictor_states,
-        tuple(lstm_state),
-        tuple(count + length for count, length in zip(state.num_frames, lengths, strict=True)),
-        tuple(search.next_frame - length for search, length in zip(searches, lengths, strict=True)),
+    scorer = FrameScorer(encoder_states, joint, shortcuts or Shortcuts(), options, has_fusion=fusion is not None)
+    networks_state = search_labels(
+        searches, scorer, predict, state.predictor_states, state.lstm_state, label_chooser=label_chooser
     )
+    new_state = advance_state(state, searches, predict_last_labels(searches, predict, *networks_state), label_chooser)
     steps, device = [search.steps for search in searches], encoder_states.device
     hypotheses = collect_hypotheses(steps, options.blank_id, pad_id, device, options.confidence is not None, False)
     first_frames = torch.tensor(state.num_frames, device=device)[:, None]
     return replace(hypotheses, frames=hypotheses.frames + first_frames, steps=None), new_state
+
+
+def advance_state(
+    state: TransducerState,
+    searches: Sequence[ClipSearch],
+    networks_state: tuple[Tensor, Any],
+    label_chooser: LabelChooser | None,
+) -> TransducerState:
+    """Build the state of streams after the search in their next frames.
+
+    Args:
+        state: state before the search.
+        searches: the finished search of every stream.
+        networks_state: (B, J) predictor states and LSTM state after the last label of each stream.
+        label_chooser: has chosen the labels with a fusion; `None` without a fusion.
+    """
+    predictor_states, lstm_state = networks_state
+    return TransducerState(
+        predictor_states,
+        tuple(lstm_state),
+        tuple(count + search.frame_length for count, search in zip(state.num_frames, searches, strict=True)),
+        tuple(search.next_frame - search.frame_length for search in searches),
+        None if label_chooser is None else label_chooser.states,
+    )
 
 
 def predict_last_labels(
@@ -94,6 +124,66 @@ def predict_last_labels(
     return predict_clips(predict, predictor_states, lstm_state, searches, indices)
 
 
+def resume_fusion(
+    fusion: Fusion | None, state: TransducerState | CTCState, blank_id: int, vocab_size: int
+) -> LabelChooser | None:
+    """Create the object that chooses labels with a fusion, from the state of a batch of streams.
+
+    Args:
+        fusion: language model and phrase boosting; `None` without them.
+        state: state of the streams.
+        blank_id: id of the blank.
+        vocab_size: number of tokens V with the blank.
+
+    Returns:
+        The object; `None` without a fusion.
+
+    Raises:
+        ValueError: the state was started with a fusion and `fusion` is `None`, or the reverse; or the scorers of
+            `fusion` and the model have different labels.
+    """
+    if (fusion is None) != (state.fusion_states is None):
+        raise ValueError(
+            "a stream must be decoded with the language model and phrase boosting of its start state, got "
+            f"{'none' if fusion is None else 'some'} for a state that was started "
+            f"{'without' if state.fusion_states is None else 'with'} them: pass the same `fusion` to both functions"
+        )
+    if fusion is None or state.fusion_states is None:
+        return None
+    fusion.check_vocabulary(blank_id, vocab_size)
+    return LabelChooser(fusion, state.fusion_states)
+
+
+def resume_greedy_ctc(
+    logits: Tensor, frame_lengths: Tensor, state: CTCState, blank_id: int, fusion: Fusion | None = None
+) -> tuple[Tensor, CTCState]:
+    """Select the best token of the next frames of a batch of CTC streams.
+
+    `resume_ctc` collapses these tokens.
+
+    Args:
+        logits: (B, N, V) scores of the next frames.
+        frame_lengths: (B,) number of valid frames.
+        state: state after the frames before.
+        blank_id: id of the blank, which is returned for padding frames.
+        fusion: the language model and phrase boosting with which the state was started; `None` without them.
+
+    Returns:
+        (B, N) token ids, and the state in which only the fusion states have changed.
+
+    Raises:
+        ValueError: the state was started with a fusion and `fusion` is `None`, or the reverse; or the scorers of
+            `fusion` and the model have different labels.
+    """
+    label_chooser = resume_fusion(fusion, state, blank_id, logits.shape[-1])
+    best_tokens = greedy_decode_ctc(logits, frame_lengths, blank_id)
+    if label_chooser is None:
+        return best_tokens, state
+    previous_tokens = [run.token for run in state.last_runs]
+    tokens = choose_ctc_labels(logits, best_tokens, previous_tokens, label_chooser)
+    return tokens, replace(state, fusion_states=label_chooser.states)
+
+
 def resume_ctc(
     best_tokens: Tensor,
     frame_lengths: Tensor,
@@ -107,7 +197,7 @@ def resume_ctc(
     The run at the end of the frames is not returned, because the next frames can continue it; see `finish_ctc`.
 
     Args:
-        best_tokens: (B, N) best token of every frame.
+        best_tokens: (B, N) best token of every frame, for example from `resume_greedy_ctc`.
         frame_lengths: (B,) number of valid frames.
         state: state after the frames before.
         blank_id: id of the blank.
@@ -128,7 +218,9 @@ def resume_ctc(
         ended_runs.append([run for run in ended if run.token != blank_id])
         last_runs.append(last)
     new_state = CTCState(
-        tuple(last_runs), tuple(count + length for count, length in zip(state.num_frames, lengths, strict=True))
+        tuple(last_runs),
+        tuple(count + length for count, length in zip(state.num_frames, lengths, strict=True)),
+        state.fusion_states,
     )
     return collect_runs(ended_runs, pad_id, best_tokens.device, frame_confidence is not None), new_state
 

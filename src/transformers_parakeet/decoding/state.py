@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .fusion import Fusion
 from .options import Predict
 
 
@@ -26,12 +27,14 @@ class TransducerState:
         lstm_state: LSTM state of the prediction network: a tuple of tensors (num_layers, B, LSTM width).
         num_frames: number of encoder frames that were decoded so far in each stream.
         skipped_frames: number of frames at the start of the next part of each stream that a duration jumps over.
+        fusion_states: (B, number of scorers) states of the language model and of phrase boosting; `None` without them.
     """
 
     predictor_states: Tensor
     lstm_state: tuple[Tensor, ...]
     num_frames: tuple[int, ...]
     skipped_frames: tuple[int, ...]
+    fusion_states: Tensor | None = None
 
     def select(self, stream_index: int) -> TransducerState:
         """Return the state of one stream as a batch of size 1.
@@ -46,6 +49,7 @@ class TransducerState:
             tuple(tensor[:, rows].clone() for tensor in self.lstm_state),
             self.num_frames[rows],
             self.skipped_frames[rows],
+            None if self.fusion_states is None else self.fusion_states[rows].clone(),
         )
 
     def skip_blank_frames(self, num_frames: int) -> TransducerState:
@@ -59,6 +63,7 @@ class TransducerState:
             self.lstm_state,
             tuple(count + num_frames for count in self.num_frames),
             tuple(max(0, skipped - num_frames) for skipped in self.skipped_frames),
+            self.fusion_states,
         )
 
 
@@ -86,10 +91,12 @@ class CTCState:
     Args:
         last_runs: the run at the end of each stream, which the next frames can continue.
         num_frames: number of encoder frames that were decoded so far in each stream.
+        fusion_states: (B, number of scorers) states of the language model and of phrase boosting; `None` without them.
     """
 
     last_runs: tuple[Run, ...]
     num_frames: tuple[int, ...]
+    fusion_states: Tensor | None = None
 
     def select(self, stream_index: int) -> CTCState:
         """Return the state of one stream as a batch of size 1.
@@ -98,10 +105,13 @@ class CTCState:
             stream_index: index of the stream in the batch.
         """
         rows = slice(stream_index, stream_index + 1)
-        return CTCState(self.last_runs[rows], self.num_frames[rows])
+        fusion_states = None if self.fusion_states is None else self.fusion_states[rows].clone()
+        return CTCState(self.last_runs[rows], self.num_frames[rows], fusion_states)
 
 
-def start_transducer_state(predict: Predict, num_streams: int, blank_id: int, device: torch.device) -> TransducerState:
+def start_transducer_state(
+    predict: Predict, num_streams: int, blank_id: int, device: torch.device, fusion: Fusion | None = None
+) -> TransducerState:
     """Create the state of transducer decoding before the first frame.
 
     Args:
@@ -109,21 +119,25 @@ def start_transducer_state(predict: Predict, num_streams: int, blank_id: int, de
         num_streams: number of streams B.
         blank_id: id of the blank, which is also the start token.
         device: device of the prediction network.
+        fusion: language model and phrase boosting on the same device; `None` without them.
     """
     start_tokens = torch.full((num_streams,), blank_id, device=device)
     predictor_states, lstm_state = predict(start_tokens, None)
     zeros = (0,) * num_streams
-    return TransducerState(predictor_states, tuple(lstm_state), zeros, zeros)
+    fusion_states = None if fusion is None else fusion.start(num_streams)
+    return TransducerState(predictor_states, tuple(lstm_state), zeros, zeros, fusion_states)
 
 
-def start_ctc_state(num_streams: int, blank_id: int) -> CTCState:
+def start_ctc_state(num_streams: int, blank_id: int, fusion: Fusion | None = None) -> CTCState:
     """Create the state of CTC decoding before the first frame.
 
     Args:
         num_streams: number of streams B.
         blank_id: id of the blank.
+        fusion: language model and phrase boosting, on the device of the CTC head; `None` without them.
     """
-    return CTCState((Run(blank_id),) * num_streams, (0,) * num_streams)
+    fusion_states = None if fusion is None else fusion.start(num_streams)
+    return CTCState((Run(blank_id),) * num_streams, (0,) * num_streams, fusion_states)
 
 
 def stack_transducer_states(states: Sequence[TransducerState]) -> TransducerState:
@@ -137,6 +151,7 @@ def stack_transducer_states(states: Sequence[TransducerState]) -> TransducerStat
         tuple(torch.cat(tensors, dim=1) for tensors in zip(*(state.lstm_state for state in states), strict=True)),
         tuple(count for state in states for count in state.num_frames),
         tuple(count for state in states for count in state.skipped_frames),
+        stack_fusion_states(states),
     )
 
 
@@ -149,4 +164,26 @@ def stack_ctc_states(states: Sequence[CTCState]) -> CTCState:
     return CTCState(
         tuple(run for state in states for run in state.last_runs),
         tuple(count for state in states for count in state.num_frames),
+        stack_fusion_states(states),
     )
+
+
+def stack_fusion_states(states: Sequence[TransducerState | CTCState]) -> Tensor | None:
+    """Combine the fusion states of several batches of streams.
+
+    Args:
+        states: states of decoding; all have fusion states, or none has.
+
+    Returns:
+        (B, number of scorers) fusion states; `None` if the states have none.
+
+    Raises:
+        ValueError: some states have fusion states, and others have none.
+    """
+    fusion_states = [state.fusion_states for state in states if state.fusion_states is not None]
+    if len(fusion_states) not in (0, len(states)):
+        raise ValueError(
+            "streams of one batch must all be decoded with the same language model and phrase boosting, got "
+            f"{len(fusion_states)} of {len(states)} states with them: start all states with the same `fusion`"
+        )
+    return torch.cat(fusion_states) if fusion_states else None

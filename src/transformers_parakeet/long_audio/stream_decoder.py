@@ -15,14 +15,17 @@ from torch.nn.utils.rnn import pad_sequence
 from ..configuration_parakeet import get_blank_id
 from ..decoding import (
     CTCState,
+    Fusion,
     Hypotheses,
     Shortcuts,
     TransducerOptions,
     TransducerState,
     compute_token_confidence,
     finish_ctc,
-    greedy_decode_ctc,
+    mask_joint,
+    mask_logits,
     resume_ctc,
+    resume_greedy_ctc,
     resume_transducer,
     stack_ctc_states,
     stack_transducer_states,
@@ -41,17 +44,27 @@ class StreamDecoder:
         model: the model.
         head_type: the head that decodes, `"ctc"`, `"rnnt"` or `"tdt"`.
         confidence: confidence method of `compute_token_confidence`; `None` for no confidence.
+        fusion: language model and phrase boosting, on the device of the model; `None` without them.
+        allowed_tokens: (V,) bool, whether a token is allowed, on the device of the model; `None` to allow all tokens.
     """
 
-    def __init__(self, model: Any, head_type: str, confidence: str | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        head_type: str,
+        confidence: str | None,
+        fusion: Fusion | None = None,
+        allowed_tokens: Tensor | None = None,
+    ) -> None:
         self.model, self.head_type, self.confidence = model, head_type, confidence
+        self.fusion, self.allowed_tokens = fusion, allowed_tokens
         self.blank_id, self.pad_id = get_blank_id(model.config), model.config.pad_token_id
 
     def start(self) -> DecoderState:
         """Create the state of a stream before its first frame."""
         if self.head_type == "ctc":
-            return start_ctc_state(1, self.blank_id)
-        return start_transducer_state(self.model.decoder.step, 1, self.blank_id, self.model.device)
+            return start_ctc_state(1, self.blank_id, self.fusion)
+        return start_transducer_state(self.model.decoder.step, 1, self.blank_id, self.model.device, self.fusion)
 
     def decode(
         self, frames: Sequence[Tensor | int], states: Sequence[DecoderState]
@@ -104,9 +117,14 @@ class StreamDecoder:
             states: `CTCState` of each stream.
         """
         logits = self.model.ctc_logits(hidden)
-        best_tokens = greedy_decode_ctc(logits, lengths, self.blank_id)
-        confidence = None if self.confidence is None else compute_token_confidence(logits, self.confidence)
-        return resume_ctc(best_tokens, lengths, stack_ctc_states(states), self.blank_id, confidence, self.pad_id)
+        if self.allowed_tokens is not None:
+            logits = mask_logits(logits, self.allowed_tokens, self.blank_id)
+        state = stack_ctc_states(states)
+        tokens, state = resume_greedy_ctc(logits, lengths, state, self.blank_id, self.fusion)
+        confidence = None
+        if self.confidence is not None:
+            confidence = compute_token_confidence(logits, self.confidence, None if self.fusion is None else tokens)
+        return resume_ctc(tokens, lengths, state, self.blank_id, confidence, self.pad_id)
 
     def _decode_transducer(
         self, hidden: Tensor, lengths: Tensor, states: Sequence[Any]
@@ -126,15 +144,21 @@ class StreamDecoder:
             max_symbols=config.max_symbols_per_step,
             confidence=self.confidence,
         )
+        joint, shortcuts = model.joint.score, Shortcuts(*model.joint.build_argmax_functions(config.vocab_size))
+        if self.allowed_tokens is not None:
+            # the shortcut for tokens does not call the joint network, so it would ignore the mask
+            joint = mask_joint(joint, self.allowed_tokens, self.blank_id)
+            shortcuts = Shortcuts(find_best_durations=shortcuts.find_best_durations)
         return resume_transducer(
             model.encoder_projector(hidden),
             lengths,
             stack_transducer_states(states),
             model.decoder.step,
-            model.joint.score,
+            joint,
             options,
             self.pad_id,
-            Shortcuts(*model.joint.build_argmax_functions(config.vocab_size)),
+            shortcuts,
+            self.fusion,
         )
 
     def get_last_tokens(self, state: DecoderState) -> list[Token]:

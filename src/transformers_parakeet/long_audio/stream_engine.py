@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decoding import check_confidence_method
+from ..configuration_parakeet import get_blank_id
+from ..decoding import (
+    DEFAULT_BOOSTING_WEIGHT,
+    DEFAULT_LM_WEIGHT,
+    TokenScorer,
+    build_fusion,
+    check_confidence_method,
+    prepare_allowed_tokens,
+)
 from .stream_decoder import DecoderState, StreamDecoder
 from .stream_encoders import CachedEncoder, ContextEncoder, EncoderInput, EncoderResult
 from .stream_input import Part, SampleBuffer
@@ -39,6 +47,12 @@ class StreamOptions:
         confidence: confidence method, `"max_prob"` or `"entropy"`; `None` for no confidence, which is faster.
         speech_detector: function from (S,) samples to the ranges (first sample, end exclusive) that contain speech. A
             chunk without speech gives no text: its frames count as blanks. `None` to decode all chunks.
+        boosting: boosting tree of phrases; `None` for no boosting.
+        boosting_weight: weight of the scores of the boosting tree.
+        language_model: language model over the tokens of the model; `None` for no language model.
+        lm_weight: weight of the scores of the language model.
+        allowed_tokens: (V,) bool, whether a token may be in the text, where V is the number of tokens with the blank;
+            the blank is always allowed. `None` to allow all tokens.
 
     Raises:
         ValueError: `confidence` is not a confidence method.
@@ -50,6 +64,11 @@ class StreamOptions:
     decoder: str | None = None
     confidence: str | None = "max_prob"
     speech_detector: SpeechDetector | None = None
+    boosting: TokenScorer | None = None
+    boosting_weight: float = DEFAULT_BOOSTING_WEIGHT
+    language_model: TokenScorer | None = None
+    lm_weight: float = DEFAULT_LM_WEIGHT
+    allowed_tokens: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check the option that does not depend on the model."""
@@ -98,10 +117,10 @@ class StreamEngine:
     Args:
         model: a CTC, RNN-T, TDT or hybrid model in evaluation mode.
         processor: processor of the model.
-        options: chunk, context, decoder, confidence and speech detector.
+        options: options of the stream.
 
     Raises:
-        ValueError: the model is in training mode, or an argument is not valid for the model.
+        ValueError: the model is in training mode, or an option is not valid for the model.
     """
 
     def __init__(self, model: Any, processor: Any, options: StreamOptions) -> None:
@@ -118,7 +137,7 @@ class StreamEngine:
             self.encoder = CachedEncoder(model.encoder, extractor, settings, context_s)
         else:
             self.encoder = ContextEncoder(model.encoder, extractor, settings)
-        self.decoder = StreamDecoder(model, choose_decoder(model.config, options.decoder), options.confidence)
+        self.decoder = build_stream_decoder(model, options)
         self.attention_context = list(self.encoder.encoder.config.attention_context_size)
         self.frame_s = settings.samples_per_frame / extractor.sampling_rate
 
@@ -237,3 +256,31 @@ class StreamEngine:
         update = StreamUpdate(stream.new_words, tentative, stream.new_events)
         stream.new_words, stream.new_events = [], []
         return update
+
+
+def build_stream_decoder(model: Any, options: StreamOptions) -> StreamDecoder:
+    """Build the decoder of streams from the options.
+
+    Args:
+        model: a CTC, RNN-T, TDT or hybrid model.
+        options: options of the stream.
+
+    Raises:
+        ValueError: the head does not exist, or the language model, the boosting tree or the mask of allowed tokens does
+            not fit the model.
+        TypeError: `allowed_tokens` is not a bool tensor.
+    """
+    blank_id, vocab_size = get_blank_id(model.config), model.config.vocab_size
+    fusion = build_fusion(
+        options.language_model, options.lm_weight, options.boosting, options.boosting_weight, blank_id, vocab_size
+    )
+    allowed_tokens = options.allowed_tokens
+    if allowed_tokens is not None:
+        allowed_tokens = prepare_allowed_tokens(allowed_tokens, blank_id, vocab_size).to(model.device)
+    return StreamDecoder(
+        model,
+        choose_decoder(model.config, options.decoder),
+        options.confidence,
+        None if fusion is None else fusion.to(model.device),
+        allowed_tokens,
+    )

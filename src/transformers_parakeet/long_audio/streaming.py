@@ -22,7 +22,7 @@ class StreamBatch:
         model: a CTC, RNN-T, TDT or hybrid model in evaluation mode.
         processor: processor of the model.
         num_streams: number of streams.
-        **options: fields of `StreamOptions`, such as `chunk_s` and `decoder`.
+        **options: fields of `StreamOptions`, such as `chunk_s`, `decoder`, `boosting` and `language_model`.
 
     Raises:
         ValueError: the model is in training mode, or an argument is not valid for the model.
@@ -114,7 +114,7 @@ class ParakeetStream:
     Args:
         model: a CTC, RNN-T, TDT or hybrid model in evaluation mode.
         processor: processor of the model.
-        **options: fields of `StreamOptions`, such as `chunk_s` and `decoder`.
+        **options: fields of `StreamOptions`, such as `chunk_s`, `decoder`, `boosting` and `language_model`.
 
     Raises:
         ValueError: the model is in training mode, or an argument is not valid for the model.

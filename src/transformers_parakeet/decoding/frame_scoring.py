@@ -1,0 +1,76 @@
+"""Which frames the greedy transducer search scores in one call of the joint network, and the best outputs on them.
+
+The search, which chooses and scores the frames, is in `label_looping.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Functions that find the best outputs of a joint network faster than by scoring all outputs.
+
+    Both take encoder states (R, K, J) of K frames of R clips and predictor states (R, 1, J), and return (R, K) indices.
+
+    Args:
+        find_best_durations: returns the index of the best duration output. With it, the search predicts which frames a
+            clip visits while it emits blanks, and scores only these. `None` for RNN-T or if it is not available.
+        find_best_tokens: returns the best token. It is used if no scores are needed. `None` if it is not available.
+    """
+
+    find_best_durations: Callable[[Tensor, Tensor], Tensor] | None = None
+    find_best_tokens: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class FramePlan:
+    """The frames that one call of the joint network scores: K frames of each of R clips.
+
+    Args:
+        clip_indices: indices of the R clips.
+        frames: K frame indices of each clip, in chronological order.
+        predictor_states: (R, 1, J) predictor states of the clips.
+        durations: predicted duration of each frame, if the shortcut for durations was used; `None` otherwise.
+    """
+
+    clip_indices: list[int]
+    frames: list[list[int]]
+    predictor_states: Tensor
+    durations: list[list[int]] | None = None
+
+
+@dataclass(frozen=True)
+class FrameScores:
+    """The best outputs of the joint network on the frames of a `FramePlan`: K frames of each of R clips.
+
+    Args:
+        tokens: best token of each frame.
+        durations: predicted duration of each frame; for RNN-T 1 for a blank and 0 for a label.
+        logits: (R, K, V + D) scores; `None` if the shortcut for tokens was used.
+    """
+
+    tokens: list[list[int]]
+    durations: list[list[int]]
+    logits: Tensor | None
+
+
+def follow_blanks(durations: Sequence[int], num_offsets: int) -> list[int]:
+    """List the frame offsets that the decoder visits while it emits only blanks.
+
+    A blank advances by its predicted duration, but by at least one frame: durations 2 1 0 1 and `num_offsets` 3 give
+    the offsets 0, 2, 3.
+
+    Args:
+        durations: predicted duration for each consecutive frame; must cover all returned offsets except the last one.
+        num_offsets: number of offsets to return; the first one is 0.
+    """
+    offsets = [0]
+    for _ in range(num_offsets - 1):
+        current_offset = offsets[-1]
+        offsets.append(current_offset + max(1, durations[current_offset]))
+    return offsets
