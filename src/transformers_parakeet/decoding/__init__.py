@@ -1,10 +1,12 @@
 """Greedy decoding of CTC and transducer scores, whole or part by part, hypotheses, and token confidence."""
 
+from .beam import beam_decode_transducer
+from .beam_reference import beam_decode_clip_reference
 from .confidence import check_confidence_method, compute_token_confidence
 from .greedy import greedy_decode_ctc, greedy_decode_transducer_reference
 from .hypotheses import Hypotheses, Steps, collapse_ctc, insert_forced_blanks
 from .label_looping import Shortcuts, greedy_decode_transducer
-from .options import TransducerOptions
+from .options import BeamOptions, TransducerOptions
 from .resuming import finish_ctc, resume_ctc, resume_transducer
 from .state import (
     CTCState,
@@ -16,12 +18,15 @@ from .state import (
 )
 
 __all__ = [
+    "BeamOptions",
     "CTCState",
     "Hypotheses",
     "Shortcuts",
     "Steps",
     "TransducerOptions",
     "TransducerState",
+    "beam_decode_clip_reference",
+    "beam_decode_transducer",
     "check_confidence_method",
     "collapse_ctc",
     "compute_token_confidence",
