@@ -1,7 +1,7 @@
 """The reference implementation of the transducer beam search: one clip and one hypothesis at a time.
 
-`beam_decode_transducer` in `beam.py` returns the same hypotheses for a batch, and is tested against this search. Confidence is
-only computed there.
+`beam_decode_transducer` in `beam.py` returns the same hypotheses for a batch, and is tested against this search. Only
+that function computes confidence.
 """
 
 from __future__ import annotations

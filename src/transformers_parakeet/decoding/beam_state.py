@@ -97,7 +97,7 @@ def start_beams(predictor_states: Tensor, lstm_state: Any, fusion_states: Tensor
 
 
 def extend_hypotheses(state: BeamState, step: BeamStep, scores: Tensor, step_index: int, blank_id: int) -> BeamState:
-    """Return the hypotheses after a step. The states of the prediction network are those before the step.
+    """Return the hypotheses after a step, with the states of the prediction network of the hypotheses before the step.
 
     Args:
         state: the hypotheses before the step.
@@ -123,8 +123,8 @@ def extend_hypotheses(state: BeamState, step: BeamStep, scores: Tensor, step_ind
         labels_on_frame=torch.where(step.forced_advances == 1, 0, labels_on_frame),
         num_labels=num_labels + is_label,
         labels=labels.unflatten(0, step.tokens.shape),
-        predictor_states=state.predictor_states[rows],
-        lstm_state=tuple(tensor[:, rows] for tensor in state.lstm_state),
+        predictor_states=state.predictor_states,
+        lstm_state=state.lstm_state,
         fusion_states=None if state.fusion_states is None else state.fusion_states[rows],
     )
 
@@ -189,14 +189,14 @@ def predict_new_labels(
     one of them are older than this step, it has the state already, and the others copy it.
 
     Args:
-        state: the hypotheses after the step, with the states of the prediction network before it.
+        state: the result of `extend_hypotheses`, with merged scores.
         step: the last step.
         has_equal_labels: (B, K, K) whether two hypotheses have the same labels.
         predict: prediction network: (last labels, LSTM state) -> predictor states, new LSTM state.
         blank_id: id of the blank.
 
     Returns:
-        The hypotheses with the states of the prediction network after the step.
+        The hypotheses with their own states of the prediction network.
     """
     is_new = step.is_label(blank_id)
     num_beams = is_new.shape[1]
@@ -206,19 +206,19 @@ def predict_new_labels(
     provider_rows = to_rows(torch.where(is_new, ranks.amin(-1) % num_beams, indices))
     is_predicted = is_new.flatten() & (provider_rows == to_rows(indices))
     predicted_rows = is_predicted.nonzero()[:, 0]
-    predictor_states = state.predictor_states[provider_rows]
-    lstm_state = tuple(tensor[:, provider_rows] for tensor in state.lstm_state)
+    # the states of the parents of the providers; indexing copies them, so they can be changed in place
+    rows = to_rows(step.parents)[provider_rows]
+    predictor_states = state.predictor_states[rows]
+    lstm_state = tuple(tensor[:, rows] for tensor in state.lstm_state)
     if len(predicted_rows):
         labels = step.tokens.flatten()[predicted_rows]
         new_states, new_lstm_state = predict(labels, tuple(tensor[:, predicted_rows] for tensor in lstm_state))
         # rows whose provider is predicted, and the position of the provider in `predicted_rows`
-        rows = is_predicted[provider_rows].nonzero()[:, 0]
-        positions = (is_predicted.cumsum(0) - 1)[provider_rows[rows]]
-        predictor_states = predictor_states.index_copy(0, rows, new_states[positions])
-        lstm_state = tuple(
-            tensor.index_copy(1, rows, new_tensor[:, positions])
-            for tensor, new_tensor in zip(lstm_state, new_lstm_state, strict=True)
-        )
+        changed_rows = is_predicted[provider_rows].nonzero()[:, 0]
+        positions = (is_predicted.cumsum(0) - 1)[provider_rows[changed_rows]]
+        predictor_states.index_copy_(0, changed_rows, new_states[positions])
+        for tensor, new_tensor in zip(lstm_state, new_lstm_state, strict=True):
+            tensor.index_copy_(1, changed_rows, new_tensor[:, positions])
     return replace(state, predictor_states=predictor_states, lstm_state=lstm_state)
 
 
