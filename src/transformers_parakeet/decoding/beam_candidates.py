@@ -23,7 +23,7 @@ GROUP_SIZE = 64
 
 @dataclass(frozen=True)
 class Candidates:
-    """C possible next steps of each of R hypotheses, best first.
+    """C possible next steps of each of R hypotheses.
 
     Args:
         scores: (R, C) log-probability of each step with its duration, and the scores of the fusion; -inf if a
@@ -57,37 +57,56 @@ def compute_candidates(
         beam: settings of the search; `num_beams` is the maximum number of candidates.
     """
     token_logits = logits[:, : options.vocab_size]
-    log_normalisers = token_logits.logsumexp(-1, keepdim=True)
-    blank_scores = token_logits[:, options.blank_id, None] - log_normalisers
-    forced_blank_scores = blank_scores
     if fusion is None or fusion_states is None:
+        log_normalisers = token_logits.logsumexp(-1, keepdim=True)
         scores, tokens = select_best_tokens(token_logits, beam.num_beams)
-        scores = scores - log_normalisers
+        scores, blank_scores = scores - log_normalisers, token_logits[:, options.blank_id] - log_normalisers[:, 0]
     else:
-        # (R, V): the blank, which is the last token, has no score of the fusion
-        fusion_scores = nn.functional.pad(fusion.score(fusion_states), (0, 1))
-        total_weight = fusion.total_weight if beam.blank_score_mode == "lm_weighted_full" else 0.0
-        if beam.pruning_mode == "late":
-            # (1, V)
-            is_blank = (torch.arange(options.vocab_size, device=logits.device) == options.blank_id)[None]
-            scores = token_logits - log_normalisers
-            scores = add_fusion_scores(scores, fusion_scores, blank_scores, is_blank, total_weight)
-            # with early pruning NeMo does not scale the log-probability of a forced blank
-            forced_blank_scores = scores[:, options.blank_id, None]
-            scores, tokens = select_best_tokens(scores, beam.num_beams)
-        else:
-            scores, tokens = select_best_tokens(token_logits, beam.num_beams)
-            scores, fusion_scores = scores - log_normalisers, fusion_scores.gather(1, tokens)
-            scores = add_fusion_scores(scores, fusion_scores, blank_scores, tokens == options.blank_id, total_weight)
+        scores, tokens, blank_scores = score_tokens_with_fusion(
+            token_logits, fusion.score(fusion_states), fusion.total_weight, options.blank_id, beam
+        )
     # a forced blank replaces the first candidate, and the others are removed
     scores = scores.masked_fill(must_be_blank[:, None], -torch.inf)
-    scores[:, 0] = torch.where(must_be_blank, forced_blank_scores[:, 0], scores[:, 0])
+    scores[:, 0] = torch.where(must_be_blank, blank_scores, scores[:, 0])
     tokens = tokens.masked_fill(must_be_blank[:, None], options.blank_id)
     if options.durations is None:
         # RNN-T: a label has duration 0 and a blank has duration 1
         return Candidates(scores, tokens, (tokens == options.blank_id).long())
     duration_scores = logits[:, options.vocab_size :].log_softmax(-1)
     return add_durations(scores, tokens, duration_scores, must_be_blank, options, beam.num_beams)
+
+
+def score_tokens_with_fusion(
+    token_logits: Tensor, fusion_scores: Tensor, total_weight: float, blank_id: int, beam: BeamOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Select the best tokens of every hypothesis, with the scores of language models and phrase boosting.
+
+    Args:
+        token_logits: (R, V) scores of the joint network.
+        fusion_scores: (R, V - 1) weighted scores of the labels.
+        total_weight: sum of the weights of the fusion.
+        blank_id: id of the blank, V - 1.
+        beam: settings of the search.
+
+    Returns:
+        (R, C) scores, (R, C) token ids, and the (R,) score of a forced blank.
+    """
+    log_probabilities = token_logits - token_logits.logsumexp(-1, keepdim=True)
+    blank_scores = log_probabilities[:, blank_id, None]
+    # the blank has no score of the fusion
+    fusion_scores = nn.functional.pad(fusion_scores, (0, 1))
+    if beam.blank_score_mode == "no_score":
+        total_weight = 0.0
+    if beam.pruning_mode == "late":
+        # (1, V)
+        is_blank = (torch.arange(blank_id + 1, device=token_logits.device) == blank_id)[None]
+        scores = add_fusion_scores(log_probabilities, fusion_scores, blank_scores, is_blank, total_weight)
+        return *select_best_tokens(scores, beam.num_beams), scores[:, blank_id]
+    scores, tokens = select_best_tokens(log_probabilities, beam.num_beams)
+    fusion_scores = fusion_scores.gather(1, tokens)
+    scores = add_fusion_scores(scores, fusion_scores, blank_scores, tokens == blank_id, total_weight)
+    # with early pruning NeMo does not scale the log-probability of a forced blank
+    return scores, tokens, blank_scores[:, 0]
 
 
 def select_best_tokens(scores: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,14 @@ class BeamStep:
     confidences: Tensor
 
     def is_label(self, blank_id: int) -> Tensor:
-        """Return (B, K) whether the step of each hypothesis is a label, which every token but the blank is."""
+        """Return whether the step of each hypothesis is a label.
+
+        Args:
+            blank_id: id of the blank; every other token is a label.
+
+        Returns:
+            (B, K) truth values; false for a hypothesis that was finished before the step.
+        """
         return (self.tokens != NO_TOKEN) & (self.tokens != blank_id)
 
 
@@ -130,13 +137,28 @@ def extend_hypotheses(state: BeamState, step: BeamStep, scores: Tensor, step_ind
 
 
 def to_rows(beam_indices: Tensor) -> Tensor:
-    """Convert (B, K) indices of hypotheses within their clips to (B * K) rows."""
+    """Convert indices of hypotheses within their clips to rows.
+
+    Args:
+        beam_indices: (B, K) indices k.
+
+    Returns:
+        (B * K) rows b * K + k.
+    """
     batch, num_beams = beam_indices.shape
     return (beam_indices + torch.arange(batch, device=beam_indices.device)[:, None] * num_beams).flatten()
 
 
 def select(values: Tensor, rows: Tensor) -> Tensor:
-    """Select (B * K) rows of (B, K) values; the result is (B, K)."""
+    """Select one value for each hypothesis.
+
+    Args:
+        values: (B, K) values.
+        rows: (B * K) rows b * K + k to select.
+
+    Returns:
+        (B, K) selected values.
+    """
     return values.flatten()[rows].view_as(values)
 
 
