@@ -1,6 +1,7 @@
 """Greedy decoding and beam search of CTC and transducer scores, language models, phrase boosting, and confidence."""
 
 from .automaton import BackoffAutomaton, stack_automata
+from .beam import beam_decode_transducer
 from .biasing import BoostedPhrase, build_boosting_tree
 from .confidence import check_confidence_method, compute_token_confidence
 from .ctc_beam import beam_decode_ctc
@@ -46,6 +47,7 @@ __all__ = [
     "TransducerOptions",
     "TransducerState",
     "beam_decode_ctc",
+    "beam_decode_transducer",
     "build_boosting_tree",
     "build_fusion",
     "check_confidence_method",

@@ -18,6 +18,10 @@ Predict = Callable[[Tensor, Any], tuple[Tensor, Any]]
 # Joint network: (encoder states (R, K, J), predictor states (R, 1, J)) -> scores (R, K, V + D) of K frames of R clips
 Joint = Callable[[Tensor, Tensor], Tensor]
 
+# values of `BeamOptions.pruning_mode` and `BeamOptions.blank_score_mode`; the names are those of NeMo
+PRUNING_MODES = ("late", "early")
+BLANK_SCORE_MODES = ("lm_weighted_full", "no_score")
+
 
 @dataclass(frozen=True)
 class TransducerOptions:
@@ -61,9 +65,17 @@ class BeamOptions:
             NeMo's `beam_threshold`. Infinity drops none.
         sum_alignments: `True`: the score of a CTC hypothesis is the log of the summed probability of its alignments
             (Graves). `False`: it is the score of its best alignment, as in NeMo.
+        pruning_mode: when the scores of the fusion are added in a transducer search. `"late"`: to all tokens, before
+            the best tokens are selected. `"early"`: only to the best tokens of the model.
+        blank_score_mode: how the fusion changes the scores of the model in a transducer search.
+            `"lm_weighted_full"`: it scales the log-probability of the blank and of "no blank" by 1 + the sum of the
+            weights, so the fusion does not favour blanks. `"no_score"`: it changes only the scores of labels.
+        merge_finished: whether finished hypotheses of a TDT model with the same labels become one hypothesis if their
+            last durations end at different frames. NeMo does not merge them, so its result can contain the same
+            labels twice.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or a mode does not exist.
     """
 
     num_beams: int = 4
@@ -72,6 +84,9 @@ class BeamOptions:
     label_bonus: float = 0.0
     score_threshold: float = math.inf
     sum_alignments: bool = True
+    pruning_mode: str = "late"
+    blank_score_mode: str = "lm_weighted_full"
+    merge_finished: bool = True
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -85,3 +100,6 @@ class BeamOptions:
                 f"`score_threshold` must be greater than 0, got {self.score_threshold}: "
                 "pass infinity to drop no hypothesis"
             )
+        for name, modes in (("pruning_mode", PRUNING_MODES), ("blank_score_mode", BLANK_SCORE_MODES)):
+            if getattr(self, name) not in modes:
+                raise ValueError(f"`{name}` must be one of {', '.join(modes)}, got {getattr(self, name)!r}")
