@@ -1,4 +1,4 @@
-"""Greedy decoding of CTC and transducer scores, whole or part by part, hypotheses, and token confidence."""
+"""Greedy decoding of CTC and transducer scores, transducer beam search, hypotheses, and token confidence."""
 
 from .beam import beam_decode_transducer
 from .beam_reference import beam_decode_clip_reference
