@@ -63,7 +63,8 @@ class ParakeetCTCGenerateOutput(ModelOutput):
             `None` for a beam search, whose confidence is in `hypotheses`.
         scores: equal to `logits`, because decoding does not change scores; set if requested with `output_scores`.
         hypotheses: the tokens without blanks and repeats, with their frames.
-        sequences_scores: (R,) scores of a beam search, best first for each clip; `None` for greedy decoding.
+        sequences_scores: (R,) scores of a beam search, best first for each clip; `None` for greedy decoding. It is -inf
+            for an empty row, if a clip has fewer hypotheses than `num_return_sequences`.
     """
 
     sequences: Tensor | None = None

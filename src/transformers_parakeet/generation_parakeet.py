@@ -68,7 +68,7 @@ class ParakeetRNNTGenerateOutput(ModelOutput):
             `output_scores`.
         hypotheses: the labels with their frames and predicted durations, without blanks.
         sequences_scores: (R,) score / (number of labels + 1)^length_penalty of a beam search; `None` for greedy
-            decoding.
+            decoding. It is -inf for an empty row, if a clip has fewer hypotheses than `num_return_sequences`.
     """
 
     sequences: Tensor | None = None
