@@ -16,6 +16,8 @@ logger = logging.get_logger(__name__)
 
 # samples between two mel frames: 10 ms at 16 kHz, as in all released checkpoints
 HOP_LENGTH = 160
+# mel frames per encoder frame in every released checkpoint
+SUBSAMPLING_FACTOR = 8
 
 # allowed values of fields of `ParakeetEncoderConfig`, spelled as in NeMo
 SELF_ATTENTION_MODELS = ("rel_pos", "rel_pos_local_attn")

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.generation import GenerationConfig, SuppressTokensLogitsProcessor
 from transformers.utils import logging
@@ -19,10 +18,8 @@ from .decoding import (
     DEFAULT_BOOSTING_WEIGHT,
     DEFAULT_LM_WEIGHT,
     BeamOptions,
-    Fusion,
     Hypotheses,
     TokenScorer,
-    build_fusion,
     check_confidence_method,
 )
 
@@ -94,22 +91,6 @@ class SearchOptions:
     def build_beam_options(self) -> BeamOptions:
         """Build the settings of a beam search."""
         return BeamOptions(self.num_beams, self.num_return_sequences, self.length_penalty, self.label_bonus)
-
-    def build_fusion(self, blank_id: int, vocab_size: int, device: torch.device) -> Fusion | None:
-        """Build the scorers that a search adds to the scores of the model; `None` if there are none.
-
-        Args:
-            blank_id: id of the blank.
-            vocab_size: number of tokens V with the blank.
-            device: device of the model.
-
-        Raises:
-            ValueError: a scorer belongs to another vocabulary.
-        """
-        fusion = build_fusion(
-            self.language_model, self.lm_weight, self.boosting, self.boosting_weight, blank_id, vocab_size
-        )
-        return None if fusion is None else fusion.to(device)
 
 
 SEARCH_ARGUMENTS = tuple(field.name for field in fields(SearchOptions))

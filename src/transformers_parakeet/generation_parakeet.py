@@ -1,17 +1,17 @@
-"""Implements `generate()` of transducers with the arguments and outputs of Hugging Face transformers.
+"""Implements `generate()` with the arguments and outputs of Hugging Face transformers.
 
 The search itself is in `decoding/`. The processor computes text and times.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.generation import (
+    CompileConfig,
     GenerationConfig,
     GenerationMixin,
     GenerationMode,
@@ -20,16 +20,23 @@ from transformers.generation import (
 from transformers.utils import ModelOutput
 
 from .decoding import (
+    Fusion,
     Hypotheses,
     Joint,
     Shortcuts,
     TransducerOptions,
+    beam_decode_ctc,
     beam_decode_transducer,
+    build_fusion,
+    collapse_ctc,
+    compute_token_confidence,
+    greedy_decode_ctc,
     greedy_decode_transducer,
-    insert_forced_blanks,
     mask_joint,
+    mask_logits,
 )
 from .generation_arguments import (
+    CTCArguments,
     SearchOptions,
     check_beam_search,
     check_label_bonus,
@@ -41,45 +48,156 @@ from .generation_arguments import (
     set_stock_fields,
     take_search_options,
 )
-from .generation_ctc import CTCTokens, ParakeetCTCGenerateOutput, decode_ctc
-from .generation_streaming import StepObserver
+from .generation_streaming import StepObserver, stream_frames
+from .outputs_parakeet import CTCTokens, ParakeetCTCGenerateOutput, ParakeetRNNTGenerateOutput, build_transducer_output
 
 # value of `max_length` that means no limit; no audio has this number of steps
 UNLIMITED_LENGTH = 2**31
 
 
-@dataclass
-class ParakeetRNNTGenerateOutput(ModelOutput):
-    """Output of `generate` of a transducer; `num_steps` is the largest number of steps of a hypothesis.
+class ParakeetCTCGenerationMixin(GenerationMixin):
+    """Adds `generate` to a CTC model. It stores no state on the model, so several threads can call it."""
 
-    R is the number of clips B times `num_return_sequences`. The hypotheses of a clip are consecutive, best first.
+    @torch.no_grad()
+    def generate(
+        self,
+        input_features: Tensor,
+        attention_mask: Tensor | None = None,
+        return_dict_in_generate: bool = False,
+        compile_config: CompileConfig | None = None,
+        output_confidence: bool | str = False,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> ParakeetCTCGenerateOutput | Tensor:
+        """Decode a batch: select the best token of every frame, or run a beam search.
+
+        Args:
+            input_features: (B, T, F) log-mel features.
+            attention_mask: (B, T), 1 for valid feature frames; `None` if there is no padding.
+            return_dict_in_generate: whether to return a `ParakeetCTCGenerateOutput` instead of a tensor.
+            compile_config: settings with which to compile the forward pass; `None` to run it uncompiled.
+            output_confidence: confidence method of `decoding.compute_token_confidence`, `True` for `"max_prob"`, or
+                `False` for no confidence.
+            generation_config: settings that are treated as arguments; arguments of the call override them.
+            **kwargs: the fields of `SearchOptions`, such as `num_beams` and `boosting`; `streamer`, `output_scores` and
+                arguments of `forward`. Other arguments of transformers' `generate` are accepted if they change nothing,
+                and ignored with a warning if they have no effect on a CTC head.
+
+        Returns:
+            (R, N) token ids, blanks and repeats included, where R is the number of clips times `num_return_sequences`.
+            `processor.batch_decode` merges repeats and removes blanks.
+
+        Raises:
+            ValueError: an argument is unknown, out of range, or requires sampling.
+        """
+        if return_dict_in_generate:
+            kwargs["return_dict_in_generate"] = True
+        arguments = parse_ctc_arguments(kwargs, generation_config)
+        forward = self.__call__ if compile_config is None else self.get_compiled_call(compile_config)
+        outputs = forward(input_features=input_features, attention_mask=attention_mask, **arguments.forward_kwargs)
+        frame_lengths = None
+        if attention_mask is not None:
+            frame_lengths = self._get_subsampling_output_length(attention_mask.sum(-1))
+        return decode_ctc(
+            outputs, outputs.logits, frame_lengths, self.config.pad_token_id, arguments, output_confidence
+        )
+
+
+def build_search_fusion(search: SearchOptions, blank_id: int, vocab_size: int, device: torch.device) -> Fusion | None:
+    """Build the scorers that a search adds to the scores of the model.
 
     Args:
-        sequences: (R, 1 + num_steps) the blank, then the label or blank of every step, then `pad_token_id` as
-            padding.
-        durations: (R, 1 + num_steps) 0, then the number of frames that each step advances. The frame of a step is
-            the sum of all earlier durations.
-        attentions: attentions of the encoder, if requested.
-        hidden_states: hidden states of the encoder, if requested.
-        token_confidence: (R, 1 + num_steps) confidence of each label, 0 for blanks; set if requested with
-            `output_confidence`.
-        logits: one tensor per step, (B, V + D) scores, 0 for padding; set if requested with `output_logits`.
-        scores: equal to `logits`, because greedy decoding does not change scores; set if requested with
-            `output_scores`.
-        hypotheses: the labels with their frames and predicted durations, without blanks.
-        sequences_scores: (R,) score / (number of labels + 1)^length_penalty of a beam search; `None` for greedy
-            decoding. It is -inf for an empty row, if a clip has fewer hypotheses than `num_return_sequences`.
-    """
+        search: the arguments of `generate`.
+        blank_id: id of the blank.
+        vocab_size: number of tokens V with the blank.
+        device: device of the model.
 
-    sequences: Tensor | None = None
-    durations: Tensor | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    token_confidence: Tensor | None = None
-    logits: tuple[Tensor, ...] | None = None
-    scores: tuple[Tensor, ...] | None = None
-    hypotheses: Hypotheses | None = None
-    sequences_scores: Tensor | None = None
+    Returns:
+        The scorers with their weights; `None` if there are none.
+
+    Raises:
+        ValueError: a scorer belongs to another vocabulary.
+    """
+    weighted = (search.language_model, search.lm_weight, search.boosting, search.boosting_weight)
+    fusion = build_fusion(*weighted, blank_id, vocab_size)
+    return None if fusion is None else fusion.to(device)
+
+
+def decode_ctc(
+    encoder_outputs: ModelOutput,
+    logits: Tensor,
+    frame_lengths: Tensor | None,
+    blank_id: int,
+    arguments: CTCArguments,
+    output_confidence: bool | str,
+    sequence_type: type[Tensor] = Tensor,
+) -> ParakeetCTCGenerateOutput | Tensor:
+    """Decode the scores of a CTC head, and build the output of `generate`.
+
+    Args:
+        encoder_outputs: output with the attentions and hidden states of the encoder.
+        logits: (B, N, V) scores.
+        frame_lengths: (B,) number of valid frames; `None` if all frames are valid.
+        blank_id: id of the blank.
+        arguments: the arguments of `generate`.
+        output_confidence: confidence method, `True` for `"max_prob"`, or `False` for no confidence.
+        sequence_type: type of the returned token ids: `Tensor`, or `CTCTokens` for a hybrid.
+
+    Returns:
+        (R, N) token ids, or a `ParakeetCTCGenerateOutput`.
+    """
+    if arguments.search.allowed_tokens is not None:
+        logits = mask_logits(logits, arguments.search.allowed_tokens, blank_id)
+    method = get_confidence_method(output_confidence)
+    sequences, hypotheses, frame_confidence = search_ctc(logits, frame_lengths, blank_id, arguments, method)
+    sequences = sequences.as_subclass(sequence_type)
+    if not arguments.return_dict:
+        return sequences
+    return ParakeetCTCGenerateOutput(
+        sequences=sequences,
+        logits=logits,
+        attentions=encoder_outputs.attentions,
+        hidden_states=encoder_outputs.hidden_states,
+        token_confidence=frame_confidence,
+        scores=logits if arguments.output_scores else None,
+        hypotheses=hypotheses,
+        sequences_scores=hypotheses.scores,
+    )
+
+
+def search_ctc(
+    logits: Tensor, frame_lengths: Tensor | None, blank_id: int, arguments: CTCArguments, confidence: str | None
+) -> tuple[Tensor, Hypotheses, Tensor | None]:
+    """Decode the scores of a CTC head greedily or by beam search.
+
+    Args:
+        logits: (B, N, V) scores.
+        frame_lengths: (B,) number of valid frames; `None` if all frames are valid.
+        blank_id: id of the blank.
+        arguments: the arguments of `generate`.
+        confidence: confidence method; `None` for no confidence.
+
+    Returns:
+        (R, N) token of every frame, the hypotheses, and the (B, N) confidence of every frame, which is `None` for a
+        beam search and without confidence.
+    """
+    search = arguments.search
+    fusion = build_search_fusion(search, blank_id, logits.shape[-1], logits.device)
+    if search.num_beams > 1:
+        check_beam_search(arguments.streamer)
+        # a label sequence can be in the beam twice: ending with a label, and ending with a blank
+        beam = replace(search.build_beam_options(), num_beams=2 * search.num_beams)
+        hypotheses, sequences = beam_decode_ctc(
+            logits, frame_lengths, blank_id, beam, fusion=fusion, confidence=confidence
+        )
+        return sequences, hypotheses, None
+    sequences = greedy_decode_ctc(logits, frame_lengths, blank_id, fusion)
+    stream_frames(sequences, blank_id, arguments.streamer)
+    frame_confidence = None
+    if confidence is not None:
+        # without fusion, the token of a frame is the one with the highest score
+        frame_confidence = compute_token_confidence(logits, confidence, None if fusion is None else sequences)
+    return sequences, collapse_ctc(sequences, blank_id, frame_confidence), frame_confidence
 
 
 class ParakeetTransducerGenerationMixin(GenerationMixin):
@@ -126,6 +244,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
         search_options, kwargs = take_search_options(kwargs, generation_config)
         check_label_bonus(search_options.label_bonus)
         if search_options.num_beams > 1:
+            check_beam_search(kwargs.get("streamer"), kwargs.get("stopping_criteria") or ())
             # transformers would repeat the clips for its own beam search
             kwargs.update(num_beams=1, num_return_sequences=1)
         return super().generate(inputs, *args, search_options=search_options, **kwargs)
@@ -306,7 +425,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             observer: receives every step of greedy decoding; `None` for no observer.
         """
         encoder_states, frame_lengths = encoder_outputs.pooler_output, get_frame_lengths(encoder_outputs)
-        fusion = search.build_fusion(options.blank_id, options.vocab_size, encoder_states.device)
+        fusion = build_search_fusion(search, options.blank_id, options.vocab_size, encoder_states.device)
         shortcuts = Shortcuts(*self.joint.build_argmax_functions(options.vocab_size))
         joint: Joint = self.joint.score
         if search.allowed_tokens is not None:
@@ -345,52 +464,6 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             confidence=get_confidence_method(output_confidence),
             keep_logits=bool(generation_config.output_logits or generation_config.output_scores),
         )
-
-
-def build_transducer_output(
-    hypotheses: Hypotheses,
-    start_tokens: Tensor,
-    encoder_outputs: Any,
-    config: Any,
-    max_steps: int | None,
-    generation_config: GenerationConfig,
-) -> ParakeetRNNTGenerateOutput:
-    """Convert the result of a transducer search to the output of transformers' `generate`.
-
-    A forced advance is an advance by one frame after the maximum number of labels on a frame. With
-    `config.forced_blanks`, it becomes a blank step, otherwise it is added to the duration of the last label.
-
-    Args:
-        hypotheses: the result of the search; `steps` must be set.
-        start_tokens: (B, 1) start tokens, which are blanks.
-        encoder_outputs: the output of the encoder.
-        config: the model config.
-        max_steps: maximum number of steps in the output; `None` for no limit.
-        generation_config: the generation config, which says whether to return `logits` and `scores`.
-
-    Returns:
-        All steps in the layout of transformers, and the hypotheses.
-    """
-    steps = hypotheses.steps
-    assert steps is not None
-    if config.forced_blanks:
-        # as in NeMo, the label keeps its predicted duration
-        steps = insert_forced_blanks(steps, config.blank_token_id, config.pad_token_id, max_steps)
-    else:
-        # as in stock transformers
-        steps = replace(steps, durations=steps.durations + steps.forced_advances)
-    logits = None if steps.logits is None else tuple(steps.logits.unbind(1))
-    # durations and confidence of the start token are 0
-    return ParakeetRNNTGenerateOutput(
-        sequences=torch.cat([start_tokens, steps.tokens], dim=1),
-        durations=F.pad(steps.durations, (1, 0)),
-        attentions=encoder_outputs.attentions,
-        hidden_states=encoder_outputs.hidden_states,
-        token_confidence=None if steps.confidence is None else F.pad(steps.confidence, (1, 0)),
-        logits=logits if generation_config.output_logits else None,
-        scores=logits if generation_config.output_scores else None,
-        hypotheses=replace(hypotheses, steps=None),
-    )
 
 
 def get_frame_lengths(encoder_outputs: Any) -> Tensor:

@@ -27,8 +27,7 @@ from .configuration_parakeet import (
     add_missing_fields,
     change_attention_context,
 )
-from .generation_ctc import ParakeetCTCGenerationMixin
-from .generation_parakeet import ParakeetTransducerGenerationMixin, get_frame_lengths
+from .generation_parakeet import ParakeetCTCGenerationMixin, ParakeetTransducerGenerationMixin, get_frame_lengths
 from .losses import TransducerLoss, compact_labels, ctc_loss, select_loss
 from .networks import (
     CacheAwareEncoderMixin,

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedConfig
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
-from .configuration_parakeet import get_head_type
+from .configuration_parakeet import SUBSAMPLING_FACTOR, get_head_type
 from .decoding import Hypotheses
 from .processing_search import SearchInputsMixin
 from .timestamps import (
@@ -36,9 +36,6 @@ TIMESTAMP_LEVELS = ("char", "word", "segment")
 
 # arguments of `from_pretrained` that control how files are located and downloaded
 HUB_OPTION_NAMES = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-
-# feature frames per encoder frame in every released checkpoint
-SUBSAMPLING_FACTOR = 8
 
 DEFAULT_KWARGS: dict[str, dict[str, Any]] = {
     "audio_kwargs": {

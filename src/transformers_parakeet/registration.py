@@ -29,7 +29,7 @@ from .modeling_parakeet import (
     ParakeetForTDT,
     ParakeetPreTrainedModel,
 )
-from .nemo import add_nemo_support
+from .nemo import add_nemo_support, load_nemo
 from .pipeline_parakeet import ParakeetASRPipeline
 from .processing_parakeet import ParakeetProcessor
 from .tokenization_parakeet import ParakeetTokenizer
@@ -84,7 +84,7 @@ def _replace_pipeline() -> None:
     """
     current_pipeline = vars(transformers.pipelines)["pipeline"]
     # if `register` was called before, `current_pipeline` is our wrapper, and `__wrapped__` is the original function
-    pipeline = add_nemo_support(getattr(current_pipeline, "__wrapped__", current_pipeline))
+    pipeline = add_nemo_support(getattr(current_pipeline, "__wrapped__", current_pipeline), load_nemo)
     for module in (sys.modules["transformers"], transformers.pipelines):
         vars(module)["pipeline"] = pipeline
     task_settings = PIPELINE_REGISTRY.supported_tasks["automatic-speech-recognition"]

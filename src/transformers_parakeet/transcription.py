@@ -106,19 +106,10 @@ def transcribe(
     files: Any,
     model: str | Path | ParakeetASRPipeline = DEFAULT_MODEL,
     *,
-    decoder: str | None = None,
-    chunk_length_s: float | None = None,
-    batch_size: int | None = None,
-    memory_budget: int | None = None,
-    confidence: bool = True,
-    num_beams: int = 1,
-    boost: Sequence[str | tuple[str, float]] = (),
-    language_model: str | Path | TokenScorer | None = None,
-    lm_weight: float = DEFAULT_LM_WEIGHT,
-    scripts: Sequence[str] = (),
     device: str | torch.device | None = None,
     dtype: str | None = None,
     attention: str | None = None,
+    **options: Any,
 ) -> Iterator[TranscriptionResult]:
     """Transcribe files with text, words, segments and tokens with times.
 
@@ -128,9 +119,8 @@ def transcribe(
         files: paths, URLs, bytes, binary file objects or arrays of samples; see `load_audio`. A single path or URL is
             one file.
         model: Hub id, folder, `.nemo` file, `"demo"` for the bundled model of spoken digits, or a loaded pipeline.
-        decoder, chunk_length_s, batch_size, memory_budget, confidence, num_beams, boost, language_model, lm_weight,
-            scripts: see `TranscriptionOptions`.
         device, dtype, attention: see `load_pipeline`; `None` for a loaded pipeline.
+        **options: fields of `TranscriptionOptions`, such as `batch_size`, `num_beams` and `boost`.
 
     Returns:
         A generator of one result per file, in the order of the files. If a file fails, it raises the error of the file;
@@ -140,18 +130,7 @@ def transcribe(
         ValueError: an option is invalid, or the model does not have the decoder.
         OSError: the model cannot be loaded.
     """
-    options = TranscriptionOptions(
-        decoder,
-        chunk_length_s,
-        batch_size,
-        memory_budget,
-        confidence,
-        num_beams,
-        boost,
-        language_model,
-        lm_weight,
-        scripts,
-    )
+    transcription_options = TranscriptionOptions(**options)
     loading_options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention}
     if not isinstance(model, ParakeetASRPipeline):
         model = load_pipeline(model, **loading_options)
@@ -160,9 +139,9 @@ def transcribe(
             "`device`, `dtype` and `attention` must be None for a loaded pipeline, got "
             f"{loading_options}: pass them to `load_pipeline`"
         )
-    check_decoder(model.model.config, decoder)
+    check_decoder(model.model.config, transcription_options.decoder)
     sources = [files] if isinstance(files, (str, os.PathLike)) else files
-    return _raise_errors(transcribe_files(model, sources, options))
+    return _raise_errors(transcribe_files(model, sources, transcription_options))
 
 
 def _raise_errors(entries: Iterable[TranscriptionResult | FailedFile]) -> Iterator[TranscriptionResult]:

@@ -112,7 +112,7 @@ def enumerate_alignments(
         if options.durations is not None:
             durations = list(zip(options.durations, logits[blank_id + 1 :].log_softmax(0).tolist(), strict=True))
         blank_probability = math.exp(tokens[blank_id])
-        scale = fusion.total_weight if fusion and full else 0.0
+        scale = sum(fusion.weights) if fusion and full else 0.0
         is_forced = labels_on_frame >= options.max_symbols
         if is_forced:
             durations = [max(durations, key=lambda pair: pair[1])]

@@ -2,6 +2,7 @@
 
 from .automaton import BackoffAutomaton, stack_automata
 from .beam import beam_decode_transducer
+from .beam_reference import ReferenceHypothesis, beam_decode_clip_reference
 from .biasing import BoostedPhrase, build_boosting_tree
 from .confidence import check_confidence_method, compute_token_confidence
 from .ctc_beam import beam_decode_ctc
@@ -11,16 +12,9 @@ from .greedy import greedy_decode_ctc, greedy_decode_transducer_reference
 from .hypotheses import Hypotheses, Steps, collapse_ctc, insert_forced_blanks
 from .label_looping import greedy_decode_transducer
 from .ngram import load_language_model
-from .options import BeamOptions, Joint, Predict, TransducerOptions
+from .options import DEFAULT_BOOSTING_WEIGHT, DEFAULT_LM_WEIGHT, BeamOptions, Joint, Predict, TransducerOptions
 from .resuming import finish_ctc, resume_ctc, resume_greedy_ctc, resume_transducer
-from .search_inputs import (
-    DEFAULT_BOOSTING_WEIGHT,
-    DEFAULT_LM_WEIGHT,
-    build_fusion,
-    mask_joint,
-    mask_logits,
-    prepare_allowed_tokens,
-)
+from .search_inputs import build_fusion, mask_joint, mask_logits, prepare_allowed_tokens
 from .state import (
     CTCState,
     TransducerState,
@@ -41,11 +35,13 @@ __all__ = [
     "Hypotheses",
     "Joint",
     "Predict",
+    "ReferenceHypothesis",
     "Shortcuts",
     "Steps",
     "TokenScorer",
     "TransducerOptions",
     "TransducerState",
+    "beam_decode_clip_reference",
     "beam_decode_ctc",
     "beam_decode_transducer",
     "build_boosting_tree",

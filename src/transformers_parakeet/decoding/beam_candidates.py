@@ -62,8 +62,9 @@ def compute_candidates(
         scores, tokens = select_best_tokens(token_logits, beam.num_beams)
         scores, blank_scores = scores - log_normalisers, token_logits[:, options.blank_id] - log_normalisers[:, 0]
     else:
+        total_weights = fusion.sum_weights(fusion_states, token_logits.dtype)
         scores, tokens, blank_scores = score_tokens_with_fusion(
-            token_logits, fusion.score(fusion_states), fusion.total_weight, options.blank_id, beam
+            token_logits, fusion.score(fusion_states), total_weights, options.blank_id, beam
         )
     # a forced blank replaces the first candidate, and the others are removed
     scores = scores.masked_fill(must_be_blank[:, None], -torch.inf)
@@ -77,14 +78,14 @@ def compute_candidates(
 
 
 def score_tokens_with_fusion(
-    token_logits: Tensor, fusion_scores: Tensor, total_weight: float, blank_id: int, beam: BeamOptions
+    token_logits: Tensor, fusion_scores: Tensor, total_weights: Tensor, blank_id: int, beam: BeamOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Select the best tokens of every hypothesis, with the scores of language models and phrase boosting.
 
     Args:
         token_logits: (R, V) scores of the joint network.
         fusion_scores: (R, V - 1) weighted scores of the labels.
-        total_weight: sum of the weights of the fusion.
+        total_weights: (R,) sum of the weights of the scorers that the clip of each hypothesis uses.
         blank_id: id of the blank, V - 1.
         beam: settings of the search.
 
@@ -96,15 +97,15 @@ def score_tokens_with_fusion(
     # the blank has no score of the fusion
     fusion_scores = nn.functional.pad(fusion_scores, (0, 1))
     if beam.blank_score_mode == "no_score":
-        total_weight = 0.0
+        total_weights = torch.zeros_like(total_weights)
     if beam.pruning_mode == "late":
         # (1, V)
         is_blank = (torch.arange(blank_id + 1, device=token_logits.device) == blank_id)[None]
-        scores = add_fusion_scores(log_probabilities, fusion_scores, blank_scores, is_blank, total_weight)
+        scores = add_fusion_scores(log_probabilities, fusion_scores, blank_scores, is_blank, total_weights[:, None])
         return *select_best_tokens(scores, beam.num_beams), scores[:, blank_id]
     scores, tokens = select_best_tokens(log_probabilities, beam.num_beams)
     fusion_scores = fusion_scores.gather(1, tokens)
-    scores = add_fusion_scores(scores, fusion_scores, blank_scores, tokens == blank_id, total_weight)
+    scores = add_fusion_scores(scores, fusion_scores, blank_scores, tokens == blank_id, total_weights[:, None])
     # with early pruning NeMo does not scale the log-probability of a forced blank
     return scores, tokens, blank_scores[:, 0]
 
@@ -137,11 +138,11 @@ def select_best_tokens(scores: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]
 
 
 def add_fusion_scores(
-    scores: Tensor, fusion_scores: Tensor, blank_scores: Tensor, is_blank: Tensor, total_weight: float
+    scores: Tensor, fusion_scores: Tensor, blank_scores: Tensor, is_blank: Tensor, total_weights: Tensor
 ) -> Tensor:
     """Add the scores of the fusion to the scores of the model.
 
-    The log-probability of "blank" or "no blank" is multiplied by 1 + `total_weight`, so a label and a blank are scaled
+    The log-probability of "blank" or "no blank" is multiplied by 1 + `total_weights`, so a label and a blank are scaled
     alike. Source: NeMo, `blank_lm_score_mode` of the batched beam searches.
 
     Args:
@@ -149,13 +150,11 @@ def add_fusion_scores(
         fusion_scores: (R, C) weighted scores of the fusion.
         blank_scores: (R, 1) log-probability of the blank.
         is_blank: (R, C) or (1, C) which tokens are the blank.
-        total_weight: sum of the weights of the fusion, or 0 to leave the log-probabilities of the model unchanged.
+        total_weights: (R, 1) sum of the weights of the scorers; 0 leaves the log-probabilities of the model unchanged.
     """
-    label_scores = scores + fusion_scores
-    if total_weight:
-        no_blank_scores = torch.log1p(-blank_scores.exp().clamp(max=MAX_BLANK_PROBABILITY))
-        label_scores = label_scores + total_weight * no_blank_scores
-    return torch.where(is_blank, scores * (1 + total_weight), label_scores)
+    no_blank_scores = torch.log1p(-blank_scores.exp().clamp(max=MAX_BLANK_PROBABILITY))
+    label_scores = scores + fusion_scores + total_weights * no_blank_scores
+    return torch.where(is_blank, scores * (1 + total_weights), label_scores)
 
 
 def add_durations(

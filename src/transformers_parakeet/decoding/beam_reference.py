@@ -112,7 +112,8 @@ def list_next_steps(
     tokens = list(range(vocab_size))
     scores = list(model_scores)
     if fusion is not None and hypothesis.fusion_state is not None:
-        weight = fusion.total_weight if beam.blank_score_mode == "lm_weighted_full" else 0.0
+        scales_blank = beam.blank_score_mode == "lm_weighted_full"
+        weight = float(fusion.sum_weights(hypothesis.fusion_state, torch.float64)) if scales_blank else 0.0
         no_blank_score = math.log(1 - min(math.exp(model_scores[blank_id]), MAX_BLANK_PROBABILITY))
         fusion_scores = fusion.score(hypothesis.fusion_state)[0].tolist()
         scores = [scores[token] + weight * no_blank_score + fusion_scores[token] for token in tokens[:blank_id]]

@@ -7,7 +7,7 @@ The searches that use it are in `greedy.py`, `label_looping.py`, `beam.py` and `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -70,15 +70,28 @@ class Fusion:
     Args:
         scorers: at least one scorer; all have the same number of labels.
         weights: weight of each scorer.
+        unused_states: for each scorer, the state of clips that do not use the scorer, or -1; `None` if all clips use
+            all scorers. The score of every token is 0 in this state.
     """
 
     scorers: tuple[TokenScorer, ...]
     weights: tuple[float, ...]
+    unused_states: tuple[int, ...] | None = None
 
-    @property
-    def total_weight(self) -> float:
-        """Sum of the weights."""
-        return sum(self.weights)
+    def sum_weights(self, states: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sum the weights of the scorers that the clip of each state uses.
+
+        Args:
+            states: (N, number of scorers) states.
+            dtype: type of the result.
+
+        Returns:
+            (N,) sums.
+        """
+        weights = torch.tensor(self.weights, dtype=dtype, device=states.device)
+        if self.unused_states is None:
+            return weights.sum().expand(len(states))
+        return (weights * (states != states.new_tensor(self.unused_states))).sum(1)
 
     def check_vocabulary(self, blank_id: int, vocab_size: int) -> None:
         """Check that the scorers and the model have the same labels.
@@ -109,7 +122,7 @@ class Fusion:
         Args:
             device: the device.
         """
-        return Fusion(tuple(scorer.to(device) for scorer in self.scorers), self.weights)
+        return replace(self, scorers=tuple(scorer.to(device) for scorer in self.scorers))
 
     def start(self, num_clips: int) -> Tensor:
         """Return the states before the first token.

@@ -16,9 +16,6 @@ from .automaton import BackoffAutomaton, stack_automata
 from .fusion import Fusion, TokenScorer
 from .options import Joint
 
-# weights of a language model and of phrase boosting
-DEFAULT_LM_WEIGHT, DEFAULT_BOOSTING_WEIGHT = 0.3, 1.0
-
 
 def build_fusion(
     language_model: TokenScorer | None,
@@ -50,18 +47,20 @@ def build_fusion(
     for name, weight in (("lm_weight", lm_weight), ("boosting_weight", boosting_weight)):
         if not math.isfinite(weight):
             raise ValueError(f"`{name}` must be a finite number, got {weight}: pass for example 0.3")
+    unused_state = -1
     if boosting is not None and isinstance(boosting, Sequence):
-        boosting = combine_boosting(boosting, vocab_size - 1)
-    weighted = [(language_model, lm_weight), (boosting, boosting_weight)]
-    used = [(scorer, float(weight)) for scorer, weight in weighted if scorer is not None and weight != 0]
+        boosting, unused_state = combine_boosting(boosting, vocab_size - 1)
+    entries = [(language_model, lm_weight, -1), (boosting, boosting_weight, unused_state)]
+    used = [(scorer, float(weight), state) for scorer, weight, state in entries if scorer is not None and weight != 0]
     if not used:
         return None
-    fusion = Fusion(tuple(scorer for scorer, _ in used), tuple(weight for _, weight in used))
+    scorers, weights, unused_states = zip(*used, strict=True)
+    fusion = Fusion(scorers, weights, None if set(unused_states) == {-1} else unused_states)
     fusion.check_vocabulary(blank_id, vocab_size)
     return fusion
 
 
-def combine_boosting(trees: Sequence[TokenScorer | None], num_labels: int) -> BackoffAutomaton | None:
+def combine_boosting(trees: Sequence[TokenScorer | None], num_labels: int) -> tuple[BackoffAutomaton | None, int]:
     """Combine the boosting trees of the clips of a batch.
 
     Args:
@@ -69,7 +68,8 @@ def combine_boosting(trees: Sequence[TokenScorer | None], num_labels: int) -> Ba
         num_labels: number of labels V of the model.
 
     Returns:
-        A tree with one start state per clip; `None` if no clip has boosting.
+        A tree with one start state per clip, `None` if no clip has boosting; and the state of the clips without
+        boosting, -1 if all clips have boosting.
 
     Raises:
         ValueError: the trees have different numbers of labels.
@@ -85,8 +85,10 @@ def combine_boosting(trees: Sequence[TokenScorer | None], num_labels: int) -> Ba
             )
         automata.append(empty_tree if tree is None else tree)
     if all(automaton is empty_tree for automaton in automata):
-        return None
-    return stack_automata(automata)
+        return None, -1
+    automaton = stack_automata(automata)
+    starts = zip(trees, automaton.start_states.tolist(), strict=True)
+    return automaton, next((state for tree, state in starts if tree is None), -1)
 
 
 def build_empty_automaton(num_labels: int) -> BackoffAutomaton:

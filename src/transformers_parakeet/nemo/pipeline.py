@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from .hub import find_checkpoint
-from .reader import load_nemo
 
 TASK = "automatic-speech-recognition"
 
@@ -19,7 +18,7 @@ TASK = "automatic-speech-recognition"
 LOADING_OPTIONS = ("revision", "token", "dtype")
 
 
-def add_nemo_support(original_pipeline: Callable[..., Any]) -> Callable[..., Any]:
+def add_nemo_support(original_pipeline: Callable[..., Any], load_nemo: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap transformers' `pipeline` function so it also accepts `.nemo` files.
 
     If `model` is the path of a `.nemo` file, the wrapper loads the file. Otherwise the wrapper calls the original
@@ -29,6 +28,7 @@ def add_nemo_support(original_pipeline: Callable[..., Any]) -> Callable[..., Any
 
     Args:
         original_pipeline: `transformers.pipeline`.
+        load_nemo: function that loads a model and its processor from a `.nemo` file.
     """
 
     @wraps(original_pipeline)
@@ -36,7 +36,7 @@ def add_nemo_support(original_pipeline: Callable[..., Any]) -> Callable[..., Any
         """Build a pipeline; see `transformers.pipeline`."""
         may_be_nemo = isinstance(model, (str, Path)) and task in (None, TASK)
         if may_be_nemo and str(model).endswith(".nemo") and Path(model).is_file():
-            return build_nemo_pipeline(original_pipeline, model, args, kwargs)
+            return build_nemo_pipeline(original_pipeline, load_nemo, model, args, kwargs)
         try:
             return original_pipeline(task, model, *args, **kwargs)
         except (OSError, ValueError):
@@ -44,7 +44,7 @@ def add_nemo_support(original_pipeline: Callable[..., Any]) -> Callable[..., Any
             has_explicit_config = bool(args) or kwargs.get("config") is not None
             if not may_be_nemo or has_explicit_config or not has_nemo_file(model, kwargs):
                 raise
-        return build_nemo_pipeline(original_pipeline, model, args, kwargs)
+        return build_nemo_pipeline(original_pipeline, load_nemo, model, args, kwargs)
 
     return pipeline
 
@@ -66,12 +66,17 @@ def has_nemo_file(model: str | Path, options: dict[str, Any]) -> bool:
 
 
 def build_nemo_pipeline(
-    original_pipeline: Callable[..., Any], model: str | Path, args: tuple[Any, ...], options: dict[str, Any]
+    original_pipeline: Callable[..., Any],
+    load_nemo: Callable[..., Any],
+    model: str | Path,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
 ) -> Any:
     """Load a `.nemo` file and build a speech recognition pipeline.
 
     Args:
         original_pipeline: `transformers.pipeline`.
+        load_nemo: function that loads a model and its processor from a `.nemo` file.
         model: path of the `.nemo` file, or a folder or Hub id that contains the file.
         args: positional arguments of `original_pipeline` after `model`.
         options: keyword arguments of `original_pipeline`.

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..audio import AudioError
 from ..augmentation import dither
-from ..processing_parakeet import SUBSAMPLING_FACTOR
+from ..configuration_parakeet import SUBSAMPLING_FACTOR
 from .clips import get_clip_name, read_clip
 
 logger = logging.get_logger(__name__)

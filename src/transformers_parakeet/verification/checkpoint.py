@@ -22,7 +22,6 @@ from huggingface_hub import HfApi
 from ..nemo import (
     HUB_TIMEOUT_S,
     REQUEST_ERRORS,
-    convert_checkpoint,
     download_checkpoint,
     load_nemo,
     summarize_error,
@@ -109,7 +108,10 @@ def verify_checkpoint(model: str, options: VerifyOptions, report: Callable[[str]
         folder = checkpoint
         if checkpoint.is_file():
             report("converting the .nemo file to a temporary folder")
-            folder = convert_checkpoint(checkpoint, Path(temporary) / "model")
+            folder = Path(temporary)
+            loaded_model, processor = load_nemo(checkpoint)
+            loaded_model.save_pretrained(folder)
+            processor.save_pretrained(folder)
         report("recognising the bundled clip with stock transformers and with this package")
         comparison = compare_with_stock(folder, CLIP)
     evaluation = score_test_clips(checkpoint, clips, options, report) if clips else None
