@@ -39,9 +39,10 @@ from transformers_parakeet.transcription import load_pipeline
 
 DECODERS = ("transducer", "ctc")
 BATCH_SIZE = 16
+# each digit is one token and one word
 NUM_TRAINING_STRINGS, NGRAM_ORDER = 20_000, 5
 NUM_AREA_CODES, NUM_PHRASES, PHRASE_LENGTH = 40, 10, 4
-LM_WEIGHTS = (0.1, 0.2, 0.4, 0.6)
+LM_WEIGHTS = (0.1, 0.2, 0.4, 0.8)
 BOOSTING_WEIGHTS = (0.25, 0.5, 1.0, 2.0)
 
 Rng = np.random.Generator
@@ -160,12 +161,7 @@ def measure_grammar(pipe: Any, draw: Any, name: str, recordings: dict[str, list[
         recordings: recordings of single digits of each split.
         number: number of strings of each split.
     """
-    training_rng = np.random.default_rng(1)
-    lines = [to_words(draw(training_rng)).split() for _ in range(NUM_TRAINING_STRINGS)]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.arpa"
-        write_arpa(train(lines, NGRAM_ORDER), path)
-        language_model = pipe.processor.load_language_model(path, units="words")
+    language_models = train_language_models(pipe.processor, draw)
     strings = {}
     for seed, split in enumerate(("dev", "test"), start=2):
         rng = np.random.default_rng(seed)
@@ -173,12 +169,31 @@ def measure_grammar(pipe: Any, draw: Any, name: str, recordings: dict[str, list[
     for decoder in DECODERS:
         for beams in (1, 4):
             search = f"{name}, {decoder}, " + ("greedy" if beams == 1 else f"beam {beams}")
-            texts = recognise(pipe, strings["test"], decoder, num_beams=beams)
-            print_row(search, strings["test"], texts)
-            options = {"num_beams": beams, "language_model": language_model}
-            weight = choose_weight(pipe, strings["dev"], decoder, "lm_weight", LM_WEIGHTS, **options)
-            texts = recognise(pipe, strings["test"], decoder, **options, lm_weight=weight)
-            print_row(f"{search}, n-gram model", strings["test"], texts, f"`lm_weight` {weight}")
+            print_row(search, strings["test"], recognise(pipe, strings["test"], decoder, num_beams=beams))
+            for units, language_model in language_models.items():
+                options = {"num_beams": beams, "language_model": language_model}
+                weight = choose_weight(pipe, strings["dev"], decoder, "lm_weight", LM_WEIGHTS, **options)
+                texts = recognise(pipe, strings["test"], decoder, **options, lm_weight=weight)
+                print_row(f"{search}, n-grams of {units}", strings["test"], texts, f"`lm_weight` {weight}")
+
+
+def train_language_models(processor: Any, draw: Any) -> dict[str, Any]:
+    """Train n-gram models of tokens and of words on random strings of digits.
+
+    Args:
+        processor: the processor, whose tokenizer divides words into tokens.
+        draw: function of a random generator that draws a string of digits.
+    """
+    rng = np.random.default_rng(1)
+    lines = [to_words(draw(rng)) for _ in range(NUM_TRAINING_STRINGS)]
+    sentences = {"tokens": [processor.tokenizer.tokenize(line) for line in lines], "words": map(str.split, lines)}
+    language_models = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for units, unit_sentences in sentences.items():
+            path = Path(folder) / f"{units}.arpa"
+            write_arpa(train(unit_sentences, NGRAM_ORDER), path)
+            language_models[units] = processor.load_language_model(path)
+    return language_models
 
 
 def measure_boosting(pipe: Any, recordings: dict[str, list[Clip]], number: int) -> None:
