@@ -95,6 +95,7 @@ def test_results_describe_the_model_and_the_options(demo):
     assert (result.model, result.version) == ("demo", tp.__version__)
     assert result.settings == {
         "decoder": "tdt",
+        "num_beams": 1,
         "chunk_length_s": None,
         "attention_context_size": [128, 128],
         "device": "cpu",
