@@ -129,9 +129,7 @@ def draw_table_fusion(
     num_labels: int, generator: torch.Generator, weights: tuple[float, ...] = (0.8, -0.5), **kwargs
 ) -> tuple[Fusion, PlainFusion]:
     """Draw one table per weight, with 4 states, 3 states and so on; `kwargs` are those of `draw_table_scorer`."""
-    scorers = tuple(
-        draw_table_scorer(num_labels, 4 - index, generator, **kwargs) for index, _ in enumerate(weights)
-    )
+    scorers = tuple(draw_table_scorer(num_labels, 4 - index, generator, **kwargs) for index, _ in enumerate(weights))
     return Fusion(scorers, weights), PlainFusion(tuple(map(score_table_plainly, scorers)), weights)
 
 
