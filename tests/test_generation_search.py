@@ -9,12 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from generation_helpers import BLANK, HEADS, PAD, TRANSDUCERS, VOCAB, batch_of, run, tiny
+from generation_helpers import BLANK, DURATIONS, HEADS, PAD, SHARED, TRANSDUCERS, VOCAB, batch_of, run, tiny
+from search_helpers import draw_table_scorer
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from transformers_parakeet import ParakeetProcessor, demo_model_path, load_audio, transcribe
-from transformers_parakeet.decoding import BoostedPhrase, build_boosting_tree
+from transformers_parakeet.decoding import (
+    BeamOptions,
+    BoostedPhrase,
+    TransducerOptions,
+    beam_decode_ctc,
+    beam_decode_transducer,
+    build_boosting_tree,
+    build_fusion,
+)
 from transformers_parakeet.transcription import load_pipeline
 
 # scores are sums over up to 100 steps; measured: 2e-5 between batches of different widths
@@ -129,19 +138,44 @@ def test_each_clip_can_have_its_own_phrases(head: str, num_beams: int, tree: Any
 @pytest.mark.parametrize("head", HEADS)
 def test_only_allowed_tokens_are_emitted(head: str, num_beams: int):
     allowed = torch.arange(VOCAB) % 2 == 0
-    plain = run(tiny(head), *batch_of([1]))
+    plain = run(tiny(head), *batch_of([4]))
     assert any(token % 2 for token in labels_of(plain, 0))
-    output = run(tiny(head), *batch_of([1]), num_beams=num_beams, allowed_tokens=allowed)
+    output = run(tiny(head), *batch_of([4]), num_beams=num_beams, allowed_tokens=allowed)
     labels = labels_of(output, 0)
     assert labels
     assert all(token % 2 == 0 for token in labels)
 
 
-def test_the_ctc_head_of_a_hybrid_has_the_same_searches(tree: Any):
-    search = {"num_beams": 3, "num_return_sequences": 3, "boosting": tree, "decoder": "ctc"}
-    output = run(tiny("hybrid_tdt"), *batch_of([2]), **search)
-    assert type(output.sequences).__name__ == "CTCTokens"
-    assert len(output.sequences) == 3
+@torch.no_grad()
+@pytest.mark.parametrize(("head", "decoder"), [*((head, None) for head in HEADS), ("hybrid_tdt", "ctc")])
+def test_generate_equals_the_search_of_the_encoder_frames(head: str, decoder: str | None, tree: Any):
+    model, (features, mask) = tiny(head), batch_of([0, 2, 4])
+    scorer = draw_table_scorer(VOCAB - 1, 5, torch.Generator().manual_seed(0))
+    search = {"num_beams": 3, "num_return_sequences": 2, "language_model": scorer, "lm_weight": 0.4}
+    if decoder is not None:
+        search["decoder"] = decoder
+    output = run(model, features, mask, boosting=tree, boosting_weight=0.7, **search)
+    encoded = model.encoder(features, attention_mask=mask)
+    hidden, lengths = encoded.last_hidden_state, encoded.attention_mask.sum(-1)
+    fusion = build_fusion(scorer, 0.4, tree, 0.7, BLANK, VOCAB)
+    assert type(output.sequences).__name__ == ("CTCTokens" if decoder == "ctc" else "Tensor")
+    if "ctc" in (head, decoder):
+        # `generate` doubles the beam of a CTC search, because a label sequence can be in it with two endings
+        expected, _ = beam_decode_ctc(model.ctc_logits(hidden), lengths, BLANK, BeamOptions(6, 2), fusion=fusion)
+    else:
+        durations = tuple(DURATIONS) if head.endswith("tdt") else None
+        options = TransducerOptions(BLANK, VOCAB, durations, SHARED["max_symbols_per_step"])
+        networks = model.decoder.step, model.joint.score
+        frames = model.encoder_projector(hidden)
+        expected = beam_decode_transducer(frames, lengths, *networks, options, BeamOptions(3, 2), fusion=fusion)
+    assert len(output.sequences) == len(expected) == 6
+    assert expected.lengths.reshape(3, 2)[1:].min() > 0
+    assert torch.equal(output.hypotheses.scores, expected.scores)
+    for row in range(6):
+        lists, expected_lists = output.hypotheses.to_lists(row), expected.to_lists(row)
+        assert [lists[name] for name in ("tokens", "frames", "durations")] == [
+            expected_lists[name] for name in ("tokens", "frames", "durations")
+        ]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -177,9 +211,9 @@ def test_the_bonus_for_labels_makes_ctc_texts_longer():
         ({"num_beams": 2, "num_return_sequences": 3}, "at most `num_beams`"),
         ({"num_beams": 0}, "num_beams"),
         ({"num_beams": 2, "streamer": BaseStreamer()}, "greedy decoding"),
-        ({"boosting": build_boosting_tree([BoostedPhrase((1,))], 7)}, "7"),
-        ({"boosting": [build_boosting_tree([BoostedPhrase((1,))], VOCAB - 1)] * 2}, "2"),
-        ({"allowed_tokens": torch.ones(7, dtype=torch.bool)}, "7"),
+        ({"boosting": build_boosting_tree([BoostedPhrase((1,))], 7)}, "got 7 labels for a model with 39"),
+        ({"boosting": [build_boosting_tree([BoostedPhrase((1,))], VOCAB - 1)] * 2}, "2 automata for 1 clips"),
+        ({"allowed_tokens": torch.ones(7, dtype=torch.bool)}, r"got the shape \(7,\)"),
     ],
 )
 @pytest.mark.parametrize("head", HEADS)

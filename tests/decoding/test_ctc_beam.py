@@ -1,11 +1,12 @@
 """Checks CTC beam search against greedy decoding, and against the enumeration of all alignments in float64."""
 
 import math
-from itertools import groupby
+from collections import defaultdict
+from itertools import groupby, product
 
 import pytest
 import torch
-from search_helpers_ctc import enumerate_alignments, make_random_scorer
+from search_helpers import NO_FUSION, PlainFusion, draw_boosting_fusion, draw_ngram_fusion, draw_table_fusion
 from torch import Tensor
 
 from transformers_parakeet.decoding import (
@@ -16,7 +17,6 @@ from transformers_parakeet.decoding import (
     ctc_prefixes,
     greedy_decode_ctc,
 )
-from transformers_parakeet.decoding.fusion import Fusion
 
 
 def make_table(seed: int, num_clips: int = 10, max_frames: int = 30) -> tuple[Tensor, Tensor]:
@@ -32,10 +32,31 @@ def make_table(seed: int, num_clips: int = 10, max_frames: int = 30) -> tuple[Te
     return logits, torch.randint(0, num_frames + 1, (num_clips,), generator=generator)
 
 
-def make_fusion(num_labels: int, generator: torch.Generator) -> Fusion:
-    """Return two random scorers with weights."""
-    scorers = tuple(make_random_scorer(num_labels, num_states, generator) for num_states in (4, 3))
-    return Fusion(scorers, (0.8, -0.5))
+def enumerate_alignments(
+    logits: Tensor, fusion: PlainFusion = NO_FUSION, label_bonus: float = 0.0
+) -> dict[tuple[int, ...], tuple[float, float]]:
+    """Score every label sequence of a clip by enumeration of all alignments in float64. The blank is the last token.
+
+    Args:
+        logits: (T, V) scores.
+        fusion: language models and phrase boosting.
+        label_bonus: score that is added for each label.
+
+    Returns:
+        For each label sequence, the score of the sum of its alignments, and the score of its best alignment.
+    """
+    log_probabilities = logits.double().log_softmax(-1).tolist()
+    num_frames, vocab_size = logits.shape
+    alignments = defaultdict(list)
+    for tokens in product(range(vocab_size), repeat=num_frames):
+        labels = tuple(token for token, _ in groupby(tokens) if token != vocab_size - 1)
+        alignments[labels].append(math.fsum(log_probabilities[frame][token] for frame, token in enumerate(tokens)))
+    results = {}
+    for labels, scores in alignments.items():
+        extra = fusion.score_all(labels) + fusion.score_end(labels) + label_bonus * len(labels)
+        best = max(scores)
+        results[labels] = (best + math.log(math.fsum(math.exp(score - best) for score in scores)) + extra, best + extra)
+    return results
 
 
 @pytest.mark.parametrize("sum_alignments", [True, False], ids=["sum", "max"])
@@ -58,8 +79,24 @@ def test_one_beam_equals_greedy_decoding_on_500_tables(sum_alignments: bool):
             assert torch.equal(getattr(hypotheses, field), padded), (seed, field)
 
 
-# T, V, number of tables, and number of pairs of labels and ending that alignments of T frames can have; 330 tables
-SHAPES = [(1, 2, 40, 2), (2, 3, 60, 9), (3, 4, 60, 34), (4, 4, 60, 85), (5, 2, 30, 6), (5, 3, 60, 39), (5, 4, 20, 208)]
+def check_large_beam(logits, beam, fusions, num_best=1):
+    """Check the best hypotheses of a beam that prunes nothing, and return the largest error of their scores."""
+    fusion, plain_fusion = fusions
+    hypotheses, _ = beam_decode_ctc(logits, None, logits.shape[-1] - 1, beam, fusion=fusion)
+    column, errors = 0 if beam.sum_alignments else 1, []
+    for index, clip in enumerate(logits):
+        results = enumerate_alignments(clip, plain_fusion, beam.label_bonus)
+        expected = sorted(results.items(), key=lambda item: -item[1][column])
+        for rank in range(min(len(expected), num_best)):
+            row = hypotheses[index * beam.num_return_sequences + rank]
+            labels, scores = expected[rank]
+            assert tuple(row.tokens[0].tolist()) == labels
+            errors.append(abs(float(row.scores) - scores[column]))
+    return max(errors)
+
+
+# T, V, number of tables, and number of pairs of labels and ending that alignments of T frames can have; 310 tables
+SHAPES = [(1, 2, 40, 2), (2, 3, 60, 9), (3, 4, 70, 34), (4, 4, 25, 85), (5, 2, 40, 6), (5, 3, 70, 39), (5, 4, 5, 208)]
 
 
 @pytest.mark.parametrize("has_fusion", [False, True], ids=["plain", "fusion"])
@@ -70,30 +107,43 @@ def test_a_large_beam_finds_the_best_labels_of_all_alignments(
 ):
     generator = torch.Generator().manual_seed(100 * num_frames + vocab_size)
     logits = 2 * torch.randn(num_tables, num_frames, vocab_size, generator=generator)
-    fusion = make_fusion(vocab_size - 1, generator) if has_fusion else None
-    label_bonus = 0.7 if has_fusion else 0.0
+    fusions = draw_table_fusion(vocab_size - 1, generator) if has_fusion else (None, NO_FUSION)
     # without sums, up to 3 equal hypotheses are merged after the beam is pruned
     num_beams = num_pairs if sum_alignments else 3 * num_pairs
-    beam = BeamOptions(num_beams, min(num_beams, 3), label_bonus=label_bonus, sum_alignments=sum_alignments)
-    hypotheses, _ = beam_decode_ctc(logits, None, vocab_size - 1, beam, fusion=fusion)
-    for index in range(num_tables):
-        results = enumerate_alignments(logits[index], fusion, label_bonus)
-        column = 0 if sum_alignments else 1
-        expected = sorted(results.items(), key=lambda item: -item[1][column])
-        ranks = range(min(len(expected), beam.num_return_sequences) if sum_alignments else 1)
-        for rank in ranks:
-            row = hypotheses[index * beam.num_return_sequences + rank]
-            labels, scores = expected[rank]
-            assert tuple(row.tokens[0].tolist()) == labels
-            # measured: 7.6e-7
-            assert float(row.scores) == pytest.approx(scores[column], abs=5e-6)
+    beam = BeamOptions(
+        num_beams, min(num_beams, 3), label_bonus=0.7 if has_fusion else 0.0, sum_alignments=sum_alignments
+    )
+    # without sums, the second hypothesis can have the labels of the first
+    num_best = beam.num_return_sequences if sum_alignments else 1
+    # measured: 7.6e-7
+    assert check_large_beam(logits, beam, fusions, num_best) < 5e-6
+
+
+@pytest.mark.parametrize("kind", ["n-gram", "boosting"])
+@pytest.mark.parametrize(("num_frames", "vocab_size", "num_pairs"), [(3, 4, 34), (4, 3, 23), (5, 2, 6), (5, 3, 39)])
+@pytest.mark.parametrize("sum_alignments", [True, False], ids=["sum", "max"])
+def test_a_large_beam_finds_the_best_labels_with_models_of_the_package(
+    sum_alignments: bool, num_frames: int, vocab_size: int, num_pairs: int, kind: str, tmp_path
+):
+    # 100 tables of each kind for each of "sum" and "max"
+    num_beams = num_pairs if sum_alignments else 3 * num_pairs
+    beam = BeamOptions(num_beams, label_bonus=0.3, sum_alignments=sum_alignments)
+    for seed in range(5):
+        logits = 2 * torch.randn(5, num_frames, vocab_size, generator=torch.Generator().manual_seed(seed))
+        if kind == "n-gram":
+            fusions = draw_ngram_fusion(tmp_path, seed, vocab_size - 1)
+        else:
+            fusions = draw_boosting_fusion(seed, vocab_size - 1)
+        # the scores of the models are float32; measured: 2.1e-6 for n-grams, 4.5e-6 for boosting
+        assert check_large_beam(logits, beam, fusions) < 1e-5
 
 
 def test_no_beam_scores_better_than_the_exact_search():
     generator = torch.Generator().manual_seed(1)
     logits = 2 * torch.randn(20, 5, 4, generator=generator)
-    fusion = make_fusion(3, generator)
-    exact = torch.tensor([max(scores[0] for scores in enumerate_alignments(clip, fusion).values()) for clip in logits])
+    fusion, plain_fusion = draw_table_fusion(3, generator)
+    results = [enumerate_alignments(clip, plain_fusion).values() for clip in logits]
+    exact = torch.tensor([max(scores[0] for scores in clip_results) for clip_results in results])
     means = []
     for num_beams in (1, 2, 4, 8, 16, 208):
         hypotheses, _ = beam_decode_ctc(logits, None, 3, BeamOptions(num_beams), fusion=fusion)
@@ -110,10 +160,10 @@ def test_the_beam_is_that_of_a_plain_search(num_beams: int, sum_alignments: bool
     for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
         logits = 2 * torch.randn(1, 12, 5, generator=generator)
-        fusion = make_fusion(4, generator) if seed % 2 else None
+        fusion, plain_fusion = draw_table_fusion(4, generator) if seed % 2 else (None, NO_FUSION)
         beam = BeamOptions(num_beams, num_beams, label_bonus=0.3, score_threshold=6.0, sum_alignments=sum_alignments)
         hypotheses, _ = beam_decode_ctc(logits, None, 4, beam, fusion=fusion)
-        expected = search_plainly(logits[0].double(), beam, fusion)
+        expected = search_plainly(logits[0].double(), beam, plain_fusion)
         for rank in range(num_beams):
             row = hypotheses[rank]
             if rank < len(expected):
@@ -126,7 +176,7 @@ def test_the_beam_is_that_of_a_plain_search(num_beams: int, sum_alignments: bool
                 assert int(row.lengths) == 0
 
 
-def search_plainly(logits: Tensor, beam: BeamOptions, fusion: Fusion | None) -> list[tuple[tuple[int, ...], float]]:
+def search_plainly(logits: Tensor, beam: BeamOptions, fusion: PlainFusion) -> list[tuple[tuple[int, ...], float]]:
     """Search one clip with dictionaries instead of tensors. The blank is the last token.
 
     Args:
@@ -146,7 +196,7 @@ def search_plainly(logits: Tensor, beam: BeamOptions, fusion: Fusion | None) -> 
                 if token in (blank_id, last_token):
                     candidates.append(((labels, token), score + token_score))
                 else:
-                    extra = beam.label_bonus + score_next_label(labels, token, fusion)
+                    extra = beam.label_bonus + fusion.score(labels, token)
                     candidates.append((((*labels, token), token), score + token_score + extra))
         if beam.sum_alignments:
             candidates = merge_equal(candidates)
@@ -155,7 +205,7 @@ def search_plainly(logits: Tensor, beam: BeamOptions, fusion: Fusion | None) -> 
         hypotheses = {}
         for key, score in best:
             hypotheses.setdefault(key, score)
-    ends = [(labels, score + score_end(labels, fusion)) for (labels, _), score in hypotheses.items()]
+    ends = [(labels, score + fusion.score_end(labels)) for (labels, _), score in hypotheses.items()]
     return sorted(merge_equal(ends) if beam.sum_alignments else ends, key=lambda end: -end[1])
 
 
@@ -167,32 +217,12 @@ def merge_equal(candidates: list) -> list:
     return [(key, float(torch.tensor(values, dtype=torch.float64).logsumexp(0))) for key, values in scores.items()]
 
 
-def follow(labels: tuple[int, ...], scorer) -> int:
-    """Return the state of a scorer after labels."""
-    state = scorer.start_state
-    for label in labels:
-        state = int(scorer.targets[state, label])
-    return state
-
-
-def score_next_label(labels: tuple[int, ...], label: int, fusion: Fusion | None) -> float:
-    """Return the weighted score of one more label."""
-    pairs = zip(fusion.scorers, fusion.weights, strict=True) if fusion else ()
-    return sum(weight * float(scorer.scores[follow(labels, scorer), label]) for scorer, weight in pairs)
-
-
-def score_end(labels: tuple[int, ...], fusion: Fusion | None) -> float:
-    """Return the weighted score of the end of the clip after labels."""
-    pairs = zip(fusion.scorers, fusion.weights, strict=True) if fusion else ()
-    return sum(weight * float(scorer.end_scores[follow(labels, scorer)]) for scorer, weight in pairs)
-
-
 @pytest.mark.parametrize("sum_alignments", [True, False], ids=["sum", "max"])
 def test_a_clip_does_not_depend_on_padding_and_on_other_clips(sum_alignments: bool):
     generator = torch.Generator().manual_seed(5)
     frame_lengths = torch.tensor([30, 7, 0, 19])
     logits = 2 * torch.randn(4, 30, 40, generator=generator)
-    fusion = make_fusion(39, generator)
+    fusion, _ = draw_table_fusion(39, generator)
     beam = BeamOptions(6, 4, label_bonus=0.5, sum_alignments=sum_alignments)
     padded = torch.cat([logits, torch.full((4, 5, 40), 9.0)], dim=1)
     padded[torch.arange(35) >= frame_lengths[:, None]] = 7 * torch.randn(40, generator=generator)
@@ -213,7 +243,7 @@ def test_a_clip_does_not_depend_on_padding_and_on_other_clips(sum_alignments: bo
 
 def test_a_clip_without_frames_gets_an_empty_row_with_score_0():
     generator = torch.Generator().manual_seed(0)
-    fusion = make_fusion(4, generator)
+    fusion, _ = draw_table_fusion(4, generator)
     for logits in (torch.randn(2, 0, 5), torch.randn(2, 3, 5)):
         hypotheses, alignments = beam_decode_ctc(
             logits, torch.zeros(2, dtype=torch.int64), 4, BeamOptions(3, 2), fusion=fusion, confidence="max_prob"
@@ -281,9 +311,9 @@ def test_fusion_must_fit_the_tokens():
     generator = torch.Generator().manual_seed(0)
     logits = torch.zeros(1, 2, 5)
     with pytest.raises(ValueError, match="the blank as the last of 5 tokens, got blank id 0"):
-        beam_decode_ctc(logits, None, 0, BeamOptions(), fusion=make_fusion(4, generator))
+        beam_decode_ctc(logits, None, 0, BeamOptions(), fusion=draw_table_fusion(4, generator)[0])
     with pytest.raises(ValueError, match="must have the 4 labels of the CTC head, got 7"):
-        beam_decode_ctc(logits, None, 4, BeamOptions(), fusion=make_fusion(7, generator))
+        beam_decode_ctc(logits, None, 4, BeamOptions(), fusion=draw_table_fusion(7, generator)[0])
     with pytest.raises(ValueError, match="must be one of max_prob, entropy, got 'margin'"):
         beam_decode_ctc(logits, None, 4, BeamOptions(), confidence="margin")
     with pytest.raises(ValueError, match="`score_threshold` must be greater than 0, got 0"):

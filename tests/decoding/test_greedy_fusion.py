@@ -7,12 +7,14 @@ from itertools import pairwise, zip_longest
 
 import pytest
 import torch
-from fusion_helpers import build_random_automaton, build_tree
+from search_helpers import PlainFusion, draw_boosting_fusion, draw_table_fusion, draw_table_scorer
 
 from transformers_parakeet.decoding import (
+    BoostedPhrase,
     Fusion,
     Shortcuts,
     TransducerOptions,
+    build_boosting_tree,
     build_fusion,
     collapse_ctc,
     compute_token_confidence,
@@ -74,49 +76,17 @@ class RandomNetworks:
         return self.joint(encoder_states, predictor_states)[..., :VOCAB].argmax(-1)
 
 
-class PlainFusion:
-    """The token scorers of a fusion as dictionaries.
-
-    Args:
-        fusion: scorers with one root, which is state 0.
-    """
-
-    def __init__(self, fusion):
-        self.weights = fusion.weights
-        self.start = [int(scorer.start_states[0]) for scorer in fusion.scorers]
-        self.scorers = []
-        for scorer in fusion.scorers:
-            keys = [divmod(key, scorer.num_labels) for key in scorer.arc_keys.tolist()]
-            values = zip(scorer.arc_scores.tolist(), scorer.arc_targets.tolist(), strict=True)
-            arcs = dict(zip(keys, values, strict=True))
-            roots = zip(scorer.root_scores[0].tolist(), scorer.root_targets[0].tolist(), strict=True)
-            arcs.update({(0, token): values for token, values in enumerate(roots)})
-            backoffs = list(zip(scorer.backoff_scores.tolist(), scorer.backoff_states.tolist(), strict=True))
-            self.scorers.append((arcs, backoffs))
-
-    def step(self, states, token):
-        """Return the weighted score of a token, and the next state of each scorer."""
-        total, next_states = 0.0, []
-        for weight, state, (arcs, backoffs) in zip(self.weights, states, self.scorers, strict=True):
-            while (state, token) not in arcs:
-                total, state = total + weight * backoffs[state][0], backoffs[state][1]
-            total += weight * arcs[state, token][0]
-            next_states.append(arcs[state, token][1])
-        return total, next_states
-
-    def choose(self, states, logits, forbidden=None):
-        """Choose the best label of one frame, and return it and the next state of each scorer."""
-        steps = {label: self.step(states, label) for label in set(range(VOCAB - 1)) - {forbidden}}
-        logits = logits.tolist()
-        label = max(steps, key=lambda label: logits[label] + steps[label][0])
-        return label, steps[label][1]
+def choose_plainly(fusion, labels, logits, forbidden=None):
+    """Choose the best label of one frame after all labels before."""
+    logits = logits.tolist()
+    return max(
+        set(range(VOCAB - 1)) - {forbidden}, key=lambda label: logits[label] + fusion.score(tuple(labels), label)
+    )
 
 
 def decode_plainly(networks, frames, options, fusion):
     """Decode one clip with a transducer, one frame at a time; return tokens, frames, durations and confidences."""
     result = {"tokens": [], "frames": [], "durations": [], "confidence": []}
-    plain_fusion = PlainFusion(fusion)
-    states = plain_fusion.start
     predictor_state, lstm_state = networks.predict(torch.tensor([BLANK]), None)
     frame = num_labels = 0
     while frame < len(frames):
@@ -126,7 +96,7 @@ def decode_plainly(networks, frames, options, fusion):
         if token == BLANK:
             frame, num_labels = frame + max(1, duration), 0
             continue
-        label, states = plain_fusion.choose(states, logits)
+        label = choose_plainly(fusion, result["tokens"], logits)
         probability = float(logits[:VOCAB].softmax(0)[label])
         for name, value in zip(
             result, (label, frame, duration, max(0.0, (probability * VOCAB - 1) / (VOCAB - 1))), strict=True
@@ -142,21 +112,37 @@ def decode_plainly(networks, frames, options, fusion):
 
 def decode_ctc_plainly(logits, fusion):
     """Choose the token of every frame of one clip with a CTC head, one frame at a time."""
-    plain_fusion = PlainFusion(fusion)
-    states, tokens = plain_fusion.start, []
+    labels, tokens = [], []
     for frame_logits in logits:
         token, previous = int(frame_logits.argmax()), tokens[-1] if tokens else BLANK
         if token not in (BLANK, previous):
-            token, states = plain_fusion.choose(states, frame_logits, forbidden=previous)
+            token = choose_plainly(fusion, labels, frame_logits, forbidden=previous)
+            labels.append(token)
         tokens.append(token)
     return tokens
 
 
-def build_random_fusion(seed):
-    """Build a fusion of one or two random scorers."""
-    num_scorers = 1 + seed % 2
-    scorers = tuple(build_random_automaton(10 * seed + index, VOCAB - 1) for index in range(num_scorers))
-    return Fusion(scorers, (0.7, -0.4)[:num_scorers])
+def draw_fusion(seed):
+    """Draw a table of scores, and for odd seeds also phrases to boost; return the fusion and the plain fusion."""
+    generator = torch.Generator().manual_seed(seed)
+    fusion, plain_fusion = draw_table_fusion(VOCAB - 1, generator, (0.7,), scale=2.0)
+    if seed % 2 == 0:
+        return fusion, plain_fusion
+    boosting, plain_boosting = draw_boosting_fusion(seed, VOCAB - 1)
+    return (
+        Fusion(fusion.scorers + boosting.scorers, fusion.weights + boosting.weights),
+        PlainFusion(plain_fusion.scorers + plain_boosting.scorers, plain_fusion.weights + plain_boosting.weights),
+    )
+
+
+def build_tree(phrases, context_score=1.0):
+    """Build the boosting tree of phrases, each a list of tokens."""
+    return build_boosting_tree([BoostedPhrase(tuple(phrase)) for phrase in phrases], VOCAB - 1, context_score)
+
+
+def draw_scorer(seed, num_labels=VOCAB - 1):
+    """Draw a token scorer."""
+    return draw_table_scorer(num_labels, 8, torch.Generator().manual_seed(seed), scale=2.0)
 
 
 def random_frames(seed, num_clips, num_frames):
@@ -183,12 +169,12 @@ def test_both_transducer_searches_equal_a_loop_over_frames(durations):
     num_labels = num_changed = 0
     for seed in range(50):
         rng = random.Random(f"{seed} {durations}")
-        networks, fusion = RandomNetworks(seed, durations), build_random_fusion(seed)
+        networks, (fusion, plain_fusion) = RandomNetworks(seed, durations), draw_fusion(seed)
         options = TransducerOptions(BLANK, VOCAB, durations, rng.choice([1, 2, 5]), lookahead=rng.choice([0, 1, 3, 20]))
         frames, lengths = random_frames(seed, rng.choice([1, 1, 4]), 10)
         arguments = frames, lengths, networks.predict, networks.joint
         expected = [
-            decode_plainly(networks, clip[:length], options, fusion)
+            decode_plainly(networks, clip[:length], options, plain_fusion)
             for clip, length in zip(frames, lengths.tolist(), strict=True)
         ]
         plain = greedy_decode_transducer(*arguments, options)
@@ -211,7 +197,7 @@ def test_ctc_equals_a_loop_over_frames():
     num_changed = num_repeats = 0
     for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
-        fusion = build_random_fusion(seed)
+        fusion, plain_fusion = draw_fusion(seed)
         # two frames in three repeat the frame before, as in speech
         logits = 2 * torch.randn(5, 20, VOCAB, generator=generator)
         for frame in range(1, 20):
@@ -222,7 +208,7 @@ def test_ctc_equals_a_loop_over_frames():
         tokens = greedy_decode_ctc(logits, lengths, BLANK, fusion)
         plain = greedy_decode_ctc(logits, lengths, BLANK)
         for row, length in enumerate(lengths.tolist()):
-            expected = decode_ctc_plainly(logits[row, :length], fusion)
+            expected = decode_ctc_plainly(logits[row, :length], plain_fusion)
             assert tokens[row].tolist() == expected + [BLANK] * (20 - length)
             num_repeats += sum(first == second != BLANK for first, second in pairwise(expected))
         num_changed += int((tokens != plain).sum())
@@ -236,7 +222,7 @@ def test_a_scorer_without_scores_and_a_weight_of_zero_change_nothing():
     options = TransducerOptions(BLANK, VOCAB, (0, 1, 2), confidence="max_prob")
     arguments = frames, lengths, networks.predict, networks.joint, options
     expected = greedy_decode_transducer(*arguments)
-    tree, model = build_tree([[0, 1, 2], [3]], VOCAB - 1), build_random_automaton(0, VOCAB - 1)
+    tree, model = build_tree([[0, 1, 2], [3]]), draw_scorer(0)
     assert build_fusion(model, 0.0, tree, 0.0, BLANK, VOCAB) is None
     assert build_fusion(None, 0.3, None, 1.0, BLANK, VOCAB) is None
     assert build_fusion(None, 0.3, [None, None], 1.0, BLANK, VOCAB) is None
@@ -253,8 +239,8 @@ def test_each_clip_of_a_batch_has_its_own_boosting_tree():
     networks, (frames, _) = RandomNetworks(2, None, blank_bias=0.0), random_frames(2, 4, 15)
     frames = frames[:1].repeat(4, 1, 1)
     options, lengths = TransducerOptions(BLANK, VOCAB), torch.full((4,), 15)
-    model = build_random_automaton(5, VOCAB - 1)
-    trees = [build_tree([[0, 1]], VOCAB - 1, 4.0), None, build_tree([[2, 2, 3]], VOCAB - 1, 4.0)]
+    model = draw_scorer(5)
+    trees = [build_tree([[0, 1]], 4.0), None, build_tree([[2, 2, 3]], 4.0)]
     trees.append(trees[0])
     fusion = build_fusion(model, 0.3, trees, 1.0, BLANK, VOCAB)
     together = greedy_decode_transducer(frames, lengths, networks.predict, networks.joint, options, fusion=fusion)
@@ -275,7 +261,7 @@ def test_each_clip_of_a_batch_has_its_own_boosting_tree():
 
 
 def test_threads_share_a_fusion():
-    networks, fusion = RandomNetworks(3, (0, 1, 2)), build_random_fusion(3)
+    networks, fusion = RandomNetworks(3, (0, 1, 2)), draw_fusion(3)[0]
     options = TransducerOptions(BLANK, VOCAB, (0, 1, 2))
 
     def decode(seed):
@@ -292,7 +278,7 @@ def test_threads_share_a_fusion():
 def test_tokens_that_are_not_allowed_are_never_emitted(has_fusion):
     num_changed = 0
     for seed in range(20):
-        fusion = build_random_fusion(seed) if has_fusion else None
+        fusion = draw_fusion(seed)[0] if has_fusion else None
         networks, (frames, lengths) = RandomNetworks(seed, (0, 1, 2), blank_bias=0.0), random_frames(seed, 4, 15)
         options = TransducerOptions(BLANK, VOCAB, (0, 1, 2), 3, confidence="max_prob")
         # the blank is always allowed
@@ -336,7 +322,7 @@ def test_a_mask_of_allowed_tokens_must_fit_the_model():
 
 
 def test_scorers_must_fit_the_model():
-    model = build_random_automaton(0, VOCAB)
+    model = draw_scorer(0, VOCAB)
     with pytest.raises(ValueError, match="got 7 labels for a model with 6"):
         build_fusion(model, 0.3, None, 1.0, BLANK, VOCAB)
     with pytest.raises(ValueError, match="the blank 0 and 8 tokens"):
@@ -352,7 +338,7 @@ def test_scorers_must_fit_the_model():
             decode(frames, lengths, networks.predict, networks.joint, TransducerOptions(BLANK, VOCAB), fusion=fusion)
     with pytest.raises(ValueError, match="got 7 labels"):
         greedy_decode_ctc(torch.zeros(1, 3, VOCAB), None, BLANK, fusion)
-    trees = [build_tree([[0]], VOCAB - 1)] * 2
+    trees = [build_tree([[0]])] * 2
     with pytest.raises(ValueError, match="2 automata for 1 clips"):
         greedy_decode_ctc(torch.zeros(1, 3, VOCAB), None, BLANK, build_fusion(None, 0, trees, 1, BLANK, VOCAB))
 
@@ -389,7 +375,7 @@ def test_a_transducer_with_fusion_in_parts_equals_the_whole(durations):
     num_labels = 0
     for seed in range(12):
         rng = random.Random(f"{seed} {durations}")
-        networks, fusion = RandomNetworks(seed, durations), build_random_fusion(seed)
+        networks, fusion = RandomNetworks(seed, durations), draw_fusion(seed)[0]
         options = TransducerOptions(BLANK, VOCAB, durations, 3, confidence="max_prob")
         frames = torch.randn(2, 40, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         expected = greedy_decode_transducer_reference(
@@ -427,7 +413,7 @@ def test_ctc_with_fusion_in_parts_equals_the_whole():
     num_continued = 0
     for seed in range(30):
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-        fusion = build_random_fusion(seed)
+        fusion = draw_fusion(seed)[0]
         logits = 2 * torch.randn(1, 30, VOCAB, generator=generator)
         # every second frame repeats the frame before, so that runs cross the end of a part
         logits[:, 1::2] = logits[:, ::2] + 0.3 * torch.randn(1, 15, VOCAB, generator=generator)
@@ -454,14 +440,14 @@ def test_ctc_with_fusion_in_parts_equals_the_whole():
 
 
 def test_frames_that_count_as_blanks_do_not_change_the_fusion_state():
-    fusion, networks = build_random_fusion(1), RandomNetworks(0, None)
+    fusion, networks = draw_fusion(1)[0], RandomNetworks(0, None)
     state = start_transducer_state(networks.predict, 2, BLANK, CPU, fusion)
     assert state.fusion_states.shape == (2, 2)
     assert state.skip_blank_frames(3).fusion_states is state.fusion_states
 
 
 def test_a_stream_keeps_its_fusion():
-    fusion, networks = build_random_fusion(1), RandomNetworks(0, None)
+    fusion, networks = draw_fusion(1)[0], RandomNetworks(0, None)
     options = TransducerOptions(BLANK, VOCAB)
     with_fusion = start_transducer_state(networks.predict, 1, BLANK, CPU, fusion)
     without = start_transducer_state(networks.predict, 1, BLANK, CPU)
