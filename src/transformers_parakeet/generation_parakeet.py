@@ -158,7 +158,9 @@ def decode_ctc(
         logits = mask_logits(logits, arguments.search.allowed_tokens, blank_id)
     method = get_confidence_method(output_confidence)
     sequences, hypotheses, frame_confidence = search_ctc(logits, frame_lengths, blank_id, arguments, method)
-    sequences = sequences.as_subclass(sequence_type)
+    if sequence_type is not Tensor:
+        # `torch.compile` cannot trace this, so a CTC model must not reach it
+        sequences = sequences.as_subclass(sequence_type)
     if not arguments.return_dict:
         return sequences
     return ParakeetCTCGenerateOutput(
