@@ -9,12 +9,34 @@ from typing import Any
 
 import pytest
 import torch
-from generation_helpers import BLANK, DURATIONS, HEADS, PAD, SHARED, TRANSDUCERS, VOCAB, batch_of, run, tiny
+from generation_helpers import (
+    BLANK,
+    DURATIONS,
+    ENCODER,
+    HEADS,
+    PAD,
+    SHARED,
+    TRANSDUCERS,
+    VOCAB,
+    batch_of,
+    build,
+    run,
+    tiny,
+)
 from search_helpers import draw_table_scorer
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from transformers_parakeet import ParakeetProcessor, demo_model_path, load_audio, transcribe
+from transformers_parakeet import (
+    ParakeetCTCConfig,
+    ParakeetForCTC,
+    ParakeetForRNNT,
+    ParakeetProcessor,
+    ParakeetRNNTConfig,
+    demo_model_path,
+    load_audio,
+    transcribe,
+)
 from transformers_parakeet.decoding import (
     BeamOptions,
     BoostedPhrase,
@@ -24,6 +46,7 @@ from transformers_parakeet.decoding import (
     build_boosting_tree,
     build_fusion,
 )
+from transformers_parakeet.pipeline_parakeet import ParakeetASRPipeline
 from transformers_parakeet.transcription import load_pipeline
 
 # scores are sums over up to 100 steps; measured: 2e-5 between batches of different widths
@@ -187,6 +210,38 @@ def test_a_generation_config_can_choose_the_search(head: str):
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_the_generation_config_of_a_model_chooses_the_search(head: str):
+    model = build(head)
+    model.generation_config.num_beams, model.generation_config.num_return_sequences = 3, 2
+    features, mask = batch_of([2, 0])
+    expected = run(model, features, mask, num_beams=3, num_return_sequences=2)
+    assert torch.equal(run(model, features, mask).sequences, expected.sequences)
+    assert torch.equal(run(model, features, mask, generation_config=GenerationConfig()).sequences, expected.sequences)
+    greedy = run(model, features, mask, num_beams=1, num_return_sequences=1)
+    assert greedy.sequences_scores is None
+    assert len(greedy.sequences) == 2
+
+
+@pytest.mark.parametrize("head", ["ctc", "rnnt"])
+def test_the_blank_of_a_model_with_allowed_tokens_can_be_the_first_token(head: str):
+    torch.manual_seed(0)
+    if head == "ctc":
+        config = ParakeetCTCConfig(vocab_size=VOCAB, pad_token_id=0, encoder_config=ENCODER)
+        model: Any = ParakeetForCTC(config).eval()
+    else:
+        model = ParakeetForRNNT(ParakeetRNNTConfig(**{**SHARED, "blank_token_id": 0})).eval()
+    for num_beams in (1, 2):
+        labels = labels_of(run(model, *batch_of([0]), num_beams=num_beams, allowed_tokens=torch.arange(VOCAB) < 9), 0)
+        assert labels
+        assert max(labels) < 9
+
+
+def test_a_length_penalty_can_be_a_negative_integer():
+    output = run(tiny("tdt"), *batch_of([0]), num_beams=2, length_penalty=-1)
+    assert torch.equal(output.sequences_scores, output.hypotheses.scores * (output.hypotheses.lengths + 1))
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_threads_share_a_model_and_phrases(head: str, tree: Any):
     def decode(clip_index: int) -> list[int]:
         """Decode one clip with phrases and a beam search."""
@@ -212,14 +267,23 @@ def test_the_bonus_for_labels_makes_ctc_texts_longer():
         ({"num_beams": 0}, "num_beams"),
         ({"num_beams": 2, "streamer": BaseStreamer()}, "greedy decoding"),
         ({"boosting": build_boosting_tree([BoostedPhrase((1,))], 7)}, "got 7 labels for a model with 39"),
-        ({"boosting": [build_boosting_tree([BoostedPhrase((1,))], VOCAB - 1)] * 2}, "2 automata for 1 clips"),
+        ({"boosting": [build_boosting_tree([BoostedPhrase((1,))], VOCAB - 1)] * 2}, "got 2 entries for 1 clips"),
+        ({"boosting": []}, "got 0 entries for 1 clips"),
+        ({"boosting": [None, None]}, "got 2 entries for 1 clips"),
         ({"allowed_tokens": torch.ones(7, dtype=torch.bool)}, r"got the shape \(7,\)"),
+        ({"num_beams": 2, "length_penalty": float("nan")}, "`length_penalty` must be a finite number"),
     ],
 )
 @pytest.mark.parametrize("head", HEADS)
 def test_impossible_searches_are_refused(head: str, arguments: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         run(tiny(head), *batch_of([0]), **arguments)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_path_of_a_language_model_is_refused(head: str):
+    with pytest.raises(TypeError, match=r"got str: build it with `processor.load_language_model`"):
+        run(tiny(head), *batch_of([0]), language_model="model.arpa")
 
 
 def test_the_pipeline_boosts_phrases_and_loads_a_language_model(demo: Any, tmp_path):
@@ -257,6 +321,37 @@ def test_the_pipeline_combines_a_beam_search_with_windows_batches_times_and_conf
 def test_the_pipeline_refuses_several_hypotheses(demo: Any):
     with pytest.raises(ValueError, match=r"`num_return_sequences` must be 1"):
         demo(str(CLIPS[0]), generate_kwargs={"num_beams": 4, "num_return_sequences": 4})
+
+
+def test_the_pipeline_returns_one_text_per_clip_whatever_the_generation_config(demo: Any, monkeypatch):
+    clips = [str(clip) for clip in CLIPS[:3]]
+    expected = [demo(clip, num_beams=3)["text"] for clip in clips]
+    settings = {**demo.model.generation_config.to_dict(), "num_beams": 3, "num_return_sequences": 3}
+    monkeypatch.setattr(demo.model, "generation_config", GenerationConfig.from_dict(settings))
+    assert [result["text"] for result in demo(clips, batch_size=3)] == expected
+    results = list(transcribe(clips, demo))
+    assert [result.text for result in results] == expected
+    assert results[0].settings["num_beams"] == 3
+    assert next(transcribe(clips[0], demo, num_beams=1)).settings["num_beams"] == 1
+
+
+def test_phrases_of_the_constructor_are_defaults(demo: Any):
+    clip, model, processor = str(CLIPS[0]), demo.model, demo.processor
+    parts = {"tokenizer": processor.tokenizer, "feature_extractor": processor.feature_extractor}
+    # without a processor, and with one
+    for arguments in (parts, {"processor": processor}):
+        pipe = ParakeetASRPipeline(model, **arguments, boost=[("nine", 40.0)], scripts=["Latin"])
+        assert "nine" in pipe(clip)["text"]
+        for boost in ((), None):
+            assert pipe(clip, boost=boost, scripts=None)["text"] == demo(clip)["text"]
+
+
+def test_the_pipeline_refuses_contradictory_arguments(demo: Any):
+    tree = demo.processor.boosting_tree(["nine"])
+    with pytest.raises(ValueError, match="one of `boost` and `boosting` must be None"):
+        demo(str(CLIPS[0]), boost=["nine"], generate_kwargs={"boosting": tree})
+    with pytest.raises(TypeError, match="`boosting` must be one tree, got a list"):
+        demo(str(CLIPS[0]), generate_kwargs={"boosting": [tree]})
 
 
 def test_scripts_restrict_the_letters(demo: Any):

@@ -21,6 +21,7 @@ from .decoding import (
     Hypotheses,
     TokenScorer,
     check_confidence_method,
+    penalise_length,
 )
 
 logger = logging.get_logger(__name__)
@@ -97,13 +98,14 @@ SEARCH_ARGUMENTS = tuple(field.name for field in fields(SearchOptions))
 
 
 def take_search_options(
-    arguments: dict[str, Any], generation_config: GenerationConfig | None
+    arguments: dict[str, Any], *generation_configs: GenerationConfig | None
 ) -> tuple[SearchOptions, dict[str, Any]]:
     """Separate the arguments that choose and change the search from the other arguments of `generate`.
 
     Args:
-        arguments: arguments of the call; they override `generation_config`. `None` means the default.
-        generation_config: settings for arguments that the call does not have; `None` for no settings.
+        arguments: arguments of the call; they override `generation_configs`. `None` means the default.
+        *generation_configs: settings for arguments that the call does not have; `None` for no settings. An earlier
+            config overrides a later one.
 
     Returns:
         The options of the search, and the other arguments.
@@ -111,7 +113,10 @@ def take_search_options(
     Raises:
         ValueError: a number is out of range.
     """
-    values = {name: getattr(generation_config, name, None) for name in STOCK_SEARCH_ARGUMENTS}
+    values: dict[str, Any] = {}
+    for config in reversed(generation_configs):
+        settings = {name: getattr(config, name, None) for name in STOCK_SEARCH_ARGUMENTS}
+        values.update((name, value) for name, value in settings.items() if value is not None)
     values.update((name, arguments[name]) for name in SEARCH_ARGUMENTS if name in arguments)
     options = SearchOptions(**{name: value for name, value in values.items() if value is not None})
     return options, {name: value for name, value in arguments.items() if name not in SEARCH_ARGUMENTS}
@@ -148,7 +153,11 @@ def drop_training_inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in ("labels", "decoder_input_ids")}
 
 
-def parse_ctc_arguments(kwargs: dict[str, Any], generation_config: GenerationConfig | None) -> CTCArguments:
+def parse_ctc_arguments(
+    kwargs: dict[str, Any],
+    generation_config: GenerationConfig | None,
+    model_generation_config: GenerationConfig | None = None,
+) -> CTCArguments:
     """Check the arguments of `generate` for a CTC head and select those that have an effect.
 
     Logs a warning about arguments that are ignored.
@@ -157,6 +166,8 @@ def parse_ctc_arguments(kwargs: dict[str, Any], generation_config: GenerationCon
         kwargs: arguments of the call; they override `generation_config`.
         generation_config: settings that differ from transformers' defaults are treated as arguments; `None` for no
             settings.
+        model_generation_config: the generation config of the model. Only its search is used, because the other
+            settings of a hybrid are for its transducer.
 
     Returns:
         The arguments that have an effect.
@@ -165,15 +176,10 @@ def parse_ctc_arguments(kwargs: dict[str, Any], generation_config: GenerationCon
         ValueError: an argument is unknown, out of range, or requires sampling.
     """
     settings = {} if generation_config is None else generation_config.to_diff_dict()
-    search, arguments = take_search_options({**settings, **drop_training_inputs(kwargs)}, None)
+    search, arguments = take_search_options({**settings, **drop_training_inputs(kwargs)}, model_generation_config)
     forward_kwargs = {name: arguments[name] for name in FORWARD_ARGUMENTS if arguments.get(name) is not None}
-    supported = {
-        *FORWARD_ARGUMENTS,
-        *SILENTLY_ACCEPTED_ARGUMENTS,
-        "streamer",
-        "output_scores",
-        "return_dict_in_generate",
-    }
+    supported = FORWARD_ARGUMENTS | SILENTLY_ACCEPTED_ARGUMENTS
+    supported |= {"streamer", "output_scores", "return_dict_in_generate"}
     unsupported = {
         name for name, value in arguments.items() if name not in supported and not has_no_effect(name, value)
     }
@@ -274,7 +280,7 @@ def compute_sequence_scores(hypotheses: Hypotheses | None, length_penalty: float
     """
     if hypotheses is None or hypotheses.scores is None:
         return None
-    return hypotheses.scores / (hypotheses.lengths + 1) ** length_penalty
+    return penalise_length(hypotheses.scores, hypotheses.lengths, length_penalty)
 
 
 def check_logits_processors(logits_processors: Any, vocab_size: int) -> None:

@@ -92,7 +92,7 @@ class ParakeetCTCGenerationMixin(GenerationMixin):
         """
         if return_dict_in_generate:
             kwargs["return_dict_in_generate"] = True
-        arguments = parse_ctc_arguments(kwargs, generation_config)
+        arguments = parse_ctc_arguments(kwargs, generation_config, self.generation_config)
         forward = self.__call__ if compile_config is None else self.get_compiled_call(compile_config)
         outputs = forward(input_features=input_features, attention_mask=attention_mask, **arguments.forward_kwargs)
         frame_lengths = None
@@ -103,21 +103,29 @@ class ParakeetCTCGenerationMixin(GenerationMixin):
         )
 
 
-def build_search_fusion(search: SearchOptions, blank_id: int, vocab_size: int, device: torch.device) -> Fusion | None:
+def build_search_fusion(
+    search: SearchOptions, blank_id: int, vocab_size: int, num_clips: int, device: torch.device
+) -> Fusion | None:
     """Build the scorers that a search adds to the scores of the model.
 
     Args:
         search: the arguments of `generate`.
         blank_id: id of the blank.
         vocab_size: number of tokens V with the blank.
+        num_clips: number of clips in the batch.
         device: device of the model.
 
     Returns:
         The scorers with their weights; `None` if there are none.
 
     Raises:
-        ValueError: a scorer belongs to another vocabulary.
+        ValueError: a scorer belongs to another vocabulary, or `boosting` has another number of trees than clips.
     """
+    if isinstance(search.boosting, (list, tuple)) and len(search.boosting) != num_clips:
+        raise ValueError(
+            f"a list of boosting trees must have one tree or `None` per clip, got {len(search.boosting)} entries for "
+            f"{num_clips} clips: pass one entry per clip, or one tree instead of a list"
+        )
     weighted = (search.language_model, search.lm_weight, search.boosting, search.boosting_weight)
     fusion = build_fusion(*weighted, blank_id, vocab_size)
     return None if fusion is None else fusion.to(device)
@@ -151,6 +159,7 @@ def decode_ctc(
     method = get_confidence_method(output_confidence)
     sequences, hypotheses, frame_confidence = search_ctc(logits, frame_lengths, blank_id, arguments, method)
     if sequence_type is not Tensor:
+        # `torch.compile` cannot trace this, so a CTC model must not reach it
         sequences = sequences.as_subclass(sequence_type)
     if not arguments.return_dict:
         return sequences
@@ -183,7 +192,7 @@ def search_ctc(
         beam search and without confidence.
     """
     search = arguments.search
-    fusion = build_search_fusion(search, blank_id, logits.shape[-1], logits.device)
+    fusion = build_search_fusion(search, blank_id, logits.shape[-1], len(logits), logits.device)
     if search.num_beams > 1:
         check_beam_search(arguments.streamer)
         # a label sequence can be in the beam twice: ending with a label, and ending with a blank
@@ -241,11 +250,12 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             return self._generate_ctc(input_features, **kwargs)
         if decoder != "transducer":
             raise ValueError(f"`decoder` must be 'transducer' or 'ctc', got {decoder!r}")
-        generation_config = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config
-        search_options, kwargs = take_search_options(kwargs, generation_config)
+        configs = (kwargs.get("generation_config") or (args[0] if args else None), self.generation_config)
+        search_options, kwargs = take_search_options(kwargs, *configs)
         check_label_bonus(search_options.label_bonus)
         if search_options.num_beams > 1:
             check_beam_search(kwargs.get("streamer"), kwargs.get("stopping_criteria") or ())
+        if take_search_options({}, *configs)[0].num_beams > 1:
             # transformers would repeat the clips for its own beam search
             kwargs.update(num_beams=1, num_return_sequences=1)
         return super().generate(inputs, *args, search_options=search_options, **kwargs)
@@ -275,7 +285,7 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             raise ValueError(
                 "`decoder='ctc'` requires a hybrid checkpoint, but this checkpoint has no CTC head: leave out `decoder`"
             )
-        arguments = parse_ctc_arguments(kwargs, generation_config)
+        arguments = parse_ctc_arguments(kwargs, generation_config, self.generation_config)
         encoder_outputs = self.encoder(
             input_features=input_features, attention_mask=attention_mask, **arguments.forward_kwargs
         )
@@ -426,11 +436,12 @@ class ParakeetTransducerGenerationMixin(GenerationMixin):
             observer: receives every step of greedy decoding; `None` for no observer.
         """
         encoder_states, frame_lengths = encoder_outputs.pooler_output, get_frame_lengths(encoder_outputs)
-        fusion = build_search_fusion(search, options.blank_id, options.vocab_size, encoder_states.device)
+        vocabulary = options.blank_id, options.vocab_size
+        fusion = build_search_fusion(search, *vocabulary, len(encoder_states), encoder_states.device)
         shortcuts = Shortcuts(*self.joint.build_argmax_functions(options.vocab_size))
         joint: Joint = self.joint.score
         if search.allowed_tokens is not None:
-            joint = mask_joint(joint, search.allowed_tokens, options.blank_id)
+            joint = mask_joint(joint, search.allowed_tokens, options.blank_id, options.vocab_size)
             # the shortcut for tokens does not know the mask
             shortcuts = replace(shortcuts, find_best_tokens=None)
         networks, pad_id = (self.decoder.step, joint), self.config.pad_token_id

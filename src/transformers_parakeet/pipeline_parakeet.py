@@ -94,8 +94,12 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
     def __init__(self, model: Any, *args: Any, processor: Any = None, **kwargs: Any) -> None:
         # without `tokenizer` and `feature_extractor`, the base class takes both from the processor
         super().__init__(model, *args, processor=processor, **kwargs)
+        self._set_processor()
+
+    def _set_processor(self) -> None:
+        """Build the processor from `feature_extractor` and `tokenizer` if the pipeline was created without one."""
         if self.processor is None:
-            head_type = get_head_type(model.config)
+            head_type = get_head_type(self.model.config)
             self.processor = ParakeetProcessor(self.feature_extractor, self.tokenizer, decoder_type=head_type)
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -131,20 +135,31 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
             generate_kwargs: arguments of `generate`, `boost` and `scripts`.
 
         Returns:
-            The arguments of `generate`.
+            The arguments of `generate`. Empty `boost` and `scripts` give `None`, which overrides the constructor.
 
         Raises:
-            ValueError: `num_return_sequences` is larger than 1, because windows are merged to one text.
+            ValueError: `num_return_sequences` is larger than 1, because windows are merged to one text; or `boost` and
+                `boosting`, or `scripts` and `allowed_tokens`, are both set.
+            TypeError: `boosting` is a list, because a batch can contain several windows of a clip.
         """
+        # the base class calls this method before its constructor has returned
+        self._set_processor()
         generate_kwargs = dict(generate_kwargs)
-        boost, scripts = generate_kwargs.pop("boost", None), generate_kwargs.pop("scripts", None)
+        for name, value in pop_arguments(generate_kwargs, "boost", "scripts").items():
+            is_boost = name == "boost"
+            result_name = "boosting" if is_boost else "allowed_tokens"
+            build = self.processor.boosting_tree if is_boost else self.processor.tokens_of_scripts
+            if value and generate_kwargs.get(result_name) is not None:
+                raise ValueError(f"one of `{name}` and `{result_name}` must be None, got both: leave out one of them")
+            generate_kwargs[result_name] = build(value) if value else generate_kwargs.get(result_name)
         language_model = generate_kwargs.get("language_model")
-        if boost:
-            generate_kwargs["boosting"] = self.processor.boosting_tree(boost)
-        if scripts:
-            generate_kwargs["allowed_tokens"] = self.processor.tokens_of_scripts(scripts)
         if isinstance(language_model, (str, os.PathLike)):
             generate_kwargs["language_model"] = self.processor.load_language_model(language_model)
+        if isinstance(generate_kwargs.get("boosting"), (list, tuple)):
+            raise TypeError(
+                "the pipeline decodes windows of several clips as a batch, so `boosting` must be one tree, got a list: "
+                "call `model.generate` for one tree per clip"
+            )
         if (generate_kwargs.get("num_return_sequences") or 1) > 1:
             raise ValueError(
                 "the pipeline returns one text, so `num_return_sequences` must be 1, got "
@@ -218,6 +233,8 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
             The remaining inputs (without features and mask) plus the decoded tokens as `hypotheses`.
         """
         input_features, attention_mask = model_inputs.pop("input_features"), model_inputs.pop("attention_mask")
+        # overrides the generation config of the model: one hypothesis per window
+        kwargs["num_return_sequences"] = 1
         output = self.model.generate(
             input_features=input_features, attention_mask=attention_mask, return_dict_in_generate=True, **kwargs
         )

@@ -19,7 +19,7 @@ import torch
 
 from .configuration_parakeet import get_head_type
 from .decoding import DEFAULT_LM_WEIGHT, TokenScorer
-from .generation_arguments import check_decoder
+from .generation_arguments import check_decoder, take_search_options
 from .long_audio import InputOptions
 from .nemo import DEMO_MODEL, load_nemo, resolve_model_name
 from .pipeline_parakeet import ParakeetASRPipeline
@@ -54,7 +54,8 @@ class TranscriptionOptions:
         memory_budget: number of bytes that may be used in addition to the model; `None` for a quarter of the free
             memory, at least 1 GB.
         confidence: whether to compute the confidence of tokens, words, segments and texts.
-        num_beams: number of hypotheses of a beam search; 1 for greedy decoding.
+        num_beams: number of hypotheses of a beam search; 1 for greedy decoding; `None` for the default of the pipeline
+            and of the model's generation config, which is greedy decoding unless they set another number.
         boost: phrases to recognise more often, and pairs (phrase, score); see `ParakeetProcessor.boosting_tree`.
         language_model: path of an n-gram model in ARPA format, or the result of
             `ParakeetProcessor.load_language_model`; `None` for no language model.
@@ -71,7 +72,7 @@ class TranscriptionOptions:
     batch_size: int | None = None
     memory_budget: int | None = None
     confidence: bool = True
-    num_beams: int = 1
+    num_beams: int | None = None
     boost: Sequence[str | tuple[str, float]] = ()
     language_model: str | Path | TokenScorer | None = None
     lm_weight: float = DEFAULT_LM_WEIGHT
@@ -83,7 +84,7 @@ class TranscriptionOptions:
             raise ValueError(f"`decoder` must be 'transducer' or 'ctc', got {self.decoder!r}: correct it")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}: raise it")
-        if self.num_beams < 1:
+        if self.num_beams is not None and self.num_beams < 1:
             raise ValueError(f"`num_beams` must be at least 1, got {self.num_beams}: raise it")
         # the options of the pipeline check themselves
         InputOptions(self.chunk_length_s, memory_budget=self.memory_budget)
@@ -306,7 +307,7 @@ def _get_pipeline_options(options: TranscriptionOptions, config: Any) -> dict[st
         config: configuration of the model.
     """
     arguments: dict[str, Any] = {"return_confidence": options.confidence}
-    if options.num_beams > 1:
+    if options.num_beams is not None:
         arguments["num_beams"] = options.num_beams
     if options.boost:
         arguments["boost"] = options.boost
@@ -374,9 +375,15 @@ def _describe_settings(
     """
     model = pipeline.model
     is_ctc = generate_arguments.get("decoder") == "ctc"
+    # the pipeline requests one hypothesis per window
+    search, _ = take_search_options(
+        {**generate_arguments, "num_return_sequences": 1},
+        generate_arguments.get("generation_config"),
+        model.generation_config,
+    )
     return {
         "decoder": "ctc" if is_ctc else get_head_type(model.config),
-        "num_beams": generate_arguments.get("num_beams") or 1,
+        "num_beams": search.num_beams,
         "chunk_length_s": preprocess_arguments.get("chunk_length_s"),
         "attention_context_size": list(model.config.encoder_config.attention_context_size),
         "device": str(pipeline.device),

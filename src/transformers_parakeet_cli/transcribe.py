@@ -92,7 +92,9 @@ AttentionOption = Annotated[
 ]
 Device = Annotated[str | None, option("cpu, cuda or cuda:1. Default: cuda if there is a GPU.")]
 DtypeOption = Annotated[Dtype | None, option("Default: bfloat16 if the device computes it natively, else float32.")]
-Beams = Annotated[int, option("Number of hypotheses of a beam search. Default: 1, greedy decoding.")]
+Beams = Annotated[
+    int | None, option("Number of hypotheses of a beam search; 1: greedy. Default: that of the model, else 1.")
+]
 Boost = Annotated[
     Path | None, option("Text file with phrases to recognise more often, one per line; a score may follow a tab.")
 ]
@@ -116,7 +118,7 @@ def transcribe(
     batch_size: BatchSize = None,
     chunk_length: ChunkLength = None,
     attention: AttentionOption = None,
-    beams: Beams = 1,
+    beams: Beams = None,
     boost: Boost = None,
     language_model: LanguageModel = None,
     lm_weight: LanguageModelWeight = 0.3,

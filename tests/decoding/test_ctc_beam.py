@@ -310,9 +310,9 @@ def test_hashes_of_all_short_sequences_differ():
 def test_fusion_must_fit_the_tokens():
     generator = torch.Generator().manual_seed(0)
     logits = torch.zeros(1, 2, 5)
-    with pytest.raises(ValueError, match="the blank as the last of 5 tokens, got blank id 0"):
+    with pytest.raises(ValueError, match="the blank 0 and 5 tokens"):
         beam_decode_ctc(logits, None, 0, BeamOptions(), fusion=draw_table_fusion(4, generator)[0])
-    with pytest.raises(ValueError, match="must have the 4 labels of the CTC head, got 7"):
+    with pytest.raises(ValueError, match="got 7 labels for a model with 4"):
         beam_decode_ctc(logits, None, 4, BeamOptions(), fusion=draw_table_fusion(7, generator)[0])
     with pytest.raises(ValueError, match="must be one of max_prob, entropy, got 'margin'"):
         beam_decode_ctc(logits, None, 4, BeamOptions(), confidence="margin")

@@ -283,7 +283,7 @@ def test_tokens_that_are_not_allowed_are_never_emitted(has_fusion):
         options = TransducerOptions(BLANK, VOCAB, (0, 1, 2), 3, confidence="max_prob")
         # the blank is always allowed
         mask = torch.tensor([True, False, True, False, False, True, False])
-        joint = mask_joint(networks.joint, mask, BLANK)
+        joint = mask_joint(networks.joint, mask, BLANK, VOCAB)
         assert mask.tolist() == [True, False, True, False, False, True, False]
         # the same networks without the outputs that are not allowed
         masked = RandomNetworks(seed, (0, 1, 2), blank_bias=0.0)

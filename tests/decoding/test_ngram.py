@@ -79,6 +79,12 @@ def test_words_that_are_not_tokens_are_refused(tmp_path):
         load_language_model(path, ["▁a", "▁b"], units="bpe")
 
 
+def test_word_models_require_tokens_that_mark_word_starts(tmp_path):
+    path = write_arpa(tmp_path / "lm.arpa", draw_orders(random.Random(0), ["one", "two"], 1))
+    with pytest.raises(ValueError, match="got none among 3 tokens"):
+        load_language_model(path, ["one", "two", " "])
+
+
 # every character is a token, so each text has several tokenisations; `▁` alone and inside a token
 PIECES = ["▁", *"abct,.'X", "▁a", "▁b", "ab", "▁ca", "at", "t,", "▁cat", "b▁a", "▁b▁c", "<en>", "<0xE2>", "<unk>", "▁'"]
 WORDS = ["a", "ab", "cat", "cab", "b", "at'b"]

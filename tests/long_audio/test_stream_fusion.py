@@ -67,7 +67,7 @@ def decode_whole(model, decoder, hidden, options):
         model.encoder_projector(hidden[None]),
         torch.tensor([len(hidden)]),
         model.decoder.step,
-        mask_joint(model.joint.score, options["allowed_tokens"], blank_id),
+        mask_joint(model.joint.score, options["allowed_tokens"], blank_id, model.config.vocab_size),
         search,
         fusion=fusion,
     ).to_lists(0)

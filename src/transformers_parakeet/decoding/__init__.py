@@ -9,7 +9,7 @@ from .ctc_beam import beam_decode_ctc
 from .frame_scoring import Shortcuts
 from .fusion import Fusion, TokenScorer
 from .greedy import greedy_decode_ctc, greedy_decode_transducer_reference
-from .hypotheses import Hypotheses, Steps, collapse_ctc, insert_forced_blanks
+from .hypotheses import Hypotheses, Steps, collapse_ctc, insert_forced_blanks, penalise_length
 from .label_looping import greedy_decode_transducer
 from .ngram import load_language_model
 from .options import DEFAULT_BOOSTING_WEIGHT, DEFAULT_LM_WEIGHT, BeamOptions, Joint, Predict, TransducerOptions
@@ -57,6 +57,7 @@ __all__ = [
     "load_language_model",
     "mask_joint",
     "mask_logits",
+    "penalise_length",
     "prepare_allowed_tokens",
     "resume_ctc",
     "resume_greedy_ctc",

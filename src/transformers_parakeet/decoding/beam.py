@@ -27,7 +27,7 @@ from .beam_state import (
 )
 from .confidence import check_confidence_method, compute_token_confidence
 from .fusion import Fusion
-from .hypotheses import ClipSteps, Hypotheses, collect_hypotheses
+from .hypotheses import ClipSteps, Hypotheses, collect_hypotheses, penalise_length
 from .options import BeamOptions, Joint, Predict, TransducerOptions
 
 
@@ -95,19 +95,8 @@ def check_options(options: TransducerOptions, fusion: Fusion | None) -> None:
         raise ValueError("a beam search does not return scores of steps: set `keep_logits` to False")
     if options.confidence is not None:
         check_confidence_method(options.confidence)
-    if fusion is None:
-        return
-    if options.blank_id != options.vocab_size - 1:
-        raise ValueError(
-            f"with a language model or phrase boosting the blank must be the last token {options.vocab_size - 1}, got "
-            f"{options.blank_id}: decode without them"
-        )
-    num_labels = sorted({scorer.num_labels for scorer in fusion.scorers})
-    if num_labels != [options.vocab_size - 1]:
-        raise ValueError(
-            f"language models and phrase boosting must score the {options.vocab_size - 1} labels of the model, got "
-            f"{num_labels} labels: build them for the tokenizer of the model"
-        )
+    if fusion is not None:
+        fusion.check_vocabulary(options.blank_id, options.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -208,7 +197,7 @@ class BeamSearch:
         logits_rows = torch.searchsorted(active_rows, to_rows(step.parents)[label_rows])
         token_logits = logits[logits_rows, : options.vocab_size]
         tokens = step.tokens.flatten()[label_rows]
-        confidences = compute_label_confidence(token_logits, tokens, options.confidence)
+        confidences = compute_token_confidence(token_logits, options.confidence, tokens)
         return replace(
             step, confidences=step.confidences.flatten().index_copy(0, label_rows, confidences).view_as(is_label)
         )
@@ -233,25 +222,6 @@ class BeamSearch:
         label_rows = step.is_label(blank_id).flatten().nonzero()[:, 0]
         new_states = self.fusion.advance(state.fusion_states[label_rows], step.tokens.flatten()[label_rows])
         return replace(state, fusion_states=state.fusion_states.index_copy(0, label_rows, new_states))
-
-
-def compute_label_confidence(token_logits: Tensor, labels: Tensor, method: str) -> Tensor:
-    """Compute the confidence of labels, which need not have the best scores.
-
-    Args:
-        token_logits: (R, V) scores of all tokens.
-        labels: (R,) one label per row.
-        method: a method of `compute_token_confidence`. For `"max_prob"`, the probability of the label replaces the
-            largest probability, and the result is at least 0.
-
-    Returns:
-        (R,) float32 confidence.
-    """
-    if method != "max_prob":
-        return compute_token_confidence(token_logits, method)
-    vocab_size = token_logits.shape[1]
-    probabilities = token_logits.float().softmax(-1).gather(1, labels[:, None])[:, 0]
-    return ((probabilities * vocab_size - 1) / (vocab_size - 1)).clamp(min=0)
 
 
 def select_candidates(candidates: Candidates, state: BeamState, active_rows: Tensor) -> tuple[BeamStep, Tensor]:
@@ -311,7 +281,7 @@ def collect_best_hypotheses(
     scores = state.scores
     if beam.merge_finished:
         scores = merge_scores(scores, compare_labels(state))
-    ranking_scores = scores / (state.num_labels + 1) ** beam.length_penalty
+    ranking_scores = penalise_length(scores, state.num_labels, beam.length_penalty)
     best = ranking_scores.sort(dim=1, descending=True, stable=True).indices[:, : beam.num_return_sequences]
     scores = scores.gather(1, best).flatten()
     is_unused = (scores == -torch.inf).tolist()

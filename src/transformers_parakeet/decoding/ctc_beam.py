@@ -132,20 +132,8 @@ def check_arguments(logits: Tensor, blank_id: int, fusion: Fusion | None, confid
     """
     if confidence is not None:
         check_confidence_method(confidence)
-    vocab_size = logits.shape[-1]
-    if fusion is None:
-        return
-    if blank_id != vocab_size - 1:
-        raise ValueError(
-            f"language models and phrase boosting require the blank as the last of {vocab_size} tokens, got blank id "
-            f"{blank_id}: reorder the outputs of the CTC head"
-        )
-    for scorer in fusion.scorers:
-        if scorer.num_labels != vocab_size - 1:
-            raise ValueError(
-                f"a language model or boosting tree must have the {vocab_size - 1} labels of the CTC head, got "
-                f"{scorer.num_labels}: build it with the tokenizer of this checkpoint"
-            )
+    if fusion is not None:
+        fusion.check_vocabulary(blank_id, logits.shape[-1])
 
 
 def rank_hypotheses(

@@ -331,3 +331,18 @@ def collapse_ctc(best_tokens: Tensor, blank_id: int, frame_confidence: Tensor | 
         lengths=is_label_start.sum(1),
         confidence=confidence,
     )
+
+
+def penalise_length(scores: Tensor, num_labels: Tensor, length_penalty: float) -> Tensor:
+    """Divide scores by (number of labels + 1)^length_penalty, which orders hypotheses of different lengths.
+
+    Args:
+        scores: (...) scores.
+        num_labels: (...) number of labels of each hypothesis.
+        length_penalty: the exponent.
+
+    Returns:
+        (...) scores.
+    """
+    # integers cannot have a negative integer exponent
+    return scores / (num_labels + 1) ** float(length_penalty)

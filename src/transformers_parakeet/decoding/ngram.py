@@ -44,7 +44,8 @@ def load_language_model(path: str | Path, pieces: Sequence[str], units: str | No
         A `BackoffAutomaton` for tokens, or a `WordScorer` for words. Scores are natural logarithms.
 
     Raises:
-        ValueError: `units` is unknown, the file is damaged, or its words are not tokens of `pieces`.
+        ValueError: `units` is unknown, the file is damaged, its words are not tokens of `pieces`, or it is over words
+            and no token starts with `▁`.
     """
     if units is not None and units not in UNITS:
         raise ValueError(f"units must be one of {', '.join(UNITS)} or None, got {units!r}")
@@ -111,7 +112,15 @@ def load_word_scorer(path: str | Path, words: Sequence[str], pieces: Sequence[st
         path: ARPA file.
         words: the words of the file.
         pieces: the tokens 0 to V - 1 of the speech model as text.
+
+    Raises:
+        ValueError: the file is damaged, or no token marks the start of a word.
     """
+    if not any(WORD_START in piece for piece in pieces):
+        raise ValueError(
+            f"a language model over words requires tokens that mark the start of a word with {WORD_START!r}, got none "
+            f"among {len(pieces)} tokens: train a language model over the tokens of the speech model"
+        )
     text_words = [word for word in words if word not in SPECIAL_WORDS]
     labels = {word: label for label, word in enumerate([*text_words, "<unk>"])}
     word_labels = label_words(words, labels, len(labels))

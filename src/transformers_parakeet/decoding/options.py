@@ -97,6 +97,9 @@ class BeamOptions:
                 "`num_return_sequences` must be at least 1 and at most `num_beams`, got "
                 f"{self.num_return_sequences} with num_beams={self.num_beams}: raise `num_beams`"
             )
+        for name in ("length_penalty", "label_bonus"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"`{name}` must be a finite number, got {getattr(self, name)}: leave it out")
         if not self.score_threshold > 0:
             raise ValueError(
                 f"`score_threshold` must be greater than 0, got {self.score_threshold}: "

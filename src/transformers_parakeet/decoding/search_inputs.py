@@ -42,7 +42,7 @@ def build_fusion(
     Raises:
         ValueError: a weight is not a finite number, the blank is not the last token, or a scorer has another number of
             labels than the model.
-        TypeError: a list of boosting trees contains another object.
+        TypeError: an object is not a scorer, such as the path of a language model.
     """
     for name, weight in (("lm_weight", lm_weight), ("boosting_weight", boosting_weight)):
         if not math.isfinite(weight):
@@ -55,6 +55,12 @@ def build_fusion(
     if not used:
         return None
     scorers, weights, unused_states = zip(*used, strict=True)
+    for scorer in scorers:
+        if not hasattr(scorer, "num_labels"):
+            raise TypeError(
+                "a language model or a boosting tree must be an object that scores tokens, got "
+                f"{type(scorer).__name__}: build it with `processor.load_language_model` or `processor.boosting_tree`"
+            )
     fusion = Fusion(scorers, weights, None if set(unused_states) == {-1} else unused_states)
     fusion.check_vocabulary(blank_id, vocab_size)
     return fusion
@@ -75,18 +81,21 @@ def combine_boosting(trees: Sequence[TokenScorer | None], num_labels: int) -> tu
         ValueError: the trees have different numbers of labels.
         TypeError: an entry is neither a `BackoffAutomaton` nor `None`.
     """
-    empty_tree = build_empty_automaton(num_labels)
-    automata = []
+    used_trees = []
     for tree in trees:
         if tree is not None and not isinstance(tree, BackoffAutomaton):
             raise TypeError(
                 f"each entry of a list of boosting trees must be a tree or `None`, got {type(tree).__name__}: build "
                 "trees with `processor.boosting_tree`"
             )
-        automata.append(empty_tree if tree is None else tree)
-    if all(automaton is empty_tree for automaton in automata):
+        if tree is not None:
+            used_trees.append(tree)
+    if not used_trees:
         return None, -1
-    automaton = stack_automata(automata)
+    # the trees may be on a GPU; all clips without boosting share one object and thus one state
+    empty_tree = build_empty_automaton(num_labels).to(used_trees[0].start_states.device)
+    remaining_trees = iter(used_trees)
+    automaton = stack_automata([empty_tree if tree is None else next(remaining_trees) for tree in trees])
     starts = zip(trees, automaton.start_states.tolist(), strict=True)
     return automaton, next((state for tree, state in starts if tree is None), -1)
 
@@ -114,13 +123,13 @@ def build_empty_automaton(num_labels: int) -> BackoffAutomaton:
     )
 
 
-def prepare_allowed_tokens(allowed_tokens: Tensor, blank_id: int, vocab_size: int | None = None) -> Tensor:
+def prepare_allowed_tokens(allowed_tokens: Tensor, blank_id: int, vocab_size: int) -> Tensor:
     """Check a mask of allowed tokens, and allow the blank.
 
     Args:
         allowed_tokens: (V,) bool, whether a token is allowed; V is the number of tokens with the blank.
         blank_id: id of the blank, which is always allowed.
-        vocab_size: number of tokens V of the model; `None` for `blank_id` + 1.
+        vocab_size: number of tokens V of the model.
 
     Returns:
         (V,) bool, a copy in which the blank is allowed.
@@ -134,11 +143,10 @@ def prepare_allowed_tokens(allowed_tokens: Tensor, blank_id: int, vocab_size: in
         raise TypeError(
             f"`allowed_tokens` must be a tensor of type bool, got {kind}: pass one truth value per token of the model"
         )
-    shape = (blank_id + 1 if vocab_size is None else vocab_size,)
-    if allowed_tokens.shape != shape:
+    if allowed_tokens.shape != (vocab_size,):
         raise ValueError(
-            f"`allowed_tokens` must have one truth value per token of the model, with the blank, {shape}, got the "
-            f"shape {tuple(allowed_tokens.shape)}: build it for the tokenizer of the model"
+            f"`allowed_tokens` must have one truth value per token of the model, with the blank, {(vocab_size,)}, got "
+            f"the shape {tuple(allowed_tokens.shape)}: build it for the tokenizer of the model"
         )
     allowed = allowed_tokens.clone()
     allowed[blank_id] = False
@@ -152,12 +160,12 @@ def prepare_allowed_tokens(allowed_tokens: Tensor, blank_id: int, vocab_size: in
 
 
 def mask_logits(logits: Tensor, allowed_tokens: Tensor, blank_id: int) -> Tensor:
-    """Set the scores of tokens that are not allowed to -inf, so that no search can emit them.
+    """Set the scores of a CTC head for tokens that are not allowed to -inf, so that no search can emit them.
 
     Args:
-        logits: (..., V) scores of V tokens, or (..., V + D) scores of V tokens and D durations, which do not change.
+        logits: (..., V) scores of V tokens.
         allowed_tokens: (V,) bool, whether a token is allowed; the blank is always allowed.
-        blank_id: id of the blank, the last of the V tokens.
+        blank_id: id of the blank.
 
     Returns:
         The scores, in a new tensor.
@@ -166,7 +174,7 @@ def mask_logits(logits: Tensor, allowed_tokens: Tensor, blank_id: int) -> Tensor
         TypeError: the mask is not a bool tensor.
         ValueError: the mask has another shape, or allows no label.
     """
-    return fill_masked(logits, prepare_allowed_tokens(allowed_tokens, blank_id))
+    return fill_masked(logits, prepare_allowed_tokens(allowed_tokens, blank_id, logits.shape[-1]))
 
 
 def fill_masked(logits: Tensor, is_allowed: Tensor) -> Tensor:
@@ -185,7 +193,7 @@ def fill_masked(logits: Tensor, is_allowed: Tensor) -> Tensor:
     return logits.masked_fill(~mask, -torch.inf)
 
 
-def mask_joint(joint: Joint, allowed_tokens: Tensor, blank_id: int) -> Joint:
+def mask_joint(joint: Joint, allowed_tokens: Tensor, blank_id: int, vocab_size: int) -> Joint:
     """Wrap a joint network so that tokens that are not allowed have the score -inf.
 
     A search with this joint network must not use the shortcut `find_best_tokens`, which does not call the joint
@@ -194,7 +202,8 @@ def mask_joint(joint: Joint, allowed_tokens: Tensor, blank_id: int) -> Joint:
     Args:
         joint: joint network: (encoder states, predictor states) -> scores of tokens and durations.
         allowed_tokens: (V,) bool, whether a token is allowed; the blank is always allowed.
-        blank_id: id of the blank, the last of the V tokens.
+        blank_id: id of the blank.
+        vocab_size: number of tokens V with the blank; the outputs after the first V are durations.
 
     Returns:
         The joint network with the mask, which applies to all clips of a batch.
@@ -203,7 +212,7 @@ def mask_joint(joint: Joint, allowed_tokens: Tensor, blank_id: int) -> Joint:
         TypeError: the mask is not a bool tensor.
         ValueError: the mask has another shape, or allows no label.
     """
-    is_allowed = prepare_allowed_tokens(allowed_tokens, blank_id)
+    is_allowed = prepare_allowed_tokens(allowed_tokens, blank_id, vocab_size)
 
     def masked_joint(encoder_states: Tensor, predictor_states: Tensor) -> Tensor:
         """Compute the scores, with -inf for tokens that are not allowed."""

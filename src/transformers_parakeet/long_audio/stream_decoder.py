@@ -147,7 +147,7 @@ class StreamDecoder:
         joint, shortcuts = model.joint.score, Shortcuts(*model.joint.build_argmax_functions(config.vocab_size))
         if self.allowed_tokens is not None:
             # the shortcut for tokens does not call the joint network, so it would ignore the mask
-            joint = mask_joint(joint, self.allowed_tokens, self.blank_id)
+            joint = mask_joint(joint, self.allowed_tokens, self.blank_id, config.vocab_size)
             shortcuts = Shortcuts(find_best_durations=shortcuts.find_best_durations)
         return resume_transducer(
             model.encoder_projector(hidden),
