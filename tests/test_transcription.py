@@ -96,6 +96,8 @@ def test_results_describe_the_model_and_the_options(demo):
     assert result.settings == {
         "decoder": "tdt",
         "num_beams": 1,
+        "lm_weight": None,
+        "boosting_weight": None,
         "chunk_length_s": None,
         "attention_context_size": [128, 128],
         "device": "cpu",

@@ -366,7 +366,7 @@ def _build_entry(
 def _describe_settings(
     pipeline: ParakeetASRPipeline, preprocess_arguments: dict[str, Any], generate_arguments: dict[str, Any]
 ) -> dict[str, Any]:
-    """Build the settings that a result contains: decoder, beams, windows, attention context, device and dtype.
+    """Build the settings that a result contains: decoder, search, windows, attention context, device and dtype.
 
     Args:
         pipeline: the pipeline.
@@ -384,6 +384,8 @@ def _describe_settings(
     return {
         "decoder": "ctc" if is_ctc else get_head_type(model.config),
         "num_beams": search.num_beams,
+        "lm_weight": None if search.language_model is None else search.lm_weight,
+        "boosting_weight": None if search.boosting is None else search.boosting_weight,
         "chunk_length_s": preprocess_arguments.get("chunk_length_s"),
         "attention_context_size": list(model.config.encoder_config.attention_context_size),
         "device": str(pipeline.device),
