@@ -161,10 +161,9 @@ def list_pieces(model: Any, processor: Any, clips: Sequence[np.ndarray], decoder
     """
     inputs = processor(list(clips), sampling_rate=processor.feature_extractor.sampling_rate)
     hypotheses = model.generate(**inputs, decoder=decoder, return_dict_in_generate=True).hypotheses
-    all_ids = [row[:length] for row, length in zip(hypotheses.tokens.tolist(), hypotheses.lengths.tolist(), strict=True)]
-    return [
-        [piece.replace("\u2581", " ") for piece in processor.tokenizer.convert_ids_to_tokens(ids)] for ids in all_ids
-    ]
+    rows = zip(hypotheses.tokens.tolist(), hypotheses.lengths.tolist(), strict=True)
+    clip_pieces = [processor.tokenizer.convert_ids_to_tokens(tokens[:length]) for tokens, length in rows]
+    return [[piece.replace("\u2581", " ") for piece in pieces] for pieces in clip_pieces]
 
 
 __all__ = ["check_graph_file", "count_different_clips", "run_graph_file"]

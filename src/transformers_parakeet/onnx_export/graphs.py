@@ -198,7 +198,7 @@ def build_step_graph(model: Any) -> Graph:
 
 @torch.no_grad()
 def write_graph(graph: Graph, path: Path) -> None:
-    """Export a graph to an ONNX file. Weights of more than 2 GB in total go to a second file `<path>.data`.
+    """Export a graph to an ONNX file. Weights of more than 1.5 GB in total go to a second file `<path>.data`.
 
     Args:
         graph: the graph; its module is not changed.

@@ -105,12 +105,12 @@ def list_feature_obstacles(feature_extractor: Any) -> Iterator[str]:
         yield f"the number of mel bins must be 80 or 128, got {feature_extractor.feature_size}"
 
 
-def get_onnx_asr_type(model: Any, decoder: str) -> str:
+def get_onnx_asr_type(model: Any, decoder: str | None = None) -> str:
     """Return the name of the class of onnx-asr that runs a model, as `onnx_asr.load_model` expects it.
 
     Args:
         model: a model with a head.
-        decoder: `"transducer"` or `"ctc"`.
+        decoder: `"transducer"` or `"ctc"`; `None` for the default decoder of the model.
     """
     head = "ctc" if decoder == "ctc" else get_head_type(model.config)
     return f"nemo-conformer-{head}"
