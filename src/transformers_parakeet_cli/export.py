@@ -12,19 +12,13 @@ import typer
 
 from .messages import print_error_and_exit, print_next_command, print_note, print_text
 from .models import load_pipeline
+from .transcribe import Decoder, get_value
 
 
 class ExportFormat(str, Enum):
     """Values of `--format`."""
 
     onnx_asr = "onnx-asr"
-
-
-class ExportDecoder(str, Enum):
-    """Values of `--decoder`."""
-
-    transducer = "transducer"
-    ctc = "ctc"
 
 
 def export(
@@ -34,7 +28,7 @@ def export(
         ExportFormat, typer.Option("--format", help="The program that loads the folder.")
     ] = ExportFormat.onnx_asr,
     int8: Annotated[bool, typer.Option("--int8", help="Write int8 instead of float32 weights.")] = False,
-    decoder: Annotated[ExportDecoder | None, typer.Option(help="Head of a hybrid model. Default: transducer.")] = None,
+    decoder: Annotated[Decoder | None, typer.Option(help="Head of a hybrid model. Default: transducer.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files of the same names in a folder that is not empty.")
     ] = False,
@@ -44,7 +38,7 @@ def export(
     Each file is compared with the model for random inputs. If onnx-asr is installed, the tokens of the bundled clips
     are compared, too.
     """
-    options = {"decoder": decoder.value if decoder else None, "quantize": "int8" if int8 else None}
+    options = {"decoder": get_value(decoder), "quantize": "int8" if int8 else None}
     with print_error_and_exit():
         from transformers_parakeet.onnx_export import export_onnx, get_onnx_asr_type
 
@@ -53,7 +47,7 @@ def export(
         paths = export_onnx(pipeline.model, pipeline.processor, folder, overwrite=overwrite, **options)
         for path in paths:
             print_text(str(path))
-        print_note(f"for random inputs the float32 networks compute the same as {model}")
+        print_note(f"for random inputs the float32 files compute the same as {model}")
         compare_tokens(pipeline, folder, options)
     quantization = ["-q", "int8"] if int8 else []
     head = get_onnx_asr_type(pipeline.model, options["decoder"])
