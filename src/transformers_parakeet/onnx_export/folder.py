@@ -110,7 +110,8 @@ def write_network(graph: Graph, folder: Path, name: str, quantize: str | None) -
         return
     quantized_path = folder / f"{name}.{quantize}.onnx"
     with quiet_libraries():
-        # one scale per output channel: on random weights, half the error of one scale per weight, at the same speed
+        # one scale per output channel, as fast as one scale per weight: with random weights of the 110M shape, the
+        # relative error of the encoder is 2.8 instead of 3.7 %
         import_optional("onnxruntime.quantization").quantize_dynamic(
             path, quantized_path, op_types_to_quantize=QUANTIZED_OPERATORS, per_channel=True
         )
