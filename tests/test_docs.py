@@ -132,7 +132,10 @@ def run_snippets(page, monkeypatch, capsys):
     """
     # the page shows that the model can be traced to one graph; generating code for the graph takes a minute
     compile_model = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compile_model(model, backend="eager", **kwargs))
+    # the export to ONNX calls `torch.compile` itself, with a backend
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **kwargs: compile_model(*args, **{"backend": "eager", **kwargs})
+    )
     names = {}
     results = []
     for snippet in read_snippets(page):

@@ -10,6 +10,7 @@ import typer
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
+from .export import export
 from .finetune import finetune
 from .info import info
 from .transcribe import transcribe
@@ -20,6 +21,7 @@ app.command()(transcribe)
 app.command()(demo)
 app.command()(info)
 app.command()(convert)
+app.command()(export)
 # `finetune` parses its own options, so its `--help` must reach it as an argument
 app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
     finetune

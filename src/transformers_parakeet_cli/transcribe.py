@@ -182,4 +182,4 @@ def get_value(choice: Enum | None) -> str | None:
     return None if choice is None else str(choice.value)
 
 
-__all__ = ["transcribe"]
+__all__ = ["Decoder", "get_value", "transcribe"]

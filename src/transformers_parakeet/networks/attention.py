@@ -321,6 +321,10 @@ class ParakeetEncoderAttention(nn.Module):
             # query i and key j have the position key c - 1 - i + j
             first_position = layout.block_size - group.queries.stop
             position_keys = position_keys[..., first_position:][..., : layout.num_keys + len(group.queries) - 1]
+        elif torch.compiler.is_compiling():
+            # one more column makes the shift the same for a single query as for several ones; otherwise the graph would
+            # depend on whether a clip has one frame
+            position_keys = F.pad(position_keys, (0, 1))
         # one matrix product per head for all clips: (heads, all queries, head_dim) x (heads, head_dim, K + c - 1)
         flat_queries = ((queries + self.bias_v) * self.scaling).flatten(0, 1).transpose(0, 1)
         scores = torch.bmm(flat_queries, position_keys).unflatten(1, queries.shape[:2]).transpose(0, 1)

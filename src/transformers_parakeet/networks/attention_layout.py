@@ -341,14 +341,15 @@ def relative_shift(scores: Tensor, num_keys: int) -> Tensor:
 
     Args:
         scores: (..., c, K + c - 1), contiguous: the score of each of c queries for each relative position of a block,
-            in decreasing order of the position.
+            in decreasing order of the position. Further columns are ignored.
         num_keys: number of keys K in a block.
 
     Returns:
         (..., c, K) view of the memory of `scores`.
     """
     num_queries, num_positions = scores.shape[-2:]
-    if num_queries == 1:
+    if num_positions == num_keys:
+        # a single query, whose scores are in the order of the keys
         return scores
     # query 0 starts at column c - 1, and each query starts one column earlier than the query before: in the flattened
     # scores, consecutive queries therefore start num_positions - 1 entries apart
