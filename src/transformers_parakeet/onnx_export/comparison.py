@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..generation_arguments import list_decoders
+from ..optional_packages import import_optional
 from .graphs import Graph
-from .optional import import_optional
 from .requirements import get_onnx_asr_type
 
 # largest accepted difference of an output, relative to its largest absolute value
@@ -92,7 +92,7 @@ def open_session(path: Path) -> Any:
     Args:
         path: the file.
     """
-    runtime = import_optional("onnxruntime")
+    runtime = import_optional("onnxruntime", "the export", "onnx")
     return runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
@@ -144,7 +144,7 @@ def count_different_clips(
     """
     decoder = decoder or list_decoders(model.config)[0]
     pieces = list_pieces(model, processor, clips, decoder)
-    onnx_asr = import_optional("onnx_asr")
+    onnx_asr = import_optional("onnx_asr", "the export", "onnx")
     recogniser = onnx_asr.load_model(get_onnx_asr_type(model, decoder), folder, quantization=quantize)
     results = recogniser.with_timestamps().recognize(list(clips))
     return sum(result.tokens != expected for result, expected in zip(results, pieces, strict=True))

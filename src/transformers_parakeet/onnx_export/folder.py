@@ -12,9 +12,10 @@ from typing import Any
 
 from ..configuration_parakeet import get_blank_id
 from ..generation_arguments import check_decoder, list_decoders
+from ..optional_packages import import_optional
 from .comparison import check_graph_file, run_graph_file
 from .graphs import Graph, build_ctc_graph, build_encoder_graph, build_step_graph, write_graph
-from .optional import import_optional, quiet_libraries
+from .quiet import quiet_libraries
 from .requirements import check_onnx_asr_runs, get_onnx_asr_type
 
 # name of the blank in the vocabulary, by which onnx-asr recognises it
@@ -64,7 +65,7 @@ def export_onnx(
         raise FileExistsError(f"{folder} exists: give an empty or a new folder, or set `overwrite` (--overwrite)")
     check_onnx_asr_runs(model, processor, decoder)
     for package in ("onnx", "onnxruntime", "onnxscript"):
-        import_optional(package)
+        import_optional(package, "the export", "onnx")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         new_folder = Path(temporary)
@@ -112,7 +113,7 @@ def write_network(graph: Graph, folder: Path, name: str, quantize: str | None) -
     with quiet_libraries():
         # one scale per output channel, as fast as one scale per weight: with random weights of the 110M shape, the
         # relative error of the encoder is 2.8 instead of 3.7 %
-        import_optional("onnxruntime.quantization").quantize_dynamic(
+        import_optional("onnxruntime.quantization", "the export", "onnx").quantize_dynamic(
             path, quantized_path, op_types_to_quantize=QUANTIZED_OPERATORS, per_channel=True
         )
     run_graph_file(quantized_path, graph.inputs)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..networks import build_length_mask
-from .optional import import_optional, quiet_libraries
+from ..optional_packages import import_optional
+from .quiet import quiet_libraries
 
 # set of ONNX operators; onnxruntime supports it since release 1.14
 OPSET_VERSION = 18
@@ -207,8 +208,8 @@ def write_graph(graph: Graph, path: Path) -> None:
     Raises:
         ImportError: a package of the extra `onnx` is not installed.
     """
-    optimizer = import_optional("onnxscript.optimizer")
-    passes = import_optional("onnx_ir.passes.common")
+    optimizer = import_optional("onnxscript.optimizer", "the export", "onnx")
+    passes = import_optional("onnx_ir.passes.common", "the export", "onnx")
     with quiet_libraries():
         program: Any = torch.onnx.export(
             graph.module,

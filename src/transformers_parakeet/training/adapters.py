@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .extras import import_optional
+from ..optional_packages import import_optional
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -76,7 +76,7 @@ def add_lora(model: Any, rank: int, alpha: int | None = None, targets: Sequence[
     Raises:
         ImportError: the package `peft` is not installed.
     """
-    peft = import_optional("peft", "LoRA")
+    peft = import_optional("peft", "LoRA", "train")
     return peft.get_peft_model(
         model, peft.LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=list(targets))
     )

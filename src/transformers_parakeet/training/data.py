@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .extras import import_optional
+from ..optional_packages import import_optional
 from .manifests import SplitRequest, read_audio_folder, read_manifest
 
 MANIFEST_SUFFIXES = (".json", ".jsonl")
@@ -78,7 +78,7 @@ def open_dataset(source: str | Path, split: SplitRequest, config_name: str | Non
         OSError: the Hub dataset does not exist, or it cannot be downloaded.
         ValueError: the data has no such split, or a line of the manifest or metadata file is invalid.
     """
-    datasets = import_optional("datasets", "this data")
+    datasets = import_optional("datasets", "this data", "train")
     path = Path(source)
     if path.suffix in MANIFEST_SUFFIXES:
         # a manifest has no splits
@@ -105,7 +105,7 @@ def load_hub_dataset(name: str, config_name: str | None, **options: Any) -> Any:
     Raises:
         OSError: the dataset does not exist, or it cannot be downloaded.
     """
-    datasets = import_optional("datasets", "this data")
+    datasets = import_optional("datasets", "this data", "train")
     try:
         return datasets.load_dataset(name, config_name, **options)
     except OSError as error:
@@ -209,7 +209,7 @@ def rename_columns(dataset: Any, audio_column: str | None, text_column: str | No
     Raises:
         ValueError: the dataset has no such column.
     """
-    datasets = import_optional("datasets", "this data")
+    datasets = import_optional("datasets", "this data", "train")
     # a streamed dataset may not know its columns before the first row is read
     columns = dataset.column_names or list(next(iter(dataset)))
     audio_column = find_column("audio", audio_column, AUDIO_COLUMNS, columns)

@@ -27,11 +27,11 @@ from transformers.utils import logging
 from ..generation_arguments import check_decoder
 from ..modeling_parakeet import ParakeetForCTC
 from ..nemo import load_nemo, resolve_model_name
+from ..optional_packages import import_optional
 from .adapters import add_lora, freeze
 from .clips import add_durations
 from .collator import SpeechCollator
 from .data import load_speech
-from .extras import import_optional
 from .progress import ProgressReporter
 from .trainer import ParakeetTrainer
 from .vocabulary import extend_vocabulary, replace_tokenizer
@@ -347,7 +347,7 @@ def finetune_main(
         ImportError: the package `accelerate` is not installed.
     """
     # check for accelerate first: `TrainingArguments` needs it, and would otherwise suggest installing another package
-    import_optional("accelerate", "training")
+    import_optional("accelerate", "training", "train")
     options, training_arguments = parse_options(None if arguments is None else list(arguments))
     metrics = run_finetuning(options, training_arguments, report)
     return (Path(training_arguments.output_dir), metrics) if training_arguments.process_index == 0 else None

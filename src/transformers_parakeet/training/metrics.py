@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers.utils import logging
 
-from .extras import import_optional
+from ..optional_packages import import_optional
 
 logger = logging.get_logger(__name__)
 
@@ -108,7 +108,7 @@ def error_rates(
     Raises:
         ImportError: the package `jiwer` is not installed.
     """
-    jiwer = import_optional("jiwer", "the word error rate")
+    jiwer = import_optional("jiwer", "the word error rate", "train")
     normalized_references = [normalize(reference) for reference in references]
     normalized_hypotheses = [normalize(hypothesis) for hypothesis in hypotheses]
     return {
@@ -221,7 +221,7 @@ def score_clips(
     Raises:
         ImportError: the package `jiwer` is not installed.
     """
-    jiwer = import_optional("jiwer", "the word error rate")
+    jiwer = import_optional("jiwer", "the word error rate", "train")
     references = [normalize(clip.reference) for clip in clips]
     hypotheses = [normalize(clip.hypothesis) for clip in clips]
     words = jiwer.process_words(references, hypotheses)
