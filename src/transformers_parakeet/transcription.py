@@ -22,6 +22,7 @@ from .generation_arguments import check_decoder
 from .long_audio import InputOptions
 from .nemo import demo_model_path, load_nemo
 from .pipeline_parakeet import ParakeetASRPipeline
+from .quantization_parakeet import check_int8_device
 from .results import TranscriptionResult, to_timed_texts
 from .timestamps import DEFAULT_AGGREGATION
 from .window_batches import (
@@ -101,6 +102,7 @@ def transcribe(
     device: str | torch.device | None = None,
     dtype: str | None = None,
     attention: str | None = None,
+    quantize: str | None = None,
 ) -> Iterator[TranscriptionResult]:
     """Transcribe files with text, words, segments and tokens with times.
 
@@ -111,7 +113,7 @@ def transcribe(
             one file.
         model: Hub id, folder, `.nemo` file, `"demo"` for the bundled model of spoken digits, or a loaded pipeline.
         decoder, chunk_length_s, batch_size, memory_budget, confidence: see `TranscriptionOptions`.
-        device, dtype, attention: see `load_pipeline`; `None` for a loaded pipeline.
+        device, dtype, attention, quantize: see `load_pipeline`; `None` for a loaded pipeline.
 
     Returns:
         A generator of one result per file, in the order of the files. If a file fails, it raises the error of the file;
@@ -122,12 +124,12 @@ def transcribe(
         OSError: the model cannot be loaded.
     """
     options = TranscriptionOptions(decoder, chunk_length_s, batch_size, memory_budget, confidence)
-    loading_options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention}
+    loading_options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention, "quantize": quantize}
     if not isinstance(model, ParakeetASRPipeline):
         model = load_pipeline(model, **loading_options)
     elif set(loading_options.values()) != {None}:
         raise ValueError(
-            "`device`, `dtype` and `attention` must be None for a loaded pipeline, got "
+            "`device`, `dtype`, `attention` and `quantize` must be None for a loaded pipeline, got "
             f"{loading_options}: pass them to `load_pipeline`"
         )
     check_decoder(model.model.config, decoder)
@@ -149,30 +151,36 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: str | None = None,
     attention: str | None = None,
+    quantize: str | None = None,
 ) -> ParakeetASRPipeline:
     """Load a model and create a speech recognition pipeline.
 
     Args:
         model: Hub id, folder or `.nemo` file; `"demo"` for the bundled model of spoken digits.
-        device: device of the model, such as `"cpu"` or `"cuda:1"`; `None` for a CUDA GPU if there is one, else the CPU.
+        device: device of the model, such as `"cpu"` or `"cuda:1"`; `None` for a CUDA GPU if there is one, else the CPU;
+            with `quantize`, `None` for the CPU.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`; `None` for bfloat16 if the device computes it natively, else
             float32.
         attention: `"full"` for attention without a limit, `"local"` for attention to 128 encoder frames on each side
             unless the model has a limited context already; `None` for the context of the model.
+        quantize: `"int8"` for int8 weights and activations in the encoder blocks, on a CPU; see `load_nemo`.
 
     Returns:
         The pipeline.
 
     Raises:
-        ValueError: `dtype` or `attention` is unknown, or the model does not support the context.
+        ValueError: `dtype`, `attention` or `quantize` is unknown, the model does not support the context, or `quantize`
+            is used with a GPU.
         OSError: the model cannot be found or downloaded.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() and quantize is None else "cpu"))
+    if quantize is not None:
+        check_int8_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}: correct it")
     dtype = dtype or ("bfloat16" if has_native_bfloat16(device) else "float32")
     source = demo_model_path() if model == DEMO_MODEL else model
-    loaded_model, processor = load_nemo(source, dtype=getattr(torch, dtype))
+    loaded_model, processor = load_nemo(source, dtype=getattr(torch, dtype), quantize=quantize)
     if attention is not None:
         set_attention(loaded_model, attention)
     pipeline = ParakeetASRPipeline(

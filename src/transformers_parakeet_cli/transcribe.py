@@ -60,6 +60,12 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Quantization(str, Enum):
+    """Values of `--quantize`."""
+
+    int8 = "int8"
+
+
 def option(help_text: str, *names: str, envvar: str | None = None) -> Any:
     """Create an option of the command.
 
@@ -92,6 +98,9 @@ AttentionOption = Annotated[
 ]
 Device = Annotated[str | None, option("cpu, cuda or cuda:1. Default: cuda if there is a GPU.")]
 DtypeOption = Annotated[Dtype | None, option("Default: bfloat16 if the device computes it natively, else float32.")]
+QuantizeOption = Annotated[
+    Quantization | None, option("int8: faster and smaller, on a CPU with VNNI or AMX instructions.")
+]
 Overwrite = Annotated[bool, option("Replace existing output files; otherwise they are kept.", "--overwrite")]
 JsonLines = Annotated[bool, option("Print each result to stdout as a JSON object on one line.", "--jsonl")]
 Quiet = Annotated[bool, option("Print only results and errors.", "--quiet")]
@@ -109,6 +118,7 @@ def transcribe(
     attention: AttentionOption = None,
     device: Device = None,
     dtype: DtypeOption = None,
+    quantize: QuantizeOption = None,
     overwrite: Overwrite = False,
     jsonl: JsonLines = False,
     quiet: Quiet = False,
@@ -128,7 +138,12 @@ def transcribe(
         job = Job(inputs, outputs, quiet)
         job.run(
             model,
-            {"device": device, "dtype": get_value(dtype), "attention": get_value(attention)},
+            {
+                "device": device,
+                "dtype": get_value(dtype),
+                "attention": get_value(attention),
+                "quantize": get_value(quantize),
+            },
             {"decoder": get_value(decoder), "batch_size": batch_size, "chunk_length_s": chunk_length},
         )
     raise typer.Exit(int(bool(job.errors)))
