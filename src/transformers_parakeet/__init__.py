@@ -24,6 +24,7 @@ from .modeling_parakeet import (
 from .nemo import NemoError, demo_model_path, export_nemo, load_nemo
 from .pipeline_parakeet import ParakeetASRPipeline
 from .processing_parakeet import ParakeetProcessor
+from .quantization_parakeet import ParakeetInt8Config
 from .registration import register
 from .tokenization_parakeet import ParakeetTokenizer
 from .transcription import transcribe
@@ -66,6 +67,7 @@ __all__ = [
     "ParakeetForCTC",
     "ParakeetForRNNT",
     "ParakeetForTDT",
+    "ParakeetInt8Config",
     "ParakeetPreTrainedModel",
     "ParakeetProcessor",
     "ParakeetRNNTConfig",

@@ -1,4 +1,4 @@
-"""Registers the classes of this package with transformers: Auto classes, class names, and the function `pipeline`.
+"""Registers the classes of this package with transformers: Auto classes, class names, int8, and `pipeline`.
 
 docs/design.md explains why each step is needed.
 """
@@ -32,6 +32,7 @@ from .modeling_parakeet import (
 from .nemo import add_nemo_support, load_nemo
 from .pipeline_parakeet import ParakeetASRPipeline
 from .processing_parakeet import ParakeetProcessor
+from .quantization_parakeet import register_int8
 from .tokenization_parakeet import ParakeetTokenizer
 
 # configuration class, model class, and the Auto class of transformers for this type of model
@@ -46,6 +47,7 @@ MODEL_CLASSES: tuple[tuple[Any, Any, Any], ...] = (
 def register() -> None:
     """Make transformers use the classes of this package for Parakeet models; a repeated call has no effect."""
     _register_auto_classes()
+    register_int8()
     _override_transformers_classes()
     _replace_pipeline()
 

@@ -23,6 +23,7 @@ from .generation_arguments import check_decoder, take_search_options
 from .long_audio import InputOptions
 from .nemo import DEMO_MODEL, load_nemo, resolve_model_name
 from .pipeline_parakeet import ParakeetASRPipeline
+from .quantization_parakeet import check_int8_device
 from .results import TranscriptionResult, to_timed_texts
 from .timestamps import DEFAULT_AGGREGATION
 from .window_batches import (
@@ -110,6 +111,7 @@ def transcribe(
     device: str | torch.device | None = None,
     dtype: str | None = None,
     attention: str | None = None,
+    quantize: str | None = None,
     **options: Any,
 ) -> Iterator[TranscriptionResult]:
     """Transcribe files with text, words, segments and tokens with times.
@@ -120,7 +122,7 @@ def transcribe(
         files: paths, URLs, bytes, binary file objects or arrays of samples; see `load_audio`. A single path or URL is
             one file.
         model: Hub id, folder, `.nemo` file, `"demo"` for the bundled model of spoken digits, or a loaded pipeline.
-        device, dtype, attention: see `load_pipeline`; `None` for a loaded pipeline.
+        device, dtype, attention, quantize: see `load_pipeline`; `None` for a loaded pipeline.
         **options: fields of `TranscriptionOptions`, such as `batch_size`, `num_beams` and `boost`.
 
     Returns:
@@ -132,12 +134,12 @@ def transcribe(
         OSError: the model cannot be loaded.
     """
     transcription_options = TranscriptionOptions(**options)
-    loading_options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention}
+    loading_options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention, "quantize": quantize}
     if not isinstance(model, ParakeetASRPipeline):
         model = load_pipeline(model, **loading_options)
     elif set(loading_options.values()) != {None}:
         raise ValueError(
-            "`device`, `dtype` and `attention` must be None for a loaded pipeline, got "
+            "`device`, `dtype`, `attention` and `quantize` must be None for a loaded pipeline, got "
             f"{loading_options}: pass them to `load_pipeline`"
         )
     check_decoder(model.model.config, transcription_options.decoder)
@@ -159,30 +161,35 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: str | None = None,
     attention: str | None = None,
+    quantize: str | None = None,
 ) -> ParakeetASRPipeline:
     """Load a model and create a speech recognition pipeline.
 
     Args:
         model: Hub id, folder or `.nemo` file; `"demo"` for the bundled model of spoken digits.
-        device: device of the model, such as `"cpu"` or `"cuda:1"`; `None` for a CUDA GPU if there is one, else the CPU.
+        device: device of the model, such as `"cpu"` or `"cuda:1"`; `None` for a CUDA GPU if there is one, else the CPU;
+            with `quantize`, `None` for the CPU.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`; `None` for bfloat16 if the device computes it natively, else
             float32.
         attention: `"full"` for attention without a limit, `"local"` for attention to 128 encoder frames on each side
             unless the model has a limited context already; `None` for the context of the model.
+        quantize: `"int8"` for int8 weights and activations in the encoder blocks, on a CPU; see `load_nemo`.
 
     Returns:
         The pipeline.
 
     Raises:
-        ValueError: `dtype` or `attention` is unknown, the device is not available, or the model does not support the
-            context.
+        ValueError: `dtype`, `attention` or `quantize` is unknown, the device is not available, the model does not
+            support the context, or `quantize` is used with a GPU.
         OSError: the model cannot be found or downloaded.
     """
-    device = choose_device(device)
+    device = choose_device("cpu" if device is None and quantize is not None else device)
+    if quantize is not None:
+        check_int8_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}: correct it")
     dtype = dtype or ("bfloat16" if has_native_bfloat16(device) else "float32")
-    loaded_model, processor = load_nemo(resolve_model_name(model), dtype=getattr(torch, dtype))
+    loaded_model, processor = load_nemo(resolve_model_name(model), dtype=getattr(torch, dtype), quantize=quantize)
     if attention is not None:
         set_attention(loaded_model, attention)
     pipeline = ParakeetASRPipeline(

@@ -28,7 +28,8 @@ def load_pipeline(model: str, **options: Any) -> Any:
 
     Args:
         model: Hub id, path of a folder, or path of a `.nemo` file; `demo` for the bundled demo model.
-        **options: `device`, `dtype` and `attention`, as in `transformers_parakeet.transcription.load_pipeline`.
+        **options: `device`, `dtype`, `attention` and `quantize`, as in
+            `transformers_parakeet.transcription.load_pipeline`.
 
     Raises:
         OSError: the model cannot be found or downloaded. The message names the other kinds of models.
@@ -65,7 +66,9 @@ def print_model_note(pipeline: Any, is_default_dtype: bool) -> None:
         reason = f", because the device {verb} bfloat16 natively"
     if pipeline.model.name_or_path == DEMO_MODEL:
         print_note("the demo model recognises only spoken English digits")
-    print_note(f"model {pipeline.model.name_or_path} on {pipeline.device} in {dtype}{reason}")
+    # an int8 model has float layers, too
+    int8 = "int8 and " if getattr(pipeline.model, "hf_quantizer", None) is not None else ""
+    print_note(f"model {pipeline.model.name_or_path} on {pipeline.device} in {int8}{dtype}{reason}")
 
 
 __all__ = ["load_pipeline", "pause_garbage_collection", "print_model_note"]

@@ -20,6 +20,7 @@ from ..configuration_parakeet import get_head_type
 from ..feature_extraction_parakeet import ParakeetFeatureExtractor
 from ..modeling_parakeet import ParakeetForCTC, ParakeetForRNNT, ParakeetForTDT, ParakeetPreTrainedModel
 from ..processing_parakeet import ParakeetProcessor
+from ..quantization_parakeet import ParakeetInt8Config, check_quantization, has_int8_weights, quantize_model
 from ..tokenization_parakeet import ParakeetTokenizer
 from .archive import SETTINGS_FILE, Archive, NemoError
 from .fields import VOCABULARY_LISTS, read_config_fields, read_extractor_fields
@@ -68,6 +69,7 @@ def load_nemo(
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -82,6 +84,9 @@ def load_nemo(
         path: path of a `.nemo` file (plain or gzip tar), or a folder or Hub id `org/name` that contains a `.nemo` file.
             A folder or repository that contains safetensors is loaded by `from_pretrained` instead.
         dtype: dtype of the weights; None to keep the dtype in the file.
+        quantize: `"int8"` for int8 weights and activations in the encoder blocks, for inference on a CPU with VNNI or
+            AMX instructions; on another CPU, the model keeps its dtype, and a warning is logged. None for no
+            quantisation.
         revision: branch, tag or commit of the Hub repository; None for the default branch.
         token: access token for the Hub, as in `from_pretrained`.
         cache_dir: folder of the Hub cache, as in `from_pretrained`.
@@ -95,12 +100,17 @@ def load_nemo(
         FileNotFoundError: the file does not exist.
         NemoError: the file is damaged, or contains an unsupported setting or weight.
         OSError: the Hub refuses the request or cannot be reached.
+        ValueError: `quantize` is unknown.
     """
+    check_quantization(quantize)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     checkpoint = find_checkpoint(path, **hub)
     if not checkpoint.is_file():
-        return load_folder(checkpoint, dtype=dtype, **hub)
-    return load_archive(Archive(checkpoint), dtype)
+        return load_folder(checkpoint, dtype=dtype, quantize=quantize, **hub)
+    model, processor = load_archive(Archive(checkpoint), dtype)
+    if quantize is not None:
+        quantize_model(model)
+    return model, processor
 
 
 def load_config(path: str | Path, **hub: Any) -> Any:
@@ -152,13 +162,14 @@ def load_folder_config(source: str | Path, **hub: Any) -> Any:
 
 
 def load_folder(
-    source: str | Path, *, dtype: torch.dtype | None = None, **hub: Any
+    source: str | Path, *, dtype: torch.dtype | None = None, quantize: str | None = None, **hub: Any
 ) -> tuple[ParakeetPreTrainedModel, ParakeetProcessor]:
     """Load the model and the processor from a transformers checkpoint folder or Hub repository.
 
     Args:
         source: path of the folder, or Hub id `org/name`.
         dtype: dtype of the weights; None to keep the dtype in the files.
+        quantize: `"int8"` to quantise float weights, as in `load_nemo`. Folders with int8 weights do not need it.
         **hub: `revision`, `token`, `cache_dir` and `local_files_only`, as in `load_nemo`.
 
     Returns:
@@ -170,8 +181,13 @@ def load_folder(
     source = Path(source).as_posix()
     config = load_folder_config(source, **hub)
     model_class = MODEL_CLASS_BY_HEAD_TYPE[get_head_type(config)]
+    # a folder with int8 weights contains a quantization config
+    quantizes = quantize is not None and not has_int8_weights(config)
+    quantization = {"quantization_config": ParakeetInt8Config()} if quantizes else {}
     # "auto" keeps the dtype in the files
-    model: ParakeetPreTrainedModel = model_class.from_pretrained(source, config=config, dtype=dtype or "auto", **hub)
+    model: ParakeetPreTrainedModel = model_class.from_pretrained(
+        source, config=config, dtype=dtype or "auto", **quantization, **hub
+    )
     return model.eval(), ParakeetProcessor.from_pretrained(source, **hub)
 
 

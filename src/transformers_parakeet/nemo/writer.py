@@ -99,6 +99,8 @@ def check_config(config: Any) -> None:
         NemoError: NeMo cannot represent the configuration.
     """
     head_type, blank_id = get_head_type(config), get_blank_id(config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise NemoError("a .nemo file requires float weights, got an int8 model: load the model without `quantize`")
     if head_type not in ("ctc", "rnnt", "tdt"):
         raise NemoError(f"only models with a CTC, RNN-T or TDT head can be exported, got {config.model_type!r}")
     if blank_id != config.vocab_size - 1:
