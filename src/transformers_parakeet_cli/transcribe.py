@@ -151,26 +151,19 @@ def transcribe(
             overwrite=overwrite,
             prints_lines=jsonl,
         )
+        choices = {"dtype": dtype, "attention": attention, "quantize": quantize}
+        model_options = {"device": device, **{name: get_value(choice) for name, choice in choices.items()}}
+        options = {
+            "decoder": get_value(decoder),
+            "batch_size": batch_size,
+            "chunk_length_s": chunk_length,
+            "num_beams": beams,
+            "language_model": language_model,
+            "lm_weight": lm_weight,
+            "scripts": tuple(scripts or ()),
+        }
         job = Job(inputs, outputs, quiet)
-        job.run(
-            model,
-            {
-                "device": device,
-                "dtype": get_value(dtype),
-                "attention": get_value(attention),
-                "quantize": get_value(quantize),
-            },
-            {
-                "decoder": get_value(decoder),
-                "batch_size": batch_size,
-                "chunk_length_s": chunk_length,
-                "num_beams": beams,
-                "language_model": language_model,
-                "lm_weight": lm_weight,
-                "scripts": tuple(scripts or ()),
-            },
-            boost,
-        )
+        job.run(model, model_options, options, boost)
     raise typer.Exit(int(bool(job.errors)))
 
 
