@@ -183,9 +183,10 @@ def load_pipeline(
             support the context, or `quantize` is used with a GPU.
         OSError: the model cannot be found or downloaded.
     """
-    device = choose_device("cpu" if device is None and quantize is not None else device)
     if quantize is not None:
+        device = device or "cpu"
         check_int8_device(device)
+    device = choose_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}: correct it")
     dtype = dtype or ("bfloat16" if has_native_bfloat16(device) else "float32")
