@@ -119,14 +119,18 @@ class BackoffAutomaton:
         chains, chain_scores = self._back_off(states)
         scores = self.root_scores[root_indices, tokens] + chain_scores[-1]
         targets = self.root_targets[root_indices, tokens].long()
-        for level_states, level_scores in zip(reversed(chains[:-1]), reversed(chain_scores[:-1]), strict=True):
-            keys = level_states * self.num_labels + tokens
-            arcs = torch.searchsorted(self.arc_keys, keys).clamp(max=max(0, len(self.arc_keys) - 1))
-            if len(self.arc_keys):
-                has_arc = self.arc_keys[arcs] == keys
-                scores = torch.where(has_arc, level_scores + self.arc_scores[arcs], scores)
-                targets = torch.where(has_arc, self.arc_targets[arcs].long(), targets)
-        return scores, targets
+        if not self.max_backoffs or not len(self.arc_keys):
+            return scores, targets
+        # (max_backoffs, N) key of the arc of every state before the root
+        keys = torch.stack(chains[:-1]) * self.num_labels + tokens
+        arcs = torch.searchsorted(self.arc_keys, keys).clamp_(max=len(self.arc_keys) - 1)
+        has_arc = self.arc_keys[arcs] == keys
+        # the longest state with an arc, because `max` returns the first of equal values
+        has_any_arc, level = has_arc.byte().max(0, keepdim=True)
+        arcs = arcs.gather(0, level)[0]
+        arc_scores = torch.stack(chain_scores[:-1]).gather(0, level)[0] + self.arc_scores[arcs]
+        is_arc = has_any_arc[0].bool()
+        return torch.where(is_arc, arc_scores, scores), torch.where(is_arc, self.arc_targets[arcs].long(), targets)
 
     def score_end(self, states: Tensor) -> Tensor:
         """Score the end of the clip.

@@ -6,7 +6,7 @@ The search, which chooses and scores the frames, is in `label_looping.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -57,6 +57,23 @@ class FrameScores:
     tokens: list[list[int]]
     durations: list[list[int]]
     logits: Tensor | None
+
+
+@dataclass(frozen=True)
+class NewLabels:
+    """The labels of several clips since the last call of the prediction network.
+
+    Args:
+        needs_logits: whether a fusion or confidence needs the scores on the frames of the labels; otherwise the lists
+            stay empty.
+        clip_indices: index of the clip of each label.
+        logits: for each call of the joint network, the (number of labels, V) scores of all tokens on the frames of its
+            labels.
+    """
+
+    needs_logits: bool
+    clip_indices: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
 
 
 def follow_blanks(durations: Sequence[int], num_offsets: int) -> list[int]:

@@ -39,7 +39,7 @@ class TokenScorer(Protocol):
         """
 
     def score(self, states: Tensor) -> Tensor:
-        """Return the (N, V) float32 scores of all tokens in every state.
+        """Return the (N, V) float32 scores of all tokens in every state, as a new tensor that the caller may change.
 
         Args:
             states: (N,) states.
@@ -146,7 +146,7 @@ class Fusion:
         """
         columns = split_states(states)
         scores = [
-            scorer.score(column) * weight
+            scorer.score(column).mul_(weight)
             for scorer, weight, column in zip(self.scorers, self.weights, columns, strict=True)
         ]
         return torch.stack(scores).sum(0) if len(scores) > 1 else scores[0]
@@ -176,7 +176,7 @@ class Fusion:
             (N,) labels, and the (N, number of scorers) states after these labels.
         """
         # `max` is faster than `argmax` on a CPU
-        labels = (logits + self.score(states)).max(-1).indices
+        labels = self.score(states).add_(logits).max(-1).indices
         return labels, self.advance(states, labels)
 
     def score_end(self, states: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .confidence import compute_token_confidence
-from .frame_scoring import FramePlan, FrameScores, Shortcuts, follow_blanks
+from .frame_scoring import FramePlan, FrameScores, NewLabels, Shortcuts, follow_blanks
 from .fusion import Fusion, LabelChooser
 from .hypotheses import ClipSteps, Hypotheses, collect_hypotheses
 from .options import Joint, Predict, TransducerOptions
@@ -103,17 +103,19 @@ def search_labels(
     Returns:
         The last (B, J) predictor states and the last LSTM state. They do not include a label that finished its clip.
     """
-    options = scorer.options
+    needs_label_logits = label_chooser is not None or scorer.options.confidence is not None
     unfinished = select_unfinished(searches, range(len(searches)))
     while unfinished:
         # inner loop: score frames until enough clips have a new label
-        without_label = unfinished
+        without_label, new_labels = unfinished, NewLabels(needs_label_logits)
         while not has_enough_labels(len(without_label), len(unfinished)):
             plan = scorer.plan_frames(searches, without_label, predictor_states)
-            without_label = advance_clips(searches, plan, scorer.score(plan), options, label_chooser)
+            without_label = advance_clips(searches, plan, scorer.score(plan), scorer.options, new_labels)
             if on_step is not None:
+                complete_labels(searches, new_labels, scorer.options.confidence, label_chooser)
                 stop_clips(searches, on_step)
-                without_label = select_unfinished(searches, without_label)
+                without_label, new_labels = select_unfinished(searches, without_label), NewLabels(needs_label_logits)
+        complete_labels(searches, new_labels, scorer.options.confidence, label_chooser)
         with_label = select_unfinished(searches, sorted(set(unfinished) - set(without_label)))
         if with_label:
             predictor_states, lstm_state = predict_clips(predict, predictor_states, lstm_state, searches, with_label)
@@ -387,7 +389,7 @@ def advance_clips(
     plan: FramePlan,
     scores: FrameScores,
     options: TransducerOptions,
-    label_chooser: LabelChooser | None = None,
+    new_labels: NewLabels,
 ) -> list[int]:
     """Append the scored steps to every planned clip, up to the first label of the clip.
 
@@ -396,7 +398,7 @@ def advance_clips(
         plan: the R clips and K frames of each that were scored.
         scores: the best outputs of the joint network on these frames.
         options: settings of the search.
-        label_chooser: chooses the labels with a fusion, changed in place; `None` without a fusion.
+        new_labels: the new labels are appended to it, if the scores on their frames are needed.
 
     Returns:
         Indices of the clips that have no new label and are not finished.
@@ -419,19 +421,15 @@ def advance_clips(
             label_positions.append(label_position)
         elif not search.is_finished:
             without_label.append(clip_index)
-    needs_label_logits = label_chooser is not None or options.confidence is not None
-    if label_plan_rows and needs_label_logits and scores.logits is not None:
-        # (number of new labels, V)
-        label_logits = scores.logits[label_plan_rows, label_positions, : options.vocab_size]
-        with_label = [plan.clip_indices[plan_row] for plan_row in label_plan_rows]
-        complete_labels(searches, with_label, label_logits, options.confidence, label_chooser)
+    if label_plan_rows and new_labels.needs_logits and scores.logits is not None:
+        new_labels.clip_indices.extend(plan.clip_indices[plan_row] for plan_row in label_plan_rows)
+        new_labels.logits.append(scores.logits[label_plan_rows, label_positions, : options.vocab_size])
     return without_label
 
 
 def complete_labels(
     searches: Sequence[ClipSearch],
-    clip_indices: list[int],
-    logits: Tensor,
+    new_labels: NewLabels,
     confidence_method: str | None,
     label_chooser: LabelChooser | None,
 ) -> None:
@@ -439,20 +437,22 @@ def complete_labels(
 
     Args:
         searches: the search state of every clip of the batch, changed in place.
-        clip_indices: indices of the R clips whose last step is a new label.
-        logits: (R, V) scores of all tokens on the frames of these labels.
+        new_labels: the new labels, at most one per clip.
         confidence_method: method of `compute_token_confidence`; `None` for no confidence.
         label_chooser: chooses the labels with a fusion, changed in place; `None` to keep the labels.
     """
-    labels = None
+    if not new_labels.logits or (label_chooser is None and confidence_method is None):
+        return
+    # (R, V) scores on the frames of R labels
+    logits, labels = torch.cat(new_labels.logits), None
     if label_chooser is not None:
         # the blank is the last of the V tokens
-        labels = label_chooser.choose(clip_indices, logits[:, :-1])
-        for clip_index, label in zip(clip_indices, labels.tolist(), strict=True):
+        labels = label_chooser.choose(new_labels.clip_indices, logits[:, :-1])
+        for clip_index, label in zip(new_labels.clip_indices, labels.tolist(), strict=True):
             searches[clip_index].replace_last_label(label)
     if confidence_method is not None:
         confidences = compute_token_confidence(logits, confidence_method, labels).tolist()
-        for clip_index, confidence in zip(clip_indices, confidences, strict=True):
+        for clip_index, confidence in zip(new_labels.clip_indices, confidences, strict=True):
             search = searches[clip_index]
             search.steps.confidences[search.last_label_step] = confidence
 
