@@ -56,7 +56,8 @@ class ParakeetProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[ca
     _defaults = DEFAULT_KWARGS
 
 
-class ParakeetProcessor(SearchInputsMixin, ProcessorMixin):
+# `ProcessorMixin` must be the first base class, because tests of transformers compare a processor with it
+class ParakeetProcessor(ProcessorMixin, SearchInputsMixin):
     """Prepares audio and transcripts for a model, and converts decoded tokens to text, times and confidence.
 
     Args:
