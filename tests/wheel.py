@@ -18,10 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TORCH = "torch==2.13.0"
-# what the tests need in addition to the extras `cli`, `kernels` and `train`
+# what the tests need in addition to the extras `cli`, `kernels`, `onnx` and `train`
 TEST_PACKAGES = (
     *("pytest>=8", "pytest-xdist>=3.6", "librosa>=0.10", "parameterized>=0.9", "pillow>=10", "srt>=3.5"),
-    *("torchao>=0.12", "webvtt-py>=0.5.1"),
+    *("onnx-asr>=0.12", "torchao>=0.12", "webvtt-py>=0.5.1"),
 )
 # kernel, import and command; the first also runs the kernel's own tests
 TESTS = ("tests/losses/test_backend.py", "tests/test_registration.py", "tests/cli")
@@ -135,7 +135,7 @@ def main():
         python = make_environment(folder / "environment", options.transformers)
         run(python, "-m", "pip", "install", "-q", wheel, folder=folder)
         check_without_extras(python, folder)
-        run(python, "-m", "pip", "install", "-q", f"{wheel}[cli,kernels,train]", *TEST_PACKAGES, folder=folder)
+        run(python, "-m", "pip", "install", "-q", f"{wheel}[cli,kernels,onnx,train]", *TEST_PACKAGES, folder=folder)
         copy = folder / "copy"
         copy.mkdir()
         copy_tests(copy, python)
