@@ -226,3 +226,12 @@ def draw_boosting_fusion(seed: int, num_labels: int, weight: float = 1.2) -> tup
     phrases = draw_phrases(random.Random(seed), num_labels)
     scorer = build_boosting_tree([BoostedPhrase(*phrase) for phrase in phrases.items()], num_labels)
     return Fusion((scorer,), (weight,)), PlainFusion((score_phrases_plainly(phrases),), (weight,))
+
+
+def total_score(tree, tokens):
+    """Sum the scores of tokens from the start."""
+    state, total = tree.start(1), 0.0
+    for token in tokens:
+        score, state = tree.step(state, torch.tensor([token]))
+        total += score.item()
+    return total

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-import torch
+from search_helpers import total_score
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoProcessor
@@ -32,15 +32,6 @@ def upper_and_lower():
 def tokenize(processor, text):
     """Return the tokens of a text as a tuple."""
     return tuple(processor.tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def total_score(tree, tokens):
-    """Sum the scores of tokens from the start."""
-    state, total = tree.start(1), 0.0
-    for token in tokens:
-        score, state = tree.step(state, torch.tensor([token]))
-        total += score.item()
-    return total
 
 
 def test_spellings_differ_in_capitals():

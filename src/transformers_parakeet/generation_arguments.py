@@ -1,6 +1,6 @@
 """Checks the arguments of `generate`: which ones the searches support, ignore or refuse, and their defaults.
 
-`generation_ctc.py` and `generation_parakeet.py` decode with the checked arguments.
+`generation_parakeet.py` decodes with the checked arguments.
 """
 
 from __future__ import annotations
@@ -42,11 +42,8 @@ GREEDY_VALUES = {
 # arguments for sampling and length limits: a CTC head returns one token per frame in a single step
 ARGUMENTS_IGNORED_WITH_WARNING = {
     "max_new_tokens", "max_length", "min_new_tokens", "min_length", "max_time", "stop_strings", "stopping_criteria",
-    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
-    "early_stopping",
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "early_stopping",
 }  # fmt: skip
-
-
 # arguments of transformers' `generate` that choose the search
 STOCK_SEARCH_ARGUMENTS = ("num_beams", "num_return_sequences", "length_penalty")
 

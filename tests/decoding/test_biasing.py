@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from conftest import TESTS
-from search_helpers import draw_phrases, score_phrases_plainly
+from search_helpers import draw_phrases, score_phrases_plainly, total_score
 
 from transformers_parakeet.decoding.automaton import BackoffAutomaton, stack_automata
 from transformers_parakeet.decoding.biasing import BoostedPhrase, build_boosting_tree
@@ -69,15 +69,6 @@ def test_scores_equal_a_plain_reference(seed):
         score, state = tree.step(state, torch.tensor([token]))
         assert score.item() == pytest.approx(expected[token], abs=4e-6)
         history = (*history, token)
-
-
-def total_score(tree, tokens):
-    """Sum the scores of tokens from the start."""
-    state, total = tree.start(1), 0.0
-    for token in tokens:
-        score, state = tree.step(state, torch.tensor([token]))
-        total += score.item()
-    return total
 
 
 def test_a_complete_phrase_keeps_its_bonus_and_a_failed_one_gives_it_back():

@@ -36,15 +36,27 @@ def compute_token_confidence(logits: Tensor, method: str = "max_prob", tokens: T
     vocab_size = probabilities.shape[-1]
     if method == "max_prob":
         if tokens is None:
-            return (probabilities.amax(-1) * vocab_size - 1) / (vocab_size - 1)
-        token_probabilities = probabilities.gather(-1, tokens[..., None])[..., 0]
-        return ((token_probabilities * vocab_size - 1) / (vocab_size - 1)).clamp(min=0)
+            return scale_probabilities(probabilities.amax(-1), vocab_size)
+        return scale_probabilities(probabilities.gather(-1, tokens[..., None])[..., 0], vocab_size)
     # Tsallis entropy: (1 - sum of p^alpha) / (1 - alpha); its maximum is the entropy of the uniform distribution
     entropy = (1 - (probabilities**TSALLIS_ALPHA).sum(-1)) / (1 - TSALLIS_ALPHA)
     max_entropy = torch.tensor((1 - vocab_size ** (1 - TSALLIS_ALPHA)) / (1 - TSALLIS_ALPHA))
     # exponential normalisation: map exp(entropy) linearly, exp(max_entropy) to 0 and exp(0) to 1
     exp_max_entropy = max_entropy.exp()
     return (entropy.exp() - exp_max_entropy) / (1 - exp_max_entropy)
+
+
+def scale_probabilities(probabilities: Tensor, vocab_size: int) -> Tensor:
+    """Scale probabilities of tokens to confidences of the method `"max_prob"`.
+
+    Args:
+        probabilities: (...) probabilities.
+        vocab_size: number of tokens V.
+
+    Returns:
+        (...) 0 for probabilities up to 1 / V, 1 for the probability 1.
+    """
+    return ((probabilities * vocab_size - 1) / (vocab_size - 1)).clamp(min=0)
 
 
 def check_confidence_method(method: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .confidence import check_confidence_method, compute_token_confidence
+from .confidence import check_confidence_method, compute_token_confidence, scale_probabilities
 from .ctc_prefixes import (
     PrefixBeam,
     advance_beam,
@@ -201,9 +201,9 @@ def compute_alignment_confidence(logits: Tensor, alignments: Tensor, method: str
     """
     if method == "entropy":
         return compute_token_confidence(logits, method)[:, None].expand(alignments.shape)
-    vocab_size = logits.shape[-1]
+    # one softmax for all hypotheses of a clip
     probabilities = logits.float().softmax(-1).gather(2, alignments.transpose(1, 2)).transpose(1, 2)
-    return ((probabilities * vocab_size - 1) / (vocab_size - 1)).clamp(min=0)
+    return scale_probabilities(probabilities, logits.shape[-1])
 
 
 def collapse_alignments(

@@ -43,7 +43,7 @@ class PrefixBeam:
 
 
 @dataclass(frozen=True)
-class Candidates:
+class PrefixCandidates:
     """Hypotheses after one more frame: each is a hypothesis of the beam and the token of the frame.
 
     Args:
@@ -60,13 +60,13 @@ class Candidates:
     sources: Tensor
     path_sources: Tensor
 
-    def select(self, indices: Tensor) -> Candidates:
+    def select(self, indices: Tensor) -> PrefixCandidates:
         """Return the candidates at some indices.
 
         Args:
             indices: (B, K) indices of candidates.
         """
-        return Candidates(
+        return PrefixCandidates(
             scores=self.scores.gather(1, indices),
             path_scores=self.path_scores.gather(1, indices),
             tokens=self.tokens.gather(1, indices),
@@ -96,7 +96,7 @@ def start_beam(
 
 def extend_beam(
     state: PrefixBeam, frame_scores: Tensor, blank_id: int, beam: BeamOptions, fusion: Fusion | None
-) -> Candidates:
+) -> PrefixCandidates:
     """Extend the hypotheses by one frame, merge them and prune them.
 
     Only the K + 1 best labels of each hypothesis are candidates for a new label, which loses nothing: one of them can
@@ -219,7 +219,7 @@ def hash_next_label(label_hashes: Tensor, labels: Tensor) -> Tensor:
     return product ^ (product >> 32)
 
 
-def merge_hypotheses(state: PrefixBeam, step_scores: Tensor, is_source: Tensor) -> Candidates:
+def merge_hypotheses(state: PrefixBeam, step_scores: Tensor, is_source: Tensor) -> PrefixCandidates:
     """Merge hypotheses that become equal by the next token.
 
     Args:
@@ -234,7 +234,7 @@ def merge_hypotheses(state: PrefixBeam, step_scores: Tensor, is_source: Tensor) 
     path_scores = torch.where(is_source, state.path_scores[:, :, None] + step_scores, -torch.inf)
     best_path_scores, path_sources = path_scores.max(1)
     sources = torch.arange(scores.shape[1], device=scores.device).expand_as(path_sources)
-    return Candidates(scores.logsumexp(1), best_path_scores, state.last_tokens, sources, path_sources)
+    return PrefixCandidates(scores.logsumexp(1), best_path_scores, state.last_tokens, sources, path_sources)
 
 
 def remove_second(scores: Tensor, is_equal: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ def remove_second(scores: Tensor, is_equal: Tensor) -> Tensor:
     return scores.masked_fill(is_equal.triu(diagonal=1).any(1), -torch.inf)
 
 
-def add_blank(state: PrefixBeam, blank_scores: Tensor, blank_id: int, same_labels: Tensor) -> Candidates:
+def add_blank(state: PrefixBeam, blank_scores: Tensor, blank_id: int, same_labels: Tensor) -> PrefixCandidates:
     """Extend each hypothesis by a blank, and merge the two endings of the same labels.
 
     Args:
@@ -269,7 +269,7 @@ def add_blank(state: PrefixBeam, blank_scores: Tensor, blank_id: int, same_label
 
 def add_repeat(
     state: PrefixBeam, frame_scores: Tensor, label_scores: Tensor, blank_id: int, one_label_more: Tensor
-) -> Candidates:
+) -> PrefixCandidates:
     """Repeat the last label of each hypothesis, and merge with shorter hypotheses that emit this label.
 
     Args:
@@ -294,7 +294,7 @@ def add_repeat(
 
 def add_new_labels(
     state: PrefixBeam, label_scores: Tensor, new_labels: Tensor, blank_id: int, same_labels: Tensor
-) -> Candidates:
+) -> PrefixCandidates:
     """Extend each hypothesis by new labels, and merge the extensions of the two endings of the same labels.
 
     Where both endings exist, the hypothesis that ends in a blank gets the candidates of both. Its extension by the
@@ -325,7 +325,7 @@ def add_new_labels(
         """Add the scores of the new labels to (B, K) scores of the hypotheses alone and merged."""
         return (torch.where(is_last_label, scores[..., None], merged_scores[..., None]) + step_scores).flatten(1)
 
-    return Candidates(
+    return PrefixCandidates(
         scores=add(state.scores, merged.scores),
         path_scores=add(state.path_scores, merged.path_scores),
         tokens=new_labels.flatten(1),
@@ -334,7 +334,7 @@ def add_new_labels(
     )
 
 
-def remove_existing(state: PrefixBeam, candidates: Candidates, blank_id: int) -> Candidates:
+def remove_existing(state: PrefixBeam, candidates: PrefixCandidates, blank_id: int) -> PrefixCandidates:
     """Remove the new labels that give the labels of another hypothesis of the beam, which `add_repeat` covers.
 
     Args:
@@ -350,7 +350,7 @@ def remove_existing(state: PrefixBeam, candidates: Candidates, blank_id: int) ->
     return replace(candidates, scores=candidates.scores.masked_fill(is_equal.any(-1), -torch.inf))
 
 
-def join_candidates(groups: Sequence[Candidates]) -> Candidates:
+def join_candidates(groups: Sequence[PrefixCandidates]) -> PrefixCandidates:
     """Join groups of candidates to one group.
 
     Args:
@@ -359,7 +359,7 @@ def join_candidates(groups: Sequence[Candidates]) -> Candidates:
     Returns:
         (B, sum of C_i) candidates.
     """
-    return Candidates(
+    return PrefixCandidates(
         scores=torch.cat([group.scores for group in groups], dim=1),
         path_scores=torch.cat([group.path_scores for group in groups], dim=1),
         tokens=torch.cat([group.tokens for group in groups], dim=1),
@@ -368,7 +368,7 @@ def join_candidates(groups: Sequence[Candidates]) -> Candidates:
     )
 
 
-def prune_candidates(candidates: Candidates, num_beams: int, score_threshold: float) -> Candidates:
+def prune_candidates(candidates: PrefixCandidates, num_beams: int, score_threshold: float) -> PrefixCandidates:
     """Select the best candidates of each clip.
 
     Candidates with the same score are ordered by token, as `argmax` does in greedy decoding.
@@ -389,7 +389,7 @@ def prune_candidates(candidates: Candidates, num_beams: int, score_threshold: fl
 
 
 def advance_beam(
-    state: PrefixBeam, candidates: Candidates, is_valid: Tensor, blank_id: int, fusion: Fusion | None
+    state: PrefixBeam, candidates: PrefixCandidates, is_valid: Tensor, blank_id: int, fusion: Fusion | None
 ) -> tuple[PrefixBeam, Tensor]:
     """Replace the hypotheses of the beam by the selected candidates.
 

@@ -176,7 +176,7 @@ class Fusion:
             (N,) labels, and the (N, number of scorers) states after these labels.
         """
         # `max` is faster than `argmax` on a CPU
-        labels = self.score(states).add_(logits).max(-1).indices
+        labels = (logits + self.score(states)).max(-1).indices
         return labels, self.advance(states, labels)
 
     def score_end(self, states: Tensor) -> Tensor:
