@@ -99,8 +99,13 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
     def _set_processor(self) -> None:
         """Build the processor from `feature_extractor` and `tokenizer` if the pipeline was created without one."""
         if self.processor is None:
-            head_type = get_head_type(self.model.config)
-            self.processor = ParakeetProcessor(self.feature_extractor, self.tokenizer, decoder_type=head_type)
+            config = self.model.config
+            self.processor = ParakeetProcessor(
+                self.feature_extractor,
+                self.tokenizer,
+                decoder_type=get_head_type(config),
+                subsampling_factor=config.encoder_config.subsampling_factor,
+            )
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Split the arguments of a call between `preprocess`, `_forward` and `postprocess`.

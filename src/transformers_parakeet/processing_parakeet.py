@@ -67,23 +67,35 @@ class ParakeetProcessor(ProcessorMixin, SearchInputsMixin):
         decoder_type: type of the model's head: `"ctc"`, `"rnnt"` or `"tdt"`. If it is `None`, `from_pretrained` reads
             it from the model config in the same folder. Without a model config, a vocabulary with `blank_token` means
             TDT and a vocabulary without it means CTC.
+        subsampling_factor: number of mel frames per encoder frame. If it is `None`, `from_pretrained` reads it from the
+            model config in the same folder. Without a model config, it is 8, as in all released checkpoints.
     """
 
     valid_processor_kwargs = ParakeetProcessorKwargs
+    # only another factor is an attribute of the object, so that the saved file is that of stock transformers
+    subsampling_factor: int = SUBSAMPLING_FACTOR
 
     def __init__(
-        self, feature_extractor: Any, tokenizer: Any, blank_token: str = BLANK, decoder_type: str | None = None
+        self,
+        feature_extractor: Any,
+        tokenizer: Any,
+        blank_token: str = BLANK,
+        decoder_type: str | None = None,
+        subsampling_factor: int | None = None,
     ) -> None:
         self.blank_token = blank_token
         self.blank_token_id = find_blank_id(tokenizer, blank_token)
         self.decoder_type = decoder_type
+        if subsampling_factor not in (None, SUBSAMPLING_FACTOR):
+            self.subsampling_factor = subsampling_factor
         super().__init__(feature_extractor, tokenizer)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a processor from a folder or the Hub.
 
-        If the processor config has no `decoder_type`, take it from the model config in the same folder.
+        If the processor config has no `decoder_type` or no `subsampling_factor`, take it from the model config in the
+        same folder.
 
         Args:
             pretrained_model_name_or_path: a folder, or the id of a repository on the Hub.
@@ -97,8 +109,11 @@ class ParakeetProcessor(ProcessorMixin, SearchInputsMixin):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         # with `return_unused_kwargs=True`, `loaded` is a tuple
         processor = loaded[0] if isinstance(loaded, tuple) else loaded
-        if processor.decoder_type is None:
-            processor.decoder_type = read_decoder_type(pretrained_model_name_or_path, kwargs)
+        if processor.decoder_type is None or "subsampling_factor" not in vars(processor):
+            decoder_type, factor = read_model_config(pretrained_model_name_or_path, kwargs)
+            processor.decoder_type = processor.decoder_type or decoder_type
+            if factor not in (None, processor.subsampling_factor):
+                processor.subsampling_factor = factor
         return loaded
 
     @property
@@ -196,7 +211,7 @@ class ParakeetProcessor(ProcessorMixin, SearchInputsMixin):
             token_ids: (sequence length,) or (B, sequence length) token ids from `generate`.
             durations: number of frames that each step of a transducer advances, same shape as `token_ids`; `None` to
                 return only the text.
-            **kwargs: arguments of the tokenizer.
+            **kwargs: arguments of the tokenizer, and `subsampling_factor`, which replaces that of the processor.
 
         Returns:
             The text, or a list of texts for a batch. With `durations`, a tuple `(text, times)`: the times of a sequence
@@ -205,6 +220,7 @@ class ParakeetProcessor(ProcessorMixin, SearchInputsMixin):
         if durations is not None:
             # only transducers have durations, and a repeated token of a transducer was emitted twice
             kwargs.setdefault("group_tokens", False)
+        factor = kwargs.pop("subsampling_factor", self.subsampling_factor)
         sequences, kwargs = self._prepare_decoding(token_ids, kwargs)
         decoded = self.tokenizer.decode(sequences, **kwargs)
         if isinstance(decoded, str):
@@ -215,9 +231,9 @@ class ParakeetProcessor(ProcessorMixin, SearchInputsMixin):
             return text
         step_tokens, step_durations = torch.as_tensor(sequences), torch.as_tensor(durations)
         if step_tokens.ndim == 1:
-            return text, self._compute_token_times(step_tokens.tolist(), step_durations.tolist())
+            return text, self._compute_token_times(step_tokens.tolist(), step_durations.tolist(), factor)
         times = [
-            self._compute_token_times(sequence_tokens, sequence_durations)
+            self._compute_token_times(sequence_tokens, sequence_durations, factor)
             for sequence_tokens, sequence_durations in zip(step_tokens.tolist(), step_durations.tolist(), strict=True)
         ]
         return text, times
@@ -242,12 +258,15 @@ class ParakeetProcessor(ProcessorMixin, SearchInputsMixin):
             sequences = sequences.masked_fill(sequences == self.blank_token_id, self.tokenizer.pad_token_id)
         return sequences, kwargs
 
-    def _compute_token_times(self, step_tokens: list[int], durations: list[int]) -> list[dict[str, Any]]:
+    def _compute_token_times(
+        self, step_tokens: list[int], durations: list[int], subsampling_factor: int
+    ) -> list[dict[str, Any]]:
         """Compute the times of the tokens of one generated sequence, in the format of stock transformers.
 
         Args:
             step_tokens: label or blank of every step, then padding.
             durations: number of frames that every step advances.
+            subsampling_factor: number of mel frames per encoder frame.
 
         Returns:
             `{"token", "start", "end"}` in seconds for every token with text.
@@ -256,8 +275,9 @@ class ParakeetProcessor(ProcessorMixin, SearchInputsMixin):
         emitted_tokens = collect_emitted_tokens(step_tokens, durations, ignored_ids)
         # only transducers have durations: treat the steps as TDT if the processor belongs to a CTC model
         head_type = "tdt" if self._decoder_type == "ctc" else self._decoder_type
+        frame_duration_s = self._get_frame_duration_s(subsampling_factor)
         times = []
-        for chunk in self.chunks(emitted_tokens, "char", head_type):
+        for chunk in self.chunks(emitted_tokens, "char", head_type, frame_duration_s):
             if chunk["text"]:
                 start, end = chunk["timestamp"]
                 times.append({"token": chunk["text"], "start": start, "end": end})
@@ -335,7 +355,15 @@ class ParakeetProcessor(ProcessorMixin, SearchInputsMixin):
     @property
     def frame_duration_s(self) -> float:
         """Seconds per encoder frame."""
-        return float(self.feature_extractor.hop_length * SUBSAMPLING_FACTOR / self.feature_extractor.sampling_rate)
+        return self._get_frame_duration_s(self.subsampling_factor)
+
+    def _get_frame_duration_s(self, subsampling_factor: int) -> float:
+        """Return the seconds per encoder frame.
+
+        Args:
+            subsampling_factor: number of mel frames per encoder frame.
+        """
+        return float(self.feature_extractor.hop_length * subsampling_factor / self.feature_extractor.sampling_rate)
 
     @cached_property
     def punctuation(self) -> frozenset[str]:
@@ -387,8 +415,8 @@ def find_blank_id(tokenizer: Any, blank_token: str) -> int:
     return int(tokenizer.get_vocab().get(blank_token, tokenizer.pad_token_id))
 
 
-def read_decoder_type(source: Any, pretrained_kwargs: dict[str, Any]) -> str | None:
-    """Read the type of the model's head from the model config in a folder or Hub repository.
+def read_model_config(source: Any, pretrained_kwargs: dict[str, Any]) -> tuple[str | None, int | None]:
+    """Read the type of the model's head and the subsampling factor from the model config in a folder or Hub repository.
 
     Args:
         source: the folder, or the id of a repository on the Hub.
@@ -396,16 +424,19 @@ def read_decoder_type(source: Any, pretrained_kwargs: dict[str, Any]) -> str | N
             downloaded are used.
 
     Returns:
-        `"ctc"`, `"rnnt"` or `"tdt"`; `None` if there is no model config or it is not the config of a Parakeet model.
+        `"ctc"`, `"rnnt"` or `"tdt"`, and the subsampling factor; both `None` if there is no model config or it is not
+        the config of a Parakeet model.
     """
     hub_options = {name: value for name, value in pretrained_kwargs.items() if name in HUB_OPTION_NAMES}
     try:
         config_fields, _ = PreTrainedConfig.get_config_dict(source, **hub_options)
     except OSError:
-        return None
+        return None, None
     # `get_head_type` reads only `model_type`
     head_type = get_head_type(SimpleNamespace(model_type=config_fields.get("model_type")))
-    return head_type if head_type in HEAD_TYPES else None
+    if head_type not in HEAD_TYPES:
+        return None, None
+    return head_type, (config_fields.get("encoder_config") or {}).get("subsampling_factor")
 
 
 def restore_spaces(token_spans: list[Span], pieces: list[str]) -> list[Span]:

@@ -251,7 +251,13 @@ def build_from_archive(
     load_weights(model, contents.weights, archive, dtype)
     # `load_weights` has checked the number of mel bins, so a damaged file cannot request a huge filter bank here
     feature_extractor = ParakeetFeatureExtractor(**read_extractor_fields(contents.settings))
-    return model.eval(), ParakeetProcessor(feature_extractor, contents.tokenizer, decoder_type=contents.head_type)
+    processor = ParakeetProcessor(
+        feature_extractor,
+        contents.tokenizer,
+        decoder_type=contents.head_type,
+        subsampling_factor=model.config.encoder_config.subsampling_factor,
+    )
+    return model.eval(), processor
 
 
 def build_empty_model(config: Any) -> ParakeetPreTrainedModel:

@@ -18,7 +18,6 @@ from transformers.utils import logging
 
 from ..audio import AudioError
 from ..augmentation import dither
-from ..configuration_parakeet import SUBSAMPLING_FACTOR
 from .clips import get_clip_name, read_clip
 
 logger = logging.get_logger(__name__)
@@ -265,7 +264,7 @@ class SpeechCollator:
         if not has_ctc_loss or example.labels is None:
             return
         required_frames = count_required_ctc_frames(example.labels)
-        encoder_frames = -(-len(example.features) // SUBSAMPLING_FACTOR)
+        encoder_frames = -(-len(example.features) // self.processor.subsampling_factor)
         if required_frames > encoder_frames:
             num_too_long = increment(self.counts.transcripts_too_long)
             logger.warning(
