@@ -1,13 +1,14 @@
-"""SRT and WebVTT files as other libraries read them: the packages `srt` and `webvtt-py`."""
+"""SRT, WebVTT and TextGrid files as other libraries read them: `srt`, `webvtt-py` and `praatio`."""
 
 import io
 
 import srt
 import webvtt
+from praatio import textgrid
 from test_subtitles import check_limits, random_result
 
 import transformers_parakeet as tp
-from transformers_parakeet.subtitles import to_srt, to_vtt
+from transformers_parakeet.subtitles import to_srt, to_textgrid, to_vtt
 
 NUM_RANDOM_RESULTS = 200
 
@@ -57,3 +58,19 @@ def test_libraries_read_the_files_of_recordings():
     assert sum(len(result.words) for result in results) > 20
     for result in results:
         check_files(result)
+
+
+def test_praatio_reads_textgrids(tmp_path):
+    for seed in range(NUM_RANDOM_RESULTS):
+        result = random_result(seed)
+        path = tmp_path / "result.TextGrid"
+        path.write_text(to_textgrid(result), encoding="utf-8")
+        tiers = textgrid.openTextgrid(str(path), includeEmptyIntervals=True, reportingMode="silence")
+        assert tiers.tierNames == ("words", "segments", "tokens")
+        for name in tiers.tierNames:
+            entries = tiers.getTier(name).entries
+            # the intervals cover the recording without gaps or overlaps
+            assert [entry.start for entry in entries] == [0.0, *(entry.end for entry in entries[:-1])]
+            # every text once and in order; a text without duration shares the interval of its neighbour
+            written = " ".join(entry.label for entry in entries if entry.label)
+            assert written.split() == " ".join(item.text for item in getattr(result, name)).split()

@@ -1,4 +1,4 @@
-"""Writes the result of speech recognition as plain text, JSON, SRT, WebVTT or TSV.
+"""Writes the result of speech recognition as plain text, JSON, SRT, WebVTT, TSV or TextGrid.
 
 Pure Python without torch. `cues.py` groups words into subtitle cues. docs/output_formats.md describes the formats.
 """
@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .cues import DEFAULT_OPTIONS, Cue, CueWord, SubtitleOptions, build_cues, join_words, to_milliseconds
-from .results import TranscriptionResult
+from .results import TimedText, TranscriptionResult
 
 
 def to_txt(result: TranscriptionResult) -> str:
@@ -124,6 +124,71 @@ def to_vtt(result: TranscriptionResult, options: SubtitleOptions = DEFAULT_OPTIO
     return "\n".join(blocks)
 
 
+def to_textgrid(result: TranscriptionResult) -> str:
+    """Write a result as a TextGrid of Praat, with the tiers `words`, `segments` and `tokens`.
+
+    The file has the long text format (https://www.fon.hum.uva.nl/praat/manual/TextGrid_file_formats.html). Pauses are
+    intervals without text.
+
+    Args:
+        result: the result of one recording.
+
+    Returns:
+        The text of the file.
+
+    Raises:
+        ValueError: the result has text but no words.
+    """
+    check_times(result, "words", "TextGrid")
+    tiers = {"words": result.words, "segments": result.segments, "tokens": result.tokens}
+    end = max([result.duration, *(item.end for items in tiers.values() for item in items)])
+    limits = ["xmin = 0", f"xmax = {end:.3f}"]
+    lines = ['File type = "ooTextFile"', 'Object class = "TextGrid"', "", *limits, "tiers? <exists>"]
+    lines += [f"size = {len(tiers)}", "item []:"]
+    for tier_number, (name, items) in enumerate(tiers.items(), start=1):
+        intervals = fill_pauses(items, end)
+        lines += [f"    item [{tier_number}]:", '        class = "IntervalTier"', f'        name = "{name}"']
+        lines += [f"        {line}" for line in (*limits, f"intervals: size = {len(intervals)}")]
+        for number, (start, stop, text) in enumerate(intervals, start=1):
+            quoted = " ".join(text.split()).replace('"', '""')
+            lines.append(f"        intervals [{number}]:")
+            fields = (f"xmin = {start:.3f}", f"xmax = {stop:.3f}", f'text = "{quoted}"')
+            lines += [f"            {field}" for field in fields]
+    return "\n".join(lines) + "\n"
+
+
+def fill_pauses(items: Sequence[TimedText], end: float) -> list[tuple[float, float, str]]:
+    """Build intervals that follow each other without gaps: the texts, and empty texts between them.
+
+    A text that overlaps with the text before it starts at the end of that text. A TextGrid cannot contain a text
+    without duration, so such a text is added to the interval before it, or to the first interval.
+
+    Args:
+        items: texts with times, in the order of their starts.
+        end: end of the last interval in seconds.
+
+    Returns:
+        Start and end of each interval in seconds, and its text.
+    """
+    intervals: list[tuple[float, float, str]] = []
+    position, waiting_text = 0.0, ""
+    for item in items:
+        start, stop = max(position, round(item.start, 3)), min(round(item.end, 3), end)
+        if stop > start:
+            if start > position:
+                intervals.append((position, start, ""))
+            intervals.append((start, stop, f"{waiting_text} {item.text}"))
+            position, waiting_text = stop, ""
+        elif intervals:
+            last_start, last_stop, last_text = intervals[-1]
+            intervals[-1] = (last_start, last_stop, f"{last_text} {item.text}")
+        else:
+            waiting_text += f" {item.text}"
+    if position < end:
+        intervals.append((position, end, waiting_text))
+    return intervals
+
+
 def add_word_times(cue: Cue) -> list[str]:
     """Write the lines of a WebVTT cue with a timestamp tag before each word.
 
@@ -198,6 +263,7 @@ FORMATS: dict[str, Callable[[TranscriptionResult], str]] = {
     "srt": to_srt,
     "vtt": to_vtt,
     "tsv": to_tsv,
+    "textgrid": to_textgrid,
 }
 
-__all__ = ["FORMATS", "to_json", "to_srt", "to_tsv", "to_txt", "to_vtt"]
+__all__ = ["FORMATS", "to_json", "to_srt", "to_textgrid", "to_tsv", "to_txt", "to_vtt"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typer
 
+from .align import align
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
@@ -18,6 +19,7 @@ from .verify import verify
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Speech recognition with NVIDIA Parakeet models.")
 app.command()(transcribe)
+app.command()(align)
 app.command()(demo)
 app.command()(info)
 app.command()(convert)

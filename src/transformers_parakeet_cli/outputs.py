@@ -16,7 +16,7 @@ from .messages import print_text
 
 # ending of a file that is not complete; a process that is killed leaves at most one such file per output
 PARTIAL_SUFFIX = ".partial"
-FORMAT_NAMES = ("txt", "json", "srt", "vtt", "tsv")
+FORMAT_NAMES = ("txt", "json", "srt", "vtt", "tsv", "textgrid")
 # formats of which several results can be printed one after another
 PRINTED_FORMATS = ("txt", "json")
 

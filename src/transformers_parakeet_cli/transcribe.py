@@ -27,6 +27,7 @@ class Format(str, Enum):
     srt = "srt"
     vtt = "vtt"
     tsv = "tsv"
+    textgrid = "textgrid"
     all = "all"
 
 

@@ -188,7 +188,7 @@ def test_files_of_the_same_name_have_different_outputs(tmp_path):
 def test_all_formats_are_written(tmp_path):
     assert run(DIGITS, "--format", "all", "--timestamps", "word", "--output-dir", tmp_path).exit_code == 0
     files = read_files(tmp_path)
-    assert sorted(files) == [f"one_two_three.{name}" for name in ("json", "srt", "tsv", "txt", "vtt")]
+    assert sorted(files) == [f"one_two_three.{name}" for name in ("json", "srt", "textgrid", "tsv", "txt", "vtt")]
     assert files["one_two_three.tsv"] == "start\tend\ttext\n80\t480\tone\n1040\t1520\ttwo\n2160\t2560\tthree\n"
     assert "one <00:00:01.040>two <00:00:02.160>three" in files["one_two_three.vtt"]
     assert json.loads(files["one_two_three.json"])["text"] == "one two three"
@@ -316,7 +316,7 @@ def test_a_file_name_that_is_not_utf8_is_written(tmp_path):
         shutil.copy(DIGITS, tmp_path / target)
     result = run(tmp_path, "--output-dir", tmp_path / "out", "--format", "all")
     assert result.exit_code == 0, result.stderr
-    assert len(list((tmp_path / "out").iterdir())) == 10
+    assert len(list((tmp_path / "out").iterdir())) == 12
     (path,) = (tmp_path / "out").glob("[!o]*.json")
     assert json.loads(path.read_text("utf-8"))["file"] == str(tmp_path / name)
     lines = run(tmp_path).stdout.splitlines()

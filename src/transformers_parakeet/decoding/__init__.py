@@ -1,5 +1,6 @@
 """Greedy decoding and beam search of CTC and transducer scores, language models, phrase boosting, and confidence."""
 
+from .alignment import LabelAlignment, NodeScores, align_ctc, align_transducer
 from .automaton import BackoffAutomaton, stack_automata
 from .beam import beam_decode_transducer
 from .beam_reference import ReferenceHypothesis, beam_decode_clip_reference
@@ -34,6 +35,8 @@ __all__ = [
     "Fusion",
     "Hypotheses",
     "Joint",
+    "LabelAlignment",
+    "NodeScores",
     "Predict",
     "ReferenceHypothesis",
     "Shortcuts",
@@ -41,6 +44,8 @@ __all__ = [
     "TokenScorer",
     "TransducerOptions",
     "TransducerState",
+    "align_ctc",
+    "align_transducer",
     "beam_decode_clip_reference",
     "beam_decode_ctc",
     "beam_decode_transducer",
