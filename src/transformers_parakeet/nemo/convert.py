@@ -237,23 +237,25 @@ def compute_outputs_on_noise(model: Any, processor: Any) -> dict[str, Tensor]:
     """
     noise = 0.1 * np.random.default_rng(0).standard_normal(int(SAMPLING_RATE * NOISE_DURATION_S)).astype(np.float32)
     inputs = processor(noise, sampling_rate=SAMPLING_RATE)
-    outputs = {"logits": model(**inputs).logits, "tokens": generate_sequences(model, inputs)}
+    outputs = {"logits": model(**inputs).logits, "tokens": generate_labels(model, inputs)}
     if getattr(model.config, "ctc_head", False):
-        outputs["CTC tokens"] = generate_sequences(model, inputs, decoder="ctc")
+        outputs["CTC tokens"] = generate_labels(model, inputs, decoder="ctc")
     return outputs
 
 
-def generate_sequences(model: Any, inputs: Any, **options: Any) -> Tensor:
-    """Generate (B, U) token ids, U tokens with padding for each of B clips; `options` are passed to `generate`.
+def generate_labels(model: Any, inputs: Any, **options: Any) -> Tensor:
+    """Generate (B, U) labels, U labels with padding for each of B clips; `options` are passed to `generate`.
+
+    The layout of `sequences` is not compared: a `.nemo` file adds a blank where a folder adds none, after the maximum
+    number of labels on a frame.
 
     Args:
         model: a model with a head.
         inputs: features and mask, as the processor returns them.
         **options: arguments of `generate`.
     """
-    # for CTC, `generate` returns the token ids; for transducers, it returns an object that contains them
-    output = model.generate(**inputs, **options)
-    return output if isinstance(output, Tensor) else output.sequences
+    labels: Tensor = model.generate(**inputs, return_dict_in_generate=True, **options).hypotheses.tokens
+    return labels
 
 
 def build_model_card(source: str, model: Any) -> str:
