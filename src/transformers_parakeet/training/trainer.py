@@ -36,12 +36,14 @@ class ParakeetTrainer(Trainer):
         processing_class: the `ParakeetProcessor`, used by the default collator and the default metrics (`wer`, `cer`).
         batch_duration_s: maximum duration of a training batch per process in seconds, padding included. None means
             that every batch has `per_device_train_batch_size` clips.
+        batch_sampler: sampler of the training batches of this process: an iterable of lists of indices, with a length.
+            None for batches by `batch_duration_s` or by `per_device_train_batch_size`.
         generate_kwargs: arguments of `generate` in evaluation, such as `{"decoder": "ctc"}` for the CTC head of a
             hybrid model.
         **kwargs: further keyword arguments of `Trainer`.
 
     Raises:
-        ValueError: label smoothing is enabled in `args`.
+        ValueError: label smoothing is enabled in `args`, or both `batch_duration_s` and `batch_sampler` are set.
     """
 
     def __init__(
@@ -52,11 +54,16 @@ class ParakeetTrainer(Trainer):
         *trainer_args: Any,
         processing_class: Any = None,
         batch_duration_s: float | None = None,
+        batch_sampler: Any = None,
         generate_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.data_collator: Any
-        self.batch_duration_s = batch_duration_s
+        if batch_duration_s is not None and batch_sampler is not None:
+            raise ValueError(
+                "one of `batch_duration_s` and `batch_sampler` must be None, got both: leave out one of them"
+            )
+        self.batch_duration_s, self.batch_sampler = batch_duration_s, batch_sampler
         self.generate_kwargs = dict(generate_kwargs or {})
         self.guard = NonFiniteGuard()
         if processing_class is not None and data_collator is None:
@@ -68,23 +75,24 @@ class ParakeetTrainer(Trainer):
         super().__init__(model, args, data_collator, *trainer_args, processing_class=processing_class, **kwargs)
 
     def get_train_dataloader(self) -> Any:
-        """Create the data loader for training; batches are limited by duration if `batch_duration_s` is set.
+        """Create the data loader for training, with the batches of the sampler or of `batch_duration_s`, if it is set.
 
         Raises:
             ValueError: `batch_duration_s` is set, and the dataset has no durations.
         """
-        if self.batch_duration_s is None:
+        args, sampler = self.args, self.batch_sampler
+        if self.batch_duration_s is not None:
+            sampler = DurationBatchSampler(
+                get_durations(self.train_dataset),
+                self.batch_duration_s,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                process_index=args.process_index,
+                num_processes=args.world_size,
+            )
+        if sampler is None:
             return super().get_train_dataloader()
         from accelerate.data_loader import prepare_data_loader
 
-        args = self.args
-        sampler = DurationBatchSampler(
-            get_durations(self.train_dataset),
-            self.batch_duration_s,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            process_index=args.process_index,
-            num_processes=args.world_size,
-        )
         loader: Any = DataLoader(
             self.train_dataset,
             batch_sampler=sampler,

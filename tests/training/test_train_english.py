@@ -1,0 +1,136 @@
+"""Tests of examples/train_english.py and examples/score_english.py, on the twenty sentences."""
+
+import json
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import TESTS
+from training_helpers import sentence_rows
+
+import transformers_parakeet as tp
+
+EXAMPLES = TESTS.parent / "examples"
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    """Make the modules of the folder `examples` importable."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with the packed speech `english`: 16 sentences to train on, 2 for dev and 2 for test."""
+    folder = tmp_path_factory.mktemp("data") / "english"
+    folder.mkdir()
+    entries = []
+    with tarfile.open(folder / "clips.tar", "w") as archive:
+        for index, row in enumerate(sentence_rows()):
+            archive.add(row["audio"], arcname=row["audio_filepath"])
+            split = "train" if index < 16 else "dev" if index < 18 else "test"
+            entries.append({"id": str(index), "audio": row["audio_filepath"], "tar": "clips.tar", "split": split,
+                            **{name: row[name] for name in ("text", "duration", "speaker")}})  # fmt: skip
+    with tarfile.open(folder / "clips.tar") as archive:
+        members = {member.name: member for member in archive}
+        for entry in entries:
+            member = members[entry["audio"]]
+            entry.update(offset=member.offset_data, nbytes=member.size)
+    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, entries)), encoding="utf-8")
+    return folder.parent
+
+
+def run(monkeypatch, module, *options):
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, options)])
+    threads = torch.get_num_threads()
+    try:
+        module.main()
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("examples")
+def test_training_and_scores(monkeypatch, capsys, data, tmp_path):
+    import score_english
+    import train_english
+    import train_ngram
+
+    monkeypatch.setitem(train_english.ENCODER, "hidden_size", 32)
+    monkeypatch.setitem(train_english.ENCODER, "intermediate_size", 64)
+    monkeypatch.setitem(train_english.ENCODER, "num_hidden_layers", 2)
+    cache = tmp_path / "features"
+    options = ["--data", data, "--cache", cache, "--averaged", 2]
+    run(monkeypatch, train_english, "ctc", *options, "--output", tmp_path / "ctc", "--updates", 20)
+    output = capsys.readouterr().out
+    assert "english          WER" in output
+    curve = json.loads((tmp_path / "ctc" / "curve.json").read_text(encoding="utf-8"))
+    losses = [entry["loss"] for entry in curve if "loss" in entry]
+    assert np.mean(losses[-4:]) < 0.9 * losses[0]
+    assert len(list((tmp_path / "ctc").glob("checkpoint-*"))) == 2
+    # the features are stored once
+    times = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    run(monkeypatch, train_english, "hybrid", *options, "--encoder", tmp_path / "ctc", "--output", tmp_path / "tdt",
+        "--updates", 4)  # fmt: skip
+    assert times == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    model, processor = tp.load_nemo(tmp_path / "tdt")
+    assert model.config.encoder_config.subsampling_factor == processor.subsampling_factor == 4
+    assert model.config.ctc_head
+
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(row["text"] for row in sentence_rows()[:16]), encoding="utf-8")
+    run(monkeypatch, train_ngram, texts, tmp_path / "words.arpa.gz", "--order", 2, "--units", "words")
+    capsys.readouterr()
+    run(monkeypatch, score_english, "--model", tmp_path / "tdt", "--data", data, "--beams", 2, "--language-model",
+        tmp_path / "words.arpa.gz")  # fmt: skip
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| english")]
+    assert [row[:2] for row in rows] == [
+        [f"| english {split}", name]
+        for split in ("dev", "test")
+        for name in ("greedy", "beam 2", "beam 2 + language model")
+    ]
+    for row in rows:
+        low, _, high = row[3].partition(" to ")
+        assert float(low) <= float(row[2]) <= float(high)
+
+
+@pytest.mark.usefixtures("examples")
+def test_clips_become_longer():
+    from train_english import CurriculumSampler, Schedule
+
+    durations = np.random.default_rng(0).uniform(1.0, 17.0, size=200)
+    schedule = Schedule(90)
+    sampler = CurriculumSampler(durations, schedule)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 90
+    longest = [durations[batch].max() for batch in batches]
+    assert max(longest[:3]) <= 2.5
+    assert max(longest[30:]) > 15.0
+    for batch, duration in zip(batches, longest, strict=True):
+        assert len(batch) == 1 or len(batch) * duration <= 40.0
+    assert list(sampler) == batches
+
+
+@pytest.mark.usefixtures("examples")
+def test_averaged_weights(tmp_path):
+    from safetensors.torch import save_file
+    from train_english import average_checkpoints
+
+    for step in (1, 2, 3):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"weight": torch.full((2,), float(step**2))}, folder / "model.safetensors")
+    assert average_checkpoints(tmp_path)["weight"].tolist() == pytest.approx([14 / 3] * 2)
+
+
+@pytest.mark.usefixtures("examples")
+def test_tempo_changes_the_length():
+    from cached_speech import change_tempo
+
+    features = torch.arange(11.0)[:, None].repeat(1, 3)
+    assert torch.equal(change_tempo(features, 1.0), features)
+    slower = change_tempo(features, 0.5)
+    assert slower.shape == (22, 3)
+    assert slower[0, 0] == 0.0
+    assert slower[-1, 0] == 10.0
