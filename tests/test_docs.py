@@ -103,6 +103,7 @@ def template(tmp_path_factory, golden):
         shutil.copy(hybrid, folder / name)
     for name in ("audio.wav", "talk.wav", "meeting.mp3", "digits.mp3"):
         soundfile.write(folder / name, noise(2.0), 16000)
+    (folder / "text.txt").write_text("five two three zero\n")
     # the content decides how a file is read, not its name
     (folder / "talks" / "monday").mkdir(parents=True)
     shutil.copy(folder / "talk.wav", folder / "talks" / "monday" / "talk.mp4")

@@ -18,9 +18,8 @@ from .decoding import LabelAlignment, NodeScores, align_ctc, align_transducer
 from .generation_arguments import check_decoder
 from .long_audio import estimate_peak_memory, get_memory_budget
 from .pipeline_parakeet import ParakeetASRPipeline
-from .results import TimedText, TranscriptionResult, to_timed_texts
+from .results import TimedText, TranscriptionResult, get_version, to_timed_texts
 from .timestamps import EmittedTokens
-from .transcription import get_version, load_pipeline
 
 # bytes of the logits of the joint network that are computed at a time
 BLOCK_BYTES = 64 * 1024**2
@@ -29,9 +28,7 @@ NODE_BYTES = 64
 
 
 @torch.inference_mode()
-def align(
-    audio: Any, text: str, model: str | ParakeetASRPipeline, *, decoder: str | None = None
-) -> TranscriptionResult:
+def align(audio: Any, text: str, pipeline: ParakeetASRPipeline, *, decoder: str | None = None) -> TranscriptionResult:
     """Find the times of the words of a known text in a recording.
 
     The confidence of a token is its probability at its frame. A low confidence shows where the text and the recording
@@ -40,7 +37,7 @@ def align(
     Args:
         audio: the recording: path, URL, bytes or (S,) samples; see `load_audio`.
         text: what is said, with the spelling of the model: a model without capitals needs a text without capitals.
-        model: Hub id, folder, `.nemo` file, `"demo"`, or a loaded pipeline.
+        pipeline: the loaded model; see `transformers_parakeet.transcription.load_pipeline`.
         decoder: `"ctc"` or `"transducer"`; `None` for the default head of the model.
 
     Returns:
@@ -51,7 +48,6 @@ def align(
             the recording is too long for the memory; or the model does not have the head.
         AudioError: the recording cannot be read.
     """
-    pipeline = model if isinstance(model, ParakeetASRPipeline) else load_pipeline(model)
     config, processor = pipeline.model.config, pipeline.processor
     check_decoder(config, decoder)
     head_type = "ctc" if decoder == "ctc" else get_head_type(config)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
 from typing import Any
 
 
@@ -84,4 +86,13 @@ def to_timed_texts(chunks: Iterable[Mapping[str, Any]]) -> tuple[TimedText, ...]
     return tuple(timed_texts)
 
 
-__all__ = ["TimedText", "TranscriptionResult", "to_timed_texts"]
+@cache
+def get_version() -> str | None:
+    """Return the version of the installed package; `None` if it is used without an installation."""
+    try:
+        return metadata.version("transformers-parakeet")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+__all__ = ["TimedText", "TranscriptionResult", "get_version", "to_timed_texts"]

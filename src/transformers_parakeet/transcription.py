@@ -10,8 +10,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from .long_audio import InputOptions
 from .nemo import DEMO_MODEL, load_nemo, resolve_model_name
 from .pipeline_parakeet import ParakeetASRPipeline
 from .quantization_parakeet import check_int8_device
-from .results import TranscriptionResult, to_timed_texts
+from .results import TranscriptionResult, get_version, to_timed_texts
 from .timestamps import DEFAULT_AGGREGATION
 from .window_batches import (
     RecordingState,
@@ -399,15 +397,6 @@ def _describe_settings(
         "device": str(pipeline.device),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-
-
-@cache
-def get_version() -> str | None:
-    """Return the version of the installed package; `None` if it is used without an installation."""
-    try:
-        return metadata.version("transformers-parakeet")
-    except metadata.PackageNotFoundError:
-        return None
 
 
 __all__ = [
