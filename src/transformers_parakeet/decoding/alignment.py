@@ -75,33 +75,48 @@ def align_ctc(log_probs: npt.NDArray[np.floating], labels: Sequence[int], blank_
         return LabelAlignment([], [], [], 0.0)
     # (N, 2U + 1)
     emissions = np.maximum(np.asarray(log_probs, dtype=np.float64)[:, states], MIN_LOG_PROB)
-    can_skip = np.zeros(len(states), dtype=bool)
+    path, score = _find_best_states(emissions, states)
+    label_states = 2 * np.arange(len(labels)) + 1
+    frames, stops = np.searchsorted(path, label_states), np.searchsorted(path, label_states, side="right")
+    runs = zip(frames, stops, label_states, strict=True)
+    peaks = [float(emissions[start:stop, state].max()) for start, stop, state in runs]
+    return LabelAlignment(frames.tolist(), (stops - frames).tolist(), peaks, score)
+
+
+def _find_best_states(emissions: FloatArray, states: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], float]:
+    """Find the best state of CTC at each frame.
+
+    Args:
+        emissions: (N, 2U + 1) log-probability of the token of each state.
+        states: (2U + 1,) token of each state.
+
+    Returns:
+        (N,) states, which never decrease, and the log-probability of the path.
+    """
+    num_frames, num_states = emissions.shape
+    can_skip = np.zeros(num_states, dtype=bool)
     can_skip[3::2] = states[3::2] != states[1:-2:2]
     # number of states by which the best path advances into each state at each frame
     advances = np.zeros(emissions.shape, dtype=np.uint8)
-    best = np.full(len(states), -np.inf)
+    best = np.full(num_states, -np.inf)
     best[:2] = emissions[0, :2]
     for frame in range(1, num_frames):
-        candidates = np.full((3, len(states)), -np.inf)
+        candidates = np.full((3, num_states), -np.inf)
         candidates[0] = best
         candidates[1, 1:] = best[:-1]
         candidates[2, 2:] = np.where(can_skip[2:], best[:-2], -np.inf)
         advances[frame] = candidates.argmax(0)
         best = candidates.max(0) + emissions[frame]
     # a path ends in the last label or in the blank after it
-    state = len(states) - 1
-    if len(labels) and best[-2] > best[-1]:
+    state = num_states - 1
+    if num_states > 1 and best[-2] > best[-1]:
         state -= 1
     score = float(best[state])
     path = np.empty(num_frames, dtype=np.int64)
     for frame in range(num_frames - 1, -1, -1):
         path[frame] = state
         state -= int(advances[frame, state])
-    label_states = 2 * np.arange(len(labels)) + 1
-    frames, stops = np.searchsorted(path, label_states), np.searchsorted(path, label_states, side="right")
-    runs = zip(frames, stops, label_states, strict=True)
-    peaks = [float(emissions[start:stop, state].max()) for start, stop, state in runs]
-    return LabelAlignment(frames.tolist(), (stops - frames).tolist(), peaks, score)
+    return path, score
 
 
 @dataclass(frozen=True)
