@@ -6,13 +6,13 @@ output of a layer is in `int8_search.py`. The networks that call the functions a
 
 Milliseconds of the median of many calls with one thread on an Intel Xeon with AMX, torch 2.13. Other CPUs give another
 order: on an AMD EPYC the weight as the left factor takes 1.4 instead of 2.0 ms for one float32 row and an (8198, 640)
-weight. So `small_batch_linear` measures both products on the machine.
+weight. So `small_batch_linear` measures both products on the machine. The left factor computes one row as two.
 
     product with a (2560, 640) weight     1 row   2 rows  4 rows  8 rows  16 rows  32 rows
     float32, F.linear                     0.27    0.30    0.54    0.84    0.68     0.93
     float32, left_factor_linear           0.56    0.57    0.56    0.62    0.62     0.85
     bfloat16, F.linear                    0.28    0.28    0.32    0.32    0.33     0.34
-    bfloat16, left_factor_linear          0.18    0.17    0.24    0.23    0.23     0.22
+    bfloat16, left_factor_linear          -       0.17    0.24    0.23    0.23     0.22
 """
 
 from __future__ import annotations

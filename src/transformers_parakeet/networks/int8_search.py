@@ -2,12 +2,12 @@
 
 The int8 product is that of `int8_linear.py`. The joint network in `transducer.py` calls the search.
 
-Milliseconds of the median of many calls for 8193 outputs and 640 inputs, with one thread on an Intel Xeon with AMX,
-torch 2.13:
+Milliseconds of the median of many calls for 8198 outputs (8256 in bfloat16) and 640 inputs, with one thread on an
+Intel Xeon with AMX, torch 2.13:
 
     rows                                                        1       4       16      32
     product in float32, fastest of two                          0.87    1.80    2.59    3.08
-    product in bfloat16, fastest of two                         0.71    0.50    0.53    0.59
+    product in bfloat16, fastest of two                         -       0.50    0.53    0.59
     product in int8                                             0.33    0.34    0.37    0.42
 """
 
