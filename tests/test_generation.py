@@ -45,7 +45,9 @@ from transformers_parakeet import (
     ParakeetTDTConfig,
 )
 from transformers_parakeet.decoding import collapse_ctc, compute_token_confidence
-from transformers_parakeet.networks.fast_linear import Bfloat16Search, apply_pointwise_conv
+from transformers_parakeet.networks.fast_linear import apply_pointwise_conv
+from transformers_parakeet.networks.int8_linear import has_int8_products
+from transformers_parakeet.networks.int8_search import Int8Search
 
 
 def rows_of(out: Any, lengths: list[int] | None = None) -> list[tuple[list[int], list[int], Tensor]]:
@@ -551,9 +553,10 @@ def test_normal_use_gives_no_warning(head: str):
     assert [record.getMessage() for record in records] == []
 
 
+@pytest.mark.skipif(not has_int8_products(), reason="needs a CPU with exact int8 products")
 @pytest.mark.parametrize("kind", ["rnnt", "tdt"])
-def test_the_bfloat16_search_for_the_best_token_does_not_change_the_result(kind: str, monkeypatch: pytest.MonkeyPatch):
-    # large enough for `Bfloat16Search.is_faster`, which is false on a CPU without bfloat16 instructions
+def test_the_int8_search_for_the_best_token_does_not_change_the_result(kind: str, monkeypatch: pytest.MonkeyPatch):
+    # large enough for `Int8Search.is_faster`, which is false on a CPU without int8 instructions
     vocab, calls = 8193, []
     fields = {**SHARED, "vocab_size": vocab, "blank_token_id": vocab - 1, "joint_hidden_size": 128}
     torch.manual_seed(0)
@@ -568,16 +571,16 @@ def test_the_bfloat16_search_for_the_best_token_does_not_change_the_result(kind:
                 weight.normal_(0.0, 0.2)
         model.joint.head.bias[vocab - 1] += 2.5
     features, mask = batch_of([0, 1, 2, 3])
-    plain = Bfloat16Search.argmax
+    plain = Int8Search.argmax
 
-    def counted(self: Bfloat16Search, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def counted(self: Int8Search, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         calls.append(len(hidden))
         return plain(self, hidden, weight, bias)
 
-    monkeypatch.setattr(Bfloat16Search, "argmax", counted)
+    monkeypatch.setattr(Int8Search, "argmax", counted)
     outputs = []
     for suits in (True, False):
-        monkeypatch.setattr(Bfloat16Search, "is_faster", staticmethod(lambda weight, suits=suits: suits))
+        monkeypatch.setattr(Int8Search, "is_faster", staticmethod(lambda weight, suits=suits: suits))
         outputs.append(model.generate(input_features=features, attention_mask=mask))
         assert bool(calls) == suits
         calls.clear()

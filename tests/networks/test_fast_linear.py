@@ -1,8 +1,5 @@
-"""Checks every optimised linear layer against the plain one, and the bfloat16 search against float64."""
+"""Checks every optimised linear layer against the plain one."""
 
-import copy
-import gc
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,24 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from transformers_parakeet import ParakeetTDTConfig
 from transformers_parakeet.networks import fast_linear
 from transformers_parakeet.networks.fast_linear import (
-    MIN_SEARCH_ROWS,
-    Bfloat16Search,
-    add_gate_products,
+    MAX_SMALL_BATCH,
+    MEASURED_ROWS,
     apply_pointwise_conv,
-    full_argmax,
+    choose_product,
     is_unmodified,
-    prepare_search,
+    left_factor_linear,
+    measure_products,
     probe_affine_layer,
     small_batch_linear,
 )
-from transformers_parakeet.networks.transducer import ParakeetRNNTJointNetwork
 
 ODD_SIZES = [1, 63, 500]
-# 8193 tokens and 5 durations
-VOCAB_SIZE, NUM_OUTPUTS, WIDTH = 8193, 8198, 640
 
 
 def random_layer(num_outputs: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,71 +31,102 @@ def random_layer(num_outputs: int, width: int, seed: int = 0) -> tuple[Tensor, T
     return weight, bias, torch.randn(24, width, generator=generator).relu()
 
 
-def float64_argmax(weight: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
-    """Return the indices of the largest outputs in float64."""
-    return F.linear(hidden.double(), weight.double(), bias.double()).argmax(-1)
-
-
-def search_argmax(weight: Tensor, bias: Tensor, hidden: Tensor) -> Tensor:
-    """Return the indices of the largest outputs that the bfloat16 search finds."""
-    return Bfloat16Search(weight, bias).argmax(hidden, weight, bias)
-
-
 # linear layers
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("product", [small_batch_linear, left_factor_linear])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("num_outputs", ODD_SIZES)
 @pytest.mark.parametrize("rows", [*ODD_SIZES, 2, 64, 65])
-def test_small_batch_linear_equals_linear(rows: int, num_outputs: int, dtype: torch.dtype):
+def test_products_equal_linear(rows: int, num_outputs: int, dtype: torch.dtype, product, has_bias: bool):
     generator = torch.Generator().manual_seed(rows)
     hidden, weight, bias = (
         torch.randn(*shape, generator=generator).to(dtype) for shape in ((rows, 63), (num_outputs, 63), (num_outputs,))
     )
-    exact = F.linear(hidden.double(), weight.double(), bias.double())
+    bias = bias if has_bias else None
+    exact = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
     plain_error = (F.linear(hidden, weight, bias).double() - exact).abs().max()
-    fast = small_batch_linear(hidden, weight, bias)
+    fast = product(hidden, weight, bias)
     assert fast.shape == (rows, num_outputs)
     assert fast.dtype == dtype
     # sums in another order; measured: at most 2.1 times the largest error of `F.linear`
     assert (fast.double() - exact).abs().max() <= 4 * plain_error + 1e-6
 
 
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("gate_rows", ["one", "all"])
-@pytest.mark.parametrize("rows", [*ODD_SIZES, 4, 5])
-def test_gate_products_equal_a_linear_layer(rows: int, gate_rows: str, dtype: torch.dtype):
-    generator = torch.Generator().manual_seed(rows)
-    shapes = (4, 1 if gate_rows == "one" else rows, 63), (rows, 63), (4 * 63, 63)
-    gates, hidden, weight = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
-    before = gates.clone()
-    expected = gates.double() + F.linear(hidden.double(), weight.double()).view(rows, 4, 63).transpose(0, 1)
-    fast = add_gate_products(gates, hidden, weight)
-    assert fast.shape == (4, rows, 63)
-    # sums of 63 products of values up to 4; measured: 1.2e-5, 1.4e-14 and 0.11
-    tolerance = {torch.float32: 5e-5, torch.float64: 1e-13, torch.bfloat16: 0.3}[dtype]
-    torch.testing.assert_close(fast.double(), expected, atol=tolerance, rtol=0)
-    assert torch.equal(gates, before)
-
-
+@pytest.mark.parametrize("product", [small_batch_linear, left_factor_linear])
 @pytest.mark.parametrize("rows", ODD_SIZES)
-def test_gradients_of_small_batch_linear_equal_those_of_linear(rows: int):
+def test_gradients_of_products_equal_those_of_linear(rows: int, product):
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(*shape, generator=generator).requires_grad_() for shape in ((rows, 63), (37, 63), (37,))]
     grad_outputs = torch.randn(rows, 37, generator=generator)
     plain = torch.autograd.grad(F.linear(*inputs), inputs, grad_outputs)
-    fast = torch.autograd.grad(small_batch_linear(*inputs), inputs, grad_outputs)
+    fast = torch.autograd.grad(product(*inputs), inputs, grad_outputs)
     for fast_gradient, plain_gradient in zip(fast, plain, strict=True):
         # float32 sums of up to 500 products in another order; measured: 2e-5
         torch.testing.assert_close(fast_gradient, plain_gradient, atol=1e-4, rtol=0)
 
 
-def test_small_batch_linear_leaves_its_arguments_unchanged():
+@pytest.fixture
+def measurements(monkeypatch) -> list[int]:
+    """Empty the cache of products, replace the measurement, and return the list of measured numbers of rows."""
+    measured_rows: list[int] = []
+
+    def measure(num_rows: int, weight: Tensor):
+        measured_rows.append(num_rows)
+        return left_factor_linear
+
+    monkeypatch.setattr(fast_linear, "_fastest_products", {})
+    monkeypatch.setattr(fast_linear, "measure_products", measure)
+    return measured_rows
+
+
+def test_a_product_is_measured_once_per_shape_dtype_and_number_of_threads(measurements, monkeypatch):
+    weight = torch.zeros(512, 512)
+    for num_rows in (1, 1, 5, 8, 6, 64, 33):
+        assert choose_product(num_rows, weight) is left_factor_linear
+    assert measurements == [1, 8, 64]
+    choose_product(1, weight.bfloat16())
+    choose_product(1, torch.zeros(1024, 512))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    choose_product(1, torch.ones(512, 512))
+    assert measurements == [1, 8, 64, 1, 1, 1]
+    assert MEASURED_ROWS[-1] == MAX_SMALL_BATCH
+
+
+def test_threads_measure_a_product_once(measurements):
+    weight = torch.zeros(512, 512)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: choose_product(3, weight), range(64))) == {left_factor_linear}
+    assert measurements == [3]
+
+
+def test_small_weights_and_large_batches_and_other_dtypes_are_not_measured(measurements):
+    small_batch_linear(torch.zeros(1, 511), torch.zeros(512, 511))
+    small_batch_linear(torch.zeros(65, 512), torch.zeros(512, 512))
+    small_batch_linear(torch.zeros(0, 512), torch.zeros(512, 512))
+    small_batch_linear(torch.zeros(1, 512).double(), torch.zeros(512, 512).double())
+    assert small_batch_linear(torch.zeros(1, 512, device="meta"), torch.zeros(512, 512, device="meta")).is_meta
+    assert measurements == []
+    small_batch_linear(torch.zeros(1, 512), torch.zeros(512, 512))
+    assert measurements == [1]
+
+
+@pytest.mark.parametrize(("left_seconds", "expected"), [(0.8, left_factor_linear), (0.95, F.linear), (2.0, F.linear)])
+def test_the_left_factor_is_used_if_it_is_clearly_faster(left_seconds: float, expected, monkeypatch):
+    # the standard product takes 1 second, and the clock is read before and after each product
+    ticks = [tick for run in range(10) for tick in (10 * run, 10 * run + 1, 10 * run + 2, 10 * run + 2 + left_seconds)]
+    clock = iter(ticks)
+    monkeypatch.setattr(fast_linear.time, "perf_counter", lambda: next(clock))
+    assert measure_products(2, torch.zeros(8, 8)) is expected
+
+
+@pytest.mark.parametrize("product", [small_batch_linear, left_factor_linear])
+def test_products_leave_their_arguments_unchanged(product):
     weight, bias, hidden = random_layer(37, 16)
     copies = [tensor.clone() for tensor in (hidden, weight, bias)]
-    small_batch_linear(hidden, weight, bias)
+    product(hidden, weight, bias)
     assert all(torch.equal(tensor, before) for tensor, before in zip((hidden, weight, bias), copies, strict=True))
 
 
@@ -162,271 +186,3 @@ def test_modules_that_are_not_plain():
     assert not is_unmodified(nn.Linear(3, 3), nn.Linear)
     with_global_hook.remove()
     assert is_unmodified(nn.Linear(3, 3), nn.Linear)
-
-
-# the largest output
-
-
-@pytest.mark.parametrize(("num_outputs", "width"), [(1, 8), (2, 3), (37, 16), (1025, 640), (8193, 640)])
-def test_the_largest_output_is_that_of_float64(num_outputs: int, width: int):
-    for seed in range(5):
-        weight, bias, hidden = random_layer(num_outputs, width, seed)
-        expected = float64_argmax(weight, bias, hidden)
-        assert torch.equal(search_argmax(weight, bias, hidden), expected)
-        assert torch.equal(full_argmax(hidden, weight, bias), expected)
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("rows", ODD_SIZES)
-@pytest.mark.parametrize("num_outputs", ODD_SIZES)
-def test_the_search_reads_no_uninitialised_memory(rows: int, num_outputs: int):
-    weight, bias, _ = random_layer(num_outputs, 63)
-    hidden = torch.randn(rows, 63, generator=torch.Generator().manual_seed(rows)).relu()
-    assert torch.equal(search_argmax(weight, bias, hidden), float64_argmax(weight, bias, hidden))
-
-
-def test_bfloat16_scores_alone_would_choose_other_outputs():
-    weight, bias, _ = random_layer(8193, 640)
-    hidden = torch.randn(400, 640, generator=torch.Generator().manual_seed(1)).relu()
-    rounded = F.linear(hidden.bfloat16(), weight.bfloat16(), bias.bfloat16()).argmax(-1)
-    expected = float64_argmax(weight, bias, hidden)
-    assert not torch.equal(rounded, expected)
-    assert torch.equal(search_argmax(weight, bias, hidden), expected)
-
-
-def test_close_outputs_are_decided_in_float32():
-    weight, bias, hidden = random_layer(2000, 640)
-    # the second copy of every output is larger by a thousandth of the resolution of bfloat16
-    doubled = torch.cat([weight, weight])
-    bias = torch.cat([bias, bias + 2e-5])
-    best = search_argmax(doubled, bias, hidden)
-    assert torch.equal(best, float64_argmax(doubled, bias, hidden))
-    assert bool((best >= 2000).all())
-
-
-def test_the_first_of_equal_outputs_is_chosen():
-    weight, bias, hidden = random_layer(500, 64)
-    best = search_argmax(torch.cat([weight, weight, weight]), bias.repeat(3), hidden)
-    assert torch.equal(best, float64_argmax(weight, bias, hidden))
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-@pytest.mark.parametrize("shift", [-50.0, 0.0, 50.0])
-def test_weights_of_any_scale_and_biases_of_any_size(scale: float, shift: float):
-    weight, bias, hidden = random_layer(1025, 128)
-    weight[7] *= 30.0
-    bias[3] += 4.0
-    weight, bias = scale * weight, scale * bias + shift
-    assert torch.equal(search_argmax(weight, bias, hidden), float64_argmax(weight, bias, hidden))
-
-
-def test_few_outputs_are_scored_again(monkeypatch):
-    weight, bias, hidden = random_layer(8193, 640)
-    num_candidates = []
-    vecdot = torch.linalg.vecdot
-
-    def counted(left: Tensor, right: Tensor) -> Tensor:
-        num_candidates.append(len(left))
-        return vecdot(left, right)
-
-    monkeypatch.setattr(torch.linalg, "vecdot", counted)
-    search_argmax(weight, bias, hidden)
-    # measured: 5.6 per row
-    assert len(hidden) < num_candidates[0] < 6 * len(hidden)
-
-
-def test_all_outputs_are_scored_if_most_are_close(monkeypatch):
-    weight, _, hidden = random_layer(4000, 64)
-    monkeypatch.setattr(torch.linalg, "vecdot", None)
-    # every output is the largest one within the error of bfloat16
-    similar = weight[:1] + 1e-4 * weight
-    zeros = torch.zeros(4000)
-    assert torch.equal(search_argmax(similar, zeros, hidden), F.linear(hidden, similar, zeros).max(-1).indices)
-
-
-@pytest.mark.parametrize("num_outputs", [37, 4000])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e38])
-def test_rows_that_are_not_finite(value: float, num_outputs: int):
-    weight, bias, hidden = random_layer(num_outputs, 64)
-    hidden[3, 5] = value
-    assert torch.equal(search_argmax(weight, bias, hidden), F.linear(hidden, weight, bias).max(-1).indices)
-
-
-def test_the_search_is_used_for_large_float32_weights_on_a_cpu_with_bfloat16(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    assert Bfloat16Search.is_faster(torch.zeros(2048, 512))
-    assert not Bfloat16Search.is_faster(torch.zeros(2047, 512))
-    assert not Bfloat16Search.is_faster(torch.zeros(2048, 512, dtype=torch.float64))
-    assert not Bfloat16Search.is_faster(torch.zeros(2048, 512, device="meta"))
-    with torch.inference_mode():
-        assert not Bfloat16Search.is_faster(torch.zeros(2048, 512))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    assert not Bfloat16Search.is_faster(torch.zeros(2048, 512))
-    assert fast_linear.MIN_SEARCH_WEIGHTS == 2048 * 512
-
-
-# one search per layer
-
-
-def output_layer(seed: int = 0) -> nn.Linear:
-    """Return the output layer of a joint network of 300 outputs."""
-    torch.manual_seed(seed)
-    return nn.Linear(64, 300)
-
-
-def layer_argmax(layer: nn.Linear, hidden: Tensor) -> Tensor:
-    """Return the indices of the largest outputs, from the search that is held for a layer."""
-    weight, bias = layer.weight.detach(), layer.bias.detach()
-    return prepare_search(layer, 300).argmax(hidden, weight, bias)
-
-
-def step_of_an_optimizer(layer: nn.Linear) -> None:
-    """Train the layer for one step."""
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.3)
-    layer(torch.ones(2, 64)).square().sum().backward()
-    optimizer.step()
-
-
-def loading_of_a_state_dict(layer: nn.Linear) -> None:
-    """Load the weights of another layer."""
-    layer.load_state_dict(output_layer(seed=1).state_dict())
-
-
-def assignment_to_data(layer: nn.Linear) -> None:
-    """Replace the storage of the weight, which leaves the version counter of the parameter."""
-    layer.weight.data = output_layer(seed=1).weight.data
-
-
-def update_through_data(layer: nn.Linear) -> None:
-    """Change the weight in place without raising its version counter, as exponential moving averages do."""
-    layer.weight.data.mul_(-1.0)
-
-
-def update_of_one_row_through_data(layer: nn.Linear) -> None:
-    """Change the weights of one output without raising the version counter."""
-    layer.weight.data[123] = 3.0
-
-
-def update_of_the_bias(layer: nn.Linear) -> None:
-    """Change the bias of one output without raising the version counter."""
-    layer.bias.data[77] += 9.0
-
-
-def new_parameter(layer: nn.Linear) -> None:
-    """Replace the parameter itself."""
-    layer.weight = nn.Parameter(output_layer(seed=1).weight.detach())
-
-
-def conversion_and_back(layer: nn.Linear) -> None:
-    """Round the weights by a conversion of the module."""
-    layer.to(torch.float16).to(torch.float32)
-
-
-UPDATES = [
-    step_of_an_optimizer, loading_of_a_state_dict, assignment_to_data, update_through_data,
-    update_of_one_row_through_data, update_of_the_bias, new_parameter, conversion_and_back,
-]  # fmt: skip
-
-
-def test_a_search_is_built_once_per_layer():
-    layer = output_layer()
-    search = prepare_search(layer, 300)
-    assert prepare_search(layer, 300) is search
-    assert prepare_search(layer, 299) is not search
-    assert prepare_search(output_layer(), 300) is not search
-
-
-@pytest.mark.parametrize("update", UPDATES, ids=lambda update: update.__name__)
-def test_a_search_is_built_again_when_the_layer_has_changed(update):
-    layer, hidden = output_layer(), torch.randn(200, 64, generator=torch.Generator().manual_seed(0)).relu()
-    search, best = prepare_search(layer, 300), layer_argmax(layer, hidden)
-    update(layer)
-    assert prepare_search(layer, 300) is not search
-    expected = float64_argmax(layer.weight, layer.bias, hidden)
-    assert torch.equal(layer_argmax(layer, hidden), expected)
-    # rounding to float16 may leave the indices as they are
-    assert update is conversion_and_back or not torch.equal(expected, best)
-
-
-def test_a_copied_layer_has_a_separate_search():
-    layer = output_layer()
-    search = prepare_search(layer, 300)
-    twin = copy.deepcopy(layer)
-    assert prepare_search(twin, 300) is not search
-    assert prepare_search(layer, 300) is search
-
-
-def test_a_search_is_freed_with_its_layer():
-    layer = output_layer()
-    num_searches = len(fast_linear._searches)
-    search = weakref.ref(prepare_search(layer, 300))
-    assert len(fast_linear._searches) == num_searches + 1
-    assert search() is not None
-    del layer
-    gc.collect()
-    assert search() is None
-    assert len(fast_linear._searches) == num_searches
-
-
-def test_a_search_does_not_keep_the_weight_alive():
-    layer = output_layer()
-    tensors = {name: value for name, value in vars(prepare_search(layer, 300)).items() if isinstance(value, Tensor)}
-    storages = {name: tensor.untyped_storage() for name, tensor in tensors.items()}
-    layer_storages = (layer.weight.untyped_storage().data_ptr(), layer.bias.untyped_storage().data_ptr())
-    assert not any(storage.data_ptr() in layer_storages for storage in storages.values())
-    # in bfloat16, with rows that fill the last group of 64
-    assert storages["bfloat16_weight"].nbytes() == 320 * 64 * 2
-    assert storages["weight_sample"].nbytes() == 300 * fast_linear.SAMPLE_WIDTH * 4
-
-
-def test_threads_share_one_search():
-    layer, hidden = output_layer(), torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).relu()
-    expected = float64_argmax(layer.weight, layer.bias, hidden)
-    with ThreadPoolExecutor(8) as pool:
-        searches = list(pool.map(lambda _: prepare_search(layer, 300), range(64)))
-        results = list(pool.map(lambda _: layer_argmax(layer, hidden), range(64)))
-    assert len(set(map(id, searches))) == 1
-    assert all(torch.equal(result, expected) for result in results)
-
-
-# the joint network
-
-
-@pytest.fixture(scope="module")
-def joint() -> ParakeetRNNTJointNetwork:
-    """A joint network that is large enough for the search."""
-    torch.manual_seed(0)
-    config = ParakeetTDTConfig(decoder_hidden_size=WIDTH)
-    network = ParakeetRNNTJointNetwork(config, NUM_OUTPUTS).eval()
-    nn.init.normal_(network.head.weight, std=0.08)
-    return network
-
-
-@pytest.mark.parametrize("rows", [1, MIN_SEARCH_ROWS - 1, MIN_SEARCH_ROWS, 63, 500])
-def test_the_best_outputs_of_the_joint_are_those_of_its_scores(rows: int, joint, monkeypatch):
-    monkeypatch.setattr(Bfloat16Search, "is_faster", staticmethod(lambda weight: True))
-    generator = torch.Generator().manual_seed(rows)
-    encoder_states = torch.randn(rows, 1, WIDTH, generator=generator)
-    predictor_states = torch.randn(rows, 1, WIDTH, generator=generator)
-    attributes = {name: dict(vars(module)) for name, module in joint.named_modules()}
-    with torch.no_grad():
-        best_durations, best_tokens = joint.build_argmax_functions(VOCAB_SIZE)
-        scores = joint.double()(predictor_states.double(), encoder_states.double())
-        joint.float()
-        durations = best_durations(encoder_states, predictor_states)
-        tokens = best_tokens(encoder_states, predictor_states)
-    assert torch.equal(tokens, scores[..., :VOCAB_SIZE].argmax(-1))
-    assert torch.equal(durations, scores[..., VOCAB_SIZE:].argmax(-1))
-    assert {name: dict(vars(module)) for name, module in joint.named_modules()} == attributes
-
-
-def test_a_wrapped_output_layer_has_no_argmax_functions():
-    network = ParakeetRNNTJointNetwork(ParakeetTDTConfig(vocab_size=13, blank_token_id=12, decoder_hidden_size=8), 18)
-    assert network.build_argmax_functions(13)[0] is not None
-    network.head.register_forward_hook(lambda module, inputs, output: output)
-    assert network.build_argmax_functions(13) == (None, None)
-
-
-def test_rnnt_has_no_best_durations():
-    network = ParakeetRNNTJointNetwork(ParakeetTDTConfig(vocab_size=13, blank_token_id=12, decoder_hidden_size=8), 13)
-    assert network.build_argmax_functions(13)[0] is None

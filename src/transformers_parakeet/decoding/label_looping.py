@@ -22,7 +22,7 @@ from .options import Joint, Predict, TransducerOptions
 # memory-bandwidth-bound on the weights, so up to this number of frames it takes little longer than for one frame.
 FRAMES_PER_CALL = 32
 # Maximum number of frames per clip that one call scores. The next label is rarely further ahead.
-MAX_FRAMES_PER_CLIP = 4
+MAX_FRAMES_PER_CLIP = 6
 
 # Fraction of the unfinished clips that must have a new label before the prediction network runs. The time of a run
 # depends little on the number of clips, so it is cheaper to wait and run it once for several clips.

@@ -1,33 +1,25 @@
-"""Faster linear layers: matrix products with small batches on a CPU, and the argmax of a large output layer.
+"""Faster linear layers for a small batch on a CPU.
 
-Each function computes the same result as a standard operation, which its docstring names. The networks that call the
-functions are in `conformer.py` and `transducer.py`.
+Each function computes the same result as a standard operation, which its docstring names. The search for the largest
+output of a layer is in `int8_search.py`. The networks that call the functions are in `conformer.py` and
+`transducer.py`.
 
-Milliseconds of the fastest of many calls with one thread on an AMD EPYC with AVX-512 and bfloat16 instructions, torch
-2.13; in brackets with AVX2 only (ATEN_CPU_CAPABILITY=avx2, ONEDNN_MAX_CPU_ISA=AVX2):
+Milliseconds of the median of many calls with one thread on an Intel Xeon with AMX, torch 2.13. Other CPUs give another
+order: on an AMD EPYC the weight as the left factor takes 1.4 instead of 2.0 ms for one float32 row and an (8198, 640)
+weight. So `small_batch_linear` measures both products on the machine. The left factor computes one row as two.
 
-    product with an (8198, 640) weight          1 row        4 rows       8 rows       32 rows
-    F.linear                                    2.0 (1.9)    3.1 (3.3)    3.6 (3.7)    6.9
-    small_batch_linear                          1.4 (1.3)    1.8 (1.8)    3.1 (3.0)    6.8
-
-    index of the largest of 8193 outputs        1 row        4 rows       8 rows       32 rows
-    full_argmax                                 1.3 (1.2)    1.8 (1.8)    3.1 (3.1)    6.7
-    Bfloat16Search                              2.0 (1.2)    2.2 (2.7)    2.4 (5.0)    3.4
-
-    gates of an LSTM of two layers, width 640   1 row        4 rows       8 rows
-    F.linear                                    2.5 (2.4)    3.2 (3.2)    3.7 (3.9)
-    add_gate_products                           1.3 (1.3)    2.1 (2.2)    3.5 (3.6)
-
-With two threads small_batch_linear takes 2.5 instead of 3.6 for 16 rows, 3.5 instead of 5.0 for 32 and 5.6 instead of
-7.5 for 64; add_gate_products takes 2.0 instead of 2.8 for 8 rows and 2.5 instead of 3.3 for 16. On a CPU without
-bfloat16 instructions, the search is slower than the matrix product, so `Bfloat16Search.is_faster` returns False.
+    product with a (2560, 640) weight     1 row   2 rows  4 rows  8 rows  16 rows  32 rows
+    float32, F.linear                     0.27    0.30    0.54    0.84    0.68     0.93
+    float32, left_factor_linear           0.56    0.57    0.56    0.62    0.62     0.85
+    bfloat16, F.linear                    0.28    0.28    0.32    0.32    0.33     0.34
+    bfloat16, left_factor_linear          -       0.17    0.24    0.23    0.23     0.22
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Any
-from weakref import WeakKeyDictionary
+import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -41,30 +33,24 @@ ORDINARY_TENSOR_CLASSES = (Tensor, nn.Parameter)
 # error in 16-bit types if the bias is much larger than the weights; a power of two causes no rounding error.
 PROBE_SCALE = 256.0
 
-# largest number of rows for which `small_batch_linear` was measured to be faster than `F.linear`
+# largest number of rows for which `small_batch_linear` does not simply call `F.linear`
 MAX_SMALL_BATCH = 64
 
-# largest number of rows for which `add_gate_products` is faster with the weight as the left factor
-MAX_LEFT_FACTOR_ROWS = 4
+# numbers of rows for which the products are measured; the next larger one decides for other numbers of rows
+MEASURED_ROWS = (1, 2, 3, 4, 8, 16, 32, MAX_SMALL_BATCH)
 
-# largest relative error of rounding to bfloat16, which has 8 significant bits
-BFLOAT16_ERROR = 2.0**-8
+# number of runs of each product in a measurement, of which the fastest counts
+MEASURED_RUNS = 3
 
-# the error bound of bfloat16 is enlarged by 5 % to include the rounding of the float32 sums
-ERROR_MARGIN = 1.05
+# The left factor is used if its time is below this fraction of the time of `F.linear`, so that noise in the
+# measurement rarely changes the choice.
+MAX_TIME_FRACTION = 0.9
 
-# outputs per group: computing the maximum of each group is faster than `topk` over all outputs
-GROUP_SIZE = 64
+# Smallest weight for which the products are measured. The products with a smaller one take less than 0.1 ms.
+MIN_MEASURED_WEIGHTS = 2**18
 
-# maximum number of candidates per row, on average over the rows, that the search scores in float32
-MAX_CANDIDATES_PER_ROW = 16
-
-# minimum number of weights and of rows for which the bfloat16 search is faster than the float32 product
-MIN_SEARCH_WEIGHTS = 2**20
-MIN_SEARCH_ROWS = 8
-
-# number of weights per output that are compared to detect a change; 16 float32 numbers fill one cache line
-SAMPLE_WIDTH = 16
+# computes `F.linear(hidden, weight, bias)`
+LinearFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def is_unmodified(module: nn.Module, module_class: type[nn.Module]) -> bool:
@@ -127,49 +113,99 @@ def apply_pointwise_conv(conv: nn.Module, hidden: Tensor) -> Tensor:
     return output
 
 
-def small_batch_linear(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Compute `F.linear(hidden, weight, bias)`, faster for a small batch and a large float32 weight on a CPU.
+def small_batch_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `F.linear(hidden, weight, bias)`, faster for a small batch and a large weight on a CPU.
 
-    Such a product is memory-bandwidth-bound: reading the weight takes most of the time. The BLAS library reads the
-    weight fastest if it is the left factor of a product with at least two columns.
+    Such a product is memory-bandwidth-bound: reading the weight takes most of the time. Which product reads it fastest
+    depends on the CPU, so the first call with a shape measures.
 
     Args:
         hidden: (R, inputs) batch of R rows.
         weight: (outputs, inputs) weight.
-        bias: (outputs,) bias.
+        bias: (outputs,) bias; `None` for no bias.
 
     Returns:
-        (R, outputs) product; column-major in memory if the fast path was taken.
+        (R, outputs) product; column-major in memory if the weight was the left factor.
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or len(hidden) > MAX_SMALL_BATCH:
-        return F.linear(hidden, weight, bias)
-    # a single row is repeated to get two columns
-    rows = hidden.repeat(2, 1) if len(hidden) == 1 else hidden.contiguous()
-    return torch.mm(weight, rows.t()).t()[: len(hidden)].add_(bias)
+    has_choice = (
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and 0 < len(hidden) <= MAX_SMALL_BATCH
+        and weight.numel() >= MIN_MEASURED_WEIGHTS
+        # a compiled or exported graph must not contain a measurement
+        and not torch.compiler.is_compiling()
+    )
+    product = choose_product(len(hidden), weight) if has_choice else F.linear
+    return product(hidden, weight, bias)
 
 
-def add_gate_products(gates: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """Add the product `F.linear(hidden, weight)` to the four gates of an LSTM.
-
-    The product is computed as a batch of four products, one per gate, because the BLAS library distributes a batch over
-    all threads. With a small batch the product is memory-bandwidth-bound: reading the weight takes most of the time.
-    For very few float32 rows, it is fastest to make the weight the left operand.
+def left_factor_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `F.linear(hidden, weight, bias)` with the weight as the left factor of a product.
 
     Args:
-        gates: (4, R, P) inputs of the gate activations, for R rows and P, the hidden size of the LSTM; (4, 1, P) if
-            they are equal for all rows.
-        hidden: (R, P) input of the product.
-        weight: (4 * P, P) weights of the four gates, in PyTorch's order.
+        hidden: (R, inputs) batch of R rows.
+        weight: (outputs, inputs) weight.
+        bias: (outputs,) bias; `None` for no bias.
 
     Returns:
-        (4, R, P) sums.
+        (R, outputs) product, column-major in memory.
     """
-    gate_weights = weight.view(4, -1, hidden.shape[1])
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and len(hidden) <= MAX_LEFT_FACTOR_ROWS:
-        # (4, P, P) x (4, P, R)
-        products = torch.bmm(gate_weights, hidden.contiguous().t().expand(4, -1, -1))
-        return products.transpose(1, 2).contiguous().add_(gates)
-    return torch.baddbmm(gates, hidden.expand(4, -1, -1), gate_weights.transpose(1, 2))
+    # a product with one column is slower than with two, so a single row is used twice
+    columns = (hidden.repeat(2, 1) if len(hidden) == 1 else hidden).t()
+    product = torch.mm(weight, columns) if bias is None else torch.addmm(bias[:, None], weight, columns)
+    return product.t()[: len(hidden)]
+
+
+# cache with the fastest product for each shape, dtype and number of threads on this machine
+_fastest_products: dict[tuple[int, torch.Size, torch.dtype, int], LinearFunction] = {}
+_measurement_lock = threading.Lock()
+
+
+def choose_product(num_rows: int, weight: Tensor) -> LinearFunction:
+    """Choose the function that computes a linear layer fastest, from a cache or by a measurement.
+
+    A measurement takes about 5 ms for a weight of 6 MB. It does not depend on the values, so all calls with the same
+    shape use the same function.
+
+    Args:
+        num_rows: number of rows of the batch, at most `MAX_SMALL_BATCH`.
+        weight: (outputs, inputs) weight on a CPU.
+
+    Returns:
+        `F.linear` or `left_factor_linear`.
+    """
+    measured_rows = next(rows for rows in MEASURED_ROWS if rows >= num_rows)
+    key = (measured_rows, weight.shape, weight.dtype, torch.get_num_threads())
+    product = _fastest_products.get(key)
+    if product is None:
+        # two measurements at the same time would disturb each other
+        with _measurement_lock:
+            product = _fastest_products.get(key)
+            if product is None:
+                product = _fastest_products[key] = measure_products(measured_rows, weight.detach())
+    return product
+
+
+def measure_products(num_rows: int, weight: Tensor) -> LinearFunction:
+    """Measure which function computes a linear layer fastest.
+
+    Args:
+        num_rows: number of rows of the batch.
+        weight: (outputs, inputs) weight on a CPU.
+
+    Returns:
+        `left_factor_linear` if it is clearly faster than `F.linear`, otherwise `F.linear`.
+    """
+    hidden = weight.new_ones(num_rows, weight.shape[1])
+    seconds: dict[LinearFunction, list[float]] = {F.linear: [], left_factor_linear: []}
+    # the first round warms up
+    for _ in range(1 + MEASURED_RUNS):
+        for product, times in seconds.items():
+            start = time.perf_counter()
+            product(hidden, weight, None)
+            times.append(time.perf_counter() - start)
+    standard, left_factor = (min(times[1:]) for times in seconds.values())
+    return left_factor_linear if left_factor < MAX_TIME_FRACTION * standard else F.linear
 
 
 def probe_affine_layer(layer: nn.Module, num_inputs: int, example: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,148 +240,3 @@ def full_argmax(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (R,) indices; the first index if several outputs are equal.
     """
     return small_batch_linear(hidden, weight, bias).max(-1).indices
-
-
-class Bfloat16Search:
-    """Finds the largest output of a linear layer, with bfloat16 scores of all outputs and float32 scores of the best.
-
-    The product of a small batch with a large weight is memory-bandwidth-bound. In bfloat16 the weight has half the
-    bytes, and some CPUs have instructions for bfloat16 products. The object holds a rounded copy of the weight, but no
-    reference to the weight itself, so it does not keep a deleted model in memory.
-
-    Args:
-        weight: (V, J) float32 weight of the layer.
-        bias: (V,) float32 bias of the layer.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        num_outputs, num_inputs = weight.shape
-        # outputs with the score -inf fill the last group
-        num_padded_outputs = num_outputs + -num_outputs % GROUP_SIZE
-        self.bfloat16_weight = weight.new_zeros(num_padded_outputs, num_inputs, dtype=torch.bfloat16)
-        self.bfloat16_weight[:num_outputs] = weight
-        self.bfloat16_bias = bias.new_full((num_padded_outputs,), -torch.inf, dtype=torch.bfloat16)
-        self.bfloat16_bias[:num_outputs] = bias
-        # Cauchy-Schwarz inequality: rounding weight and input changes a score by at most this factor times the norm of
-        # the input
-        self.error_per_norm = BFLOAT16_ERROR * (2 + BFLOAT16_ERROR) * torch.linalg.vector_norm(weight, dim=1).amax()
-        self.bias_error = BFLOAT16_ERROR * bias.abs().amax()
-        self.weight_version = weight._version
-        self.weight_sample, self.bias_copy = weight[:, :SAMPLE_WIDTH].clone(), bias.clone()
-
-    @staticmethod
-    def is_faster(weight: Tensor) -> bool:
-        """Return whether the search is faster than the float32 product of a small batch with this weight.
-
-        This requires a large float32 weight on a CPU with bfloat16 instructions (AVX512-BF16). On other CPUs the search
-        takes twice as long as the float32 product.
-
-        Args:
-            weight: (outputs, inputs) weight of the layer.
-        """
-        # older releases of torch do not have `get_capabilities`
-        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        return (
-            weight.device.type == "cpu"
-            and weight.dtype == torch.float32
-            and weight.numel() >= MIN_SEARCH_WEIGHTS
-            # an inference tensor has no version counter, so an outdated rounded copy could not be detected
-            and not weight.is_inference()
-            and bool(capabilities.get("avx512_bf16"))
-        )
-
-    def is_up_to_date(self, weight: Tensor, bias: Tensor) -> bool:
-        """Return whether the rounded copies still match the weight and bias of the layer.
-
-        Changes through `weight.data` do not increase PyTorch's version counter, so some values of each weight row are
-        compared with a stored sample as well.
-
-        Args:
-            weight: (V, J) present weight of the layer.
-            bias: (V,) present bias of the layer.
-        """
-        return (
-            self.weight_version == weight._version
-            and torch.equal(self.bias_copy, bias)
-            and torch.equal(self.weight_sample, weight[:, :SAMPLE_WIDTH])
-        )
-
-    def argmax(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Find the index of the largest output of the linear layer in each row, as `full_argmax` does.
-
-        Args:
-            hidden: (R, J) float32 batch of R rows.
-            weight: (V, J) float32 weight of the layer. This object holds only a bfloat16 copy of it.
-            bias: (V,) float32 bias of the layer. This object holds only a bfloat16 copy of it.
-
-        Returns:
-            (R,) indices; the first index if several outputs are equal.
-        """
-        row_indices, output_indices = self._find_candidates(hidden)
-        if len(row_indices) > MAX_CANDIDATES_PER_ROW * len(hidden):
-            return full_argmax(hidden, weight, bias)
-        # float32 scores of the candidates
-        candidate_weights = weight.index_select(0, output_indices)
-        candidate_inputs = hidden.index_select(0, row_indices)
-        scores = torch.linalg.vecdot(candidate_weights, candidate_inputs) + bias[output_indices]
-        best_scores = scores.new_full((len(hidden),), -torch.inf).scatter_reduce_(0, row_indices, scores, "amax")
-        # the smallest output index with the best score; len(weight) in a row without candidates
-        is_best = scores == best_scores[row_indices]
-        best_outputs = row_indices.new_full((len(hidden),), len(weight))
-        best_outputs.scatter_reduce_(0, row_indices[is_best], output_indices[is_best], "amin")
-        # a row with infinite or NaN scores has no candidates
-        has_all_rows = bool((best_outputs < len(weight)).all())
-        return best_outputs if has_all_rows else full_argmax(hidden, weight, bias)
-
-    def _find_candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Use bfloat16 scores to find every output that could be the float32 argmax of its row.
-
-        Args:
-            hidden: (R, J) float32 batch of R rows.
-
-        Returns:
-            Row indices and output indices of the candidates, two tensors of shape (num_candidates,). A row with
-            infinite or NaN scores has no candidates.
-        """
-        # (R, GROUP_SIZE, num_groups): output i * num_groups + g is member i of group g
-        scores = F.linear(hidden.bfloat16(), self.bfloat16_weight, self.bfloat16_bias).unflatten(1, (GROUP_SIZE, -1))
-        num_groups = scores.shape[2]
-        group_maxima = scores.amax(1)
-        best_scores = group_maxima.amax(1).float()
-        # (R,) error bound of a score: rounding of weight and input (Cauchy-Schwarz), of the score, and of the bias
-        product_errors = self.error_per_norm * torch.linalg.vector_norm(hidden, dim=1)
-        error_bounds = ERROR_MARGIN * (product_errors + BFLOAT16_ERROR * best_scores.abs() + self.bias_error)
-        # the best score may be too high and the score of a candidate too low, each by the error bound
-        thresholds = best_scores - 2 * error_bounds
-        # comparisons with NaN are false
-        thresholds = torch.where(thresholds.isfinite(), thresholds, torch.nan)
-        # first select the groups with candidates, then the candidates in these groups
-        group_rows, groups = (group_maxima >= thresholds[:, None]).nonzero(as_tuple=True)
-        selected_groups, members = (scores[group_rows, :, groups] >= thresholds[group_rows, None]).nonzero(
-            as_tuple=True
-        )
-        return group_rows[selected_groups], members * num_groups + groups[selected_groups]
-
-
-# cache with one search per layer; an entry disappears when its layer is deleted. The search is not an attribute of the
-# layer, because it would then be copied and saved with the model.
-_searches: WeakKeyDictionary[nn.Linear, Bfloat16Search] = WeakKeyDictionary()
-_searches_lock = threading.Lock()
-
-
-def prepare_search(layer: nn.Linear, num_outputs: int) -> Bfloat16Search:
-    """Get the search over the first outputs of a layer from a cache, or build it if the layer is new or has changed.
-
-    Args:
-        layer: output layer of a joint network; `Bfloat16Search.is_faster` must be true for its weight.
-        num_outputs: number of outputs to search.
-
-    Returns:
-        A search that matches the present weight and bias of the layer.
-    """
-    weight, bias = layer.weight[:num_outputs].detach(), layer.bias[:num_outputs].detach()
-    with _searches_lock:
-        search = _searches.get(layer)
-        if search is None or not search.is_up_to_date(weight, bias):
-            search = _searches[layer] = Bfloat16Search(weight, bias)
-    return search

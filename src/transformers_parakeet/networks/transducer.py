@@ -12,16 +12,8 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from ..configuration_parakeet import ParakeetRNNTConfig
-from .fast_linear import (
-    MIN_SEARCH_ROWS,
-    Bfloat16Search,
-    add_gate_products,
-    full_argmax,
-    is_unmodified,
-    prepare_search,
-    probe_affine_layer,
-    small_batch_linear,
-)
+from .fast_linear import is_unmodified, probe_affine_layer, small_batch_linear
+from .int8_search import Int8Search, prepare_search
 
 # hidden states and cell states of all LSTM layers, each (num_layers, B, width of the prediction network)
 LstmState = tuple[Tensor, Tensor]
@@ -111,13 +103,12 @@ class ParakeetRNNTDecoder(nn.Module):
         weight_ih, weight_hh, bias_ih, bias_hh = (
             getattr(self.lstm, f"{name}_l{layer_index}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         )
-        # (4, B, P) in PyTorch's order: input gate, forget gate, candidate, output gate
-        gates = (bias_ih + bias_hh).view(4, 1, -1)
-        gates = add_gate_products(gates, layer_input, weight_ih)
-        gates = add_gate_products(gates, hidden, weight_hh)
-        (input_gate, forget_gate), candidate, output_gate = gates[:2].sigmoid(), gates[2].tanh(), gates[3].sigmoid()
-        cells = torch.addcmul(input_gate * candidate, forget_gate, cells)
-        return output_gate * cells.tanh(), cells
+        gates = small_batch_linear(layer_input, weight_ih, bias_ih + bias_hh)
+        gates = gates + small_batch_linear(hidden, weight_hh)
+        # (B, P) each, in PyTorch's order
+        input_gate, forget_gate, candidate, output_gate = gates.chunk(4, dim=1)
+        cells = torch.addcmul(forget_gate.sigmoid() * cells, input_gate.sigmoid(), candidate.tanh())
+        return output_gate.sigmoid() * cells.tanh(), cells
 
 
 class ParakeetRNNTJointNetwork(nn.Module):
@@ -193,7 +184,7 @@ class ParakeetRNNTJointNetwork(nn.Module):
 
         Returns:
             A function that finds the best durations (`None` for RNN-T), and a function that finds the best tokens
-            (`None` on a device without fast bfloat16 products). Both are `None` if the output layer is wrapped, for
+            (`None` on a device without fast int8 products). Both are `None` if the output layer is wrapped, for
             example by LoRA. Each function maps encoder states (R, num_frames, J) and predictor states (R, 1, J) of R
             hypotheses to (R, num_frames) indices.
         """
@@ -202,7 +193,7 @@ class ParakeetRNNTJointNetwork(nn.Module):
         weight, bias = self.head.weight, self.head.bias
 
         @cache
-        def get_search() -> Bfloat16Search:
+        def get_search() -> Int8Search:
             """Prepare the search on first use; decoding with confidence never searches."""
             return prepare_search(self.head, vocab_size)
 
@@ -214,10 +205,9 @@ class ParakeetRNNTJointNetwork(nn.Module):
         def find_best_tokens(encoder_states: Tensor, predictor_states: Tensor) -> Tensor:
             """Return the (R, num_frames) ids of the best tokens."""
             hidden = self._combine(encoder_states, predictor_states)
-            rows = hidden.flatten(0, 1)
-            argmax = full_argmax if len(rows) < MIN_SEARCH_ROWS else get_search().argmax
-            return argmax(rows, weight[:vocab_size], bias[:vocab_size]).unflatten(0, hidden.shape[:2])
+            best_tokens = get_search().argmax(hidden.flatten(0, 1), weight[:vocab_size], bias[:vocab_size])
+            return best_tokens.unflatten(0, hidden.shape[:2])
 
         has_durations = len(weight) > vocab_size
-        find_tokens = find_best_tokens if Bfloat16Search.is_faster(weight) else None
+        find_tokens = find_best_tokens if Int8Search.is_faster(weight) else None
         return find_best_durations if has_durations else None, find_tokens
