@@ -410,7 +410,7 @@ def test_the_best_outputs_of_the_joint_are_those_of_its_scores(rows: int, joint,
     predictor_states = torch.randn(rows, 1, WIDTH, generator=generator)
     attributes = {name: dict(vars(module)) for name, module in joint.named_modules()}
     with torch.no_grad():
-        best_durations, best_tokens = joint.build_argmax_functions(VOCAB_SIZE)
+        best_durations, best_tokens, _ = joint.build_argmax_functions(VOCAB_SIZE)
         scores = joint.double()(predictor_states.double(), encoder_states.double())
         joint.float()
         durations = best_durations(encoder_states, predictor_states)
@@ -424,7 +424,7 @@ def test_a_wrapped_output_layer_has_no_argmax_functions():
     network = ParakeetRNNTJointNetwork(ParakeetTDTConfig(vocab_size=13, blank_token_id=12, decoder_hidden_size=8), 18)
     assert network.build_argmax_functions(13)[0] is not None
     network.head.register_forward_hook(lambda module, inputs, output: output)
-    assert network.build_argmax_functions(13) == (None, None)
+    assert network.build_argmax_functions(13) == (None, None, None)
 
 
 def test_rnnt_has_no_best_durations():

@@ -10,21 +10,28 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .label_choice import LabelScores
+
 
 @dataclass(frozen=True)
 class Shortcuts:
     """Functions that find the best outputs of a joint network faster than by scoring all outputs.
 
-    Both take encoder states (R, K, J) of K frames of R clips and predictor states (R, 1, J), and return (R, K) indices.
+    All take encoder states (R, K, J) of K frames of R clips and predictor states (R, 1, J). The first two return (R, K)
+    indices.
 
     Args:
         find_best_durations: returns the index of the best duration output. With it, the search predicts which frames a
             clip visits while it emits blanks, and scores only these. `None` for RNN-T or if it is not available.
         find_best_tokens: returns the best token. It is used if no scores are needed. `None` if it is not available.
+        search_tokens: returns the best token and rough scores of R * K frames, or `None` if the joint network must
+            compute all scores. It replaces `find_best_tokens` if a fusion chooses the labels. `None` if it is not
+            available.
     """
 
     find_best_durations: Callable[[Tensor, Tensor], Tensor] | None = None
     find_best_tokens: Callable[[Tensor, Tensor], Tensor] | None = None
+    search_tokens: Callable[[Tensor, Tensor], LabelScores | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,12 +58,14 @@ class FrameScores:
     Args:
         tokens: best token of each frame.
         durations: predicted duration of each frame; for RNN-T 1 for a blank and 0 for a label.
-        logits: (R, K, V + D) scores; `None` if the shortcut for tokens was used.
+        logits: (R, K, V + D) scores; `None` if a shortcut for tokens was used.
+        label_scores: rough scores of R * K frames; `None` if the shortcut for a fusion was not used.
     """
 
     tokens: list[list[int]]
     durations: list[list[int]]
     logits: Tensor | None
+    label_scores: LabelScores | None = None
 
 
 @dataclass(frozen=True)
@@ -66,14 +75,17 @@ class NewLabels:
     Args:
         needs_logits: whether a fusion or confidence needs the scores on the frames of the labels; otherwise the lists
             stay empty.
-        clip_indices: index of the clip of each label.
+        clip_indices: index of the clip of each label with logits.
         logits: for each call of the joint network, the (number of labels, V) scores of all tokens on the frames of its
             labels.
+        rough_labels: for each call that returned rough scores, the indices of the clips with a new label, the scores,
+            and the frames of the labels in them.
     """
 
     needs_logits: bool
     clip_indices: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+    rough_labels: list[tuple[list[int], LabelScores, list[int]]] = field(default_factory=list)
 
 
 def follow_blanks(durations: Sequence[int], num_offsets: int) -> list[int]:

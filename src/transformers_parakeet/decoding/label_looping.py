@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .confidence import compute_token_confidence
 from .frame_scoring import FramePlan, FrameScores, NewLabels, Shortcuts, follow_blanks
-from .fusion import Fusion, LabelChooser
+from .fusion import Fusion
 from .hypotheses import ClipSteps, Hypotheses, collect_hypotheses
+from .label_choice import LabelChooser
 from .options import Joint, Predict, TransducerOptions
 
 # Target number of frames, over all clips, that one call of the joint network scores. On a CPU a call is
@@ -282,9 +283,10 @@ class FrameScorer:
         self.duration_values = options.durations or ()
         self.find_best_durations = shortcuts.find_best_durations
         needs_duration_scores = options.durations is not None and shortcuts.find_best_durations is None
-        needs_token_scores = has_fusion or options.confidence is not None or options.keep_logits
-        needs_logits = needs_duration_scores or needs_token_scores
-        self.find_best_tokens = None if needs_logits else shortcuts.find_best_tokens
+        needs_logits = needs_duration_scores or options.confidence is not None or options.keep_logits
+        self.find_best_tokens = None if needs_logits or has_fusion else shortcuts.find_best_tokens
+        can_search = not needs_logits and has_fusion and shortcuts.find_best_tokens is not None
+        self.search_tokens = shortcuts.search_tokens if can_search else None
 
     def plan_frames(
         self, searches: Sequence[ClipSearch], clip_indices: list[int], predictor_states: Tensor
@@ -324,7 +326,7 @@ class FrameScorer:
     def score(self, plan: FramePlan) -> FrameScores:
         """Find the best token and the best duration of every planned frame.
 
-        If the function `self.find_best_tokens` is set, it replaces the call of the joint network.
+        If the function `self.find_best_tokens` or `self.search_tokens` is set, it replaces the call of the joint network.
 
         Args:
             plan: K frames of each of R clips.
@@ -334,8 +336,12 @@ class FrameScorer:
         """
         options = self.options
         encoder_states = self._gather_encoder_states(plan.clip_indices, plan.frames)
-        if self.find_best_tokens is not None:
-            logits = None
+        logits = label_scores = None
+        if self.search_tokens is not None:
+            label_scores = self.search_tokens(encoder_states, plan.predictor_states)
+        if label_scores is not None:
+            tokens = label_scores.best_tokens.view(encoder_states.shape[:2]).tolist()
+        elif self.find_best_tokens is not None:
             tokens = self.find_best_tokens(encoder_states, plan.predictor_states).tolist()
         else:
             logits = self.joint(encoder_states, plan.predictor_states)
@@ -347,9 +353,9 @@ class FrameScorer:
             durations = [[int(token == options.blank_id) for token in clip_tokens] for clip_tokens in tokens]
         elif durations is None and logits is not None:
             durations = self._to_durations(logits[..., options.vocab_size :].argmax(-1))
-        # `__init__` sets `find_best_tokens` for TDT only if the plan contains durations
+        # `__init__` sets the functions that replace the joint network for TDT only if the plan contains durations
         assert durations is not None
-        return FrameScores(tokens, durations, logits)
+        return FrameScores(tokens, durations, logits, label_scores)
 
     def _list_consecutive_frames(self, first_frames: Sequence[int], num_frames: int) -> list[list[int]]:
         """List `num_frames` consecutive frame indices from each first frame on.
@@ -421,9 +427,15 @@ def advance_clips(
             label_positions.append(label_position)
         elif not search.is_finished:
             without_label.append(clip_index)
-    if label_plan_rows and new_labels.needs_logits and scores.logits is not None:
-        new_labels.clip_indices.extend(plan.clip_indices[plan_row] for plan_row in label_plan_rows)
-        new_labels.logits.append(scores.logits[label_plan_rows, label_positions, : options.vocab_size])
+    if label_plan_rows and new_labels.needs_logits:
+        clip_indices = [plan.clip_indices[plan_row] for plan_row in label_plan_rows]
+        if scores.label_scores is not None:
+            lookahead = len(plan.frames[0])
+            frames = [row * lookahead + position for row, position in zip(label_plan_rows, label_positions, strict=True)]
+            new_labels.rough_labels.append((clip_indices, scores.label_scores, frames))
+        elif scores.logits is not None:
+            new_labels.clip_indices.extend(clip_indices)
+            new_labels.logits.append(scores.logits[label_plan_rows, label_positions, : options.vocab_size])
     return without_label
 
 
@@ -441,6 +453,9 @@ def complete_labels(
         confidence_method: method of `compute_token_confidence`; `None` for no confidence.
         label_chooser: chooses the labels with a fusion, changed in place; `None` to keep the labels.
     """
+    if label_chooser is not None:
+        for clip_indices, label_scores, frames in new_labels.rough_labels:
+            replace_labels(searches, clip_indices, label_chooser.choose_from(clip_indices, label_scores, frames))
     if not new_labels.logits or (label_chooser is None and confidence_method is None):
         return
     # (R, V) scores on the frames of R labels
@@ -448,13 +463,24 @@ def complete_labels(
     if label_chooser is not None:
         # the blank is the last of the V tokens
         labels = label_chooser.choose(new_labels.clip_indices, logits[:, :-1])
-        for clip_index, label in zip(new_labels.clip_indices, labels.tolist(), strict=True):
-            searches[clip_index].replace_last_label(label)
+        replace_labels(searches, new_labels.clip_indices, labels)
     if confidence_method is not None:
         confidences = compute_token_confidence(logits, confidence_method, labels).tolist()
         for clip_index, confidence in zip(new_labels.clip_indices, confidences, strict=True):
             search = searches[clip_index]
             search.steps.confidences[search.last_label_step] = confidence
+
+
+def replace_labels(searches: Sequence[ClipSearch], clip_indices: list[int], labels: Tensor) -> None:
+    """Replace the last label of some clips by the label that the fusion chose.
+
+    Args:
+        searches: the search state of every clip of the batch, changed in place.
+        clip_indices: indices of the R clips.
+        labels: (R,) labels.
+    """
+    for clip_index, label in zip(clip_indices, labels.tolist(), strict=True):
+        searches[clip_index].replace_last_label(label)
 
 
 def predict_clips(

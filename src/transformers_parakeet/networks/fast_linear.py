@@ -34,6 +34,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
+from .searched_outputs import (
+    BFLOAT16_ERROR,
+    ERROR_MARGIN,
+    RELATIVE_ERROR,
+    RoughScores,
+    SearchedOutputs,
+    find_outputs,
+    score_outputs,
+)
+
 # classes of tensors that are neither quantised nor sharded
 ORDINARY_TENSOR_CLASSES = (Tensor, nn.Parameter)
 
@@ -46,12 +56,6 @@ MAX_SMALL_BATCH = 64
 
 # largest number of rows for which `add_gate_products` is faster with the weight as the left factor
 MAX_LEFT_FACTOR_ROWS = 4
-
-# largest relative error of rounding to bfloat16, which has 8 significant bits
-BFLOAT16_ERROR = 2.0**-8
-
-# the error bound of bfloat16 is enlarged by 5 % to include the rounding of the float32 sums
-ERROR_MARGIN = 1.05
 
 # outputs per group: computing the maximum of each group is faster than `topk` over all outputs
 GROUP_SIZE = 64
@@ -281,50 +285,51 @@ class Bfloat16Search:
         Returns:
             (R,) indices; the first index if several outputs are equal.
         """
-        row_indices, output_indices = self._find_candidates(hidden)
-        if len(row_indices) > MAX_CANDIDATES_PER_ROW * len(hidden):
-            return full_argmax(hidden, weight, bias)
-        # float32 scores of the candidates
-        candidate_weights = weight.index_select(0, output_indices)
-        candidate_inputs = hidden.index_select(0, row_indices)
-        scores = torch.linalg.vecdot(candidate_weights, candidate_inputs) + bias[output_indices]
-        best_scores = scores.new_full((len(hidden),), -torch.inf).scatter_reduce_(0, row_indices, scores, "amax")
-        # the smallest output index with the best score; len(weight) in a row without candidates
-        is_best = scores == best_scores[row_indices]
-        best_outputs = row_indices.new_full((len(hidden),), len(weight))
-        best_outputs.scatter_reduce_(0, row_indices[is_best], output_indices[is_best], "amin")
-        # a row with infinite or NaN scores has no candidates
-        has_all_rows = bool((best_outputs < len(weight)).all())
-        return best_outputs if has_all_rows else full_argmax(hidden, weight, bias)
+        outputs = self.search(hidden, weight, bias)
+        return full_argmax(hidden, weight, bias) if outputs is None else outputs.best_tokens
 
-    def _find_candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Use bfloat16 scores to find every output that could be the float32 argmax of its row.
+    def search(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> SearchedOutputs | None:
+        """Find the largest output of the linear layer in each row, and keep the bfloat16 scores of all outputs.
+
+        Args:
+            hidden, weight, bias: see `argmax`.
+
+        Returns:
+            The scores; `None` if a row has infinite or NaN scores, or too many outputs that could be the largest.
+        """
+        rough_scores = self._score(hidden)
+        best_scores = rough_scores.group_maxima.amax(1).float()
+        # the best score may be too high and the score of a candidate too low, each by the error bound
+        errors = rough_scores.fixed_errors + RELATIVE_ERROR * best_scores.abs()
+        thresholds = best_scores - 2 * errors
+        # comparisons with NaN are false
+        thresholds = torch.where(thresholds.isfinite(), thresholds, torch.nan)
+        rows, outputs = find_outputs(rough_scores, thresholds)
+        if len(rows) > MAX_CANDIDATES_PER_ROW * len(hidden):
+            return None
+        # float32 scores of the candidates
+        scores = score_outputs(hidden, weight, bias, rows, outputs)
+        maxima = scores.new_full((len(hidden),), -torch.inf).scatter_reduce_(0, rows, scores, "amax")
+        # the smallest output index with the best score; len(weight) in a row without candidates
+        is_best = scores == maxima[rows]
+        best_outputs = rows.new_full((len(hidden),), len(weight))
+        best_outputs.scatter_reduce_(0, rows[is_best], outputs[is_best], "amin")
+        # a row with infinite or NaN scores has no candidates
+        if not bool((best_outputs < len(weight)).all()):
+            return None
+        return SearchedOutputs(hidden, weight, bias, best_outputs, (rows, outputs, scores), rough_scores)
+
+    def _score(self, hidden: Tensor) -> RoughScores:
+        """Compute the bfloat16 scores of all outputs.
 
         Args:
             hidden: (R, J) float32 batch of R rows.
-
-        Returns:
-            Row indices and output indices of the candidates, two tensors of shape (num_candidates,). A row with
-            infinite or NaN scores has no candidates.
         """
-        # (R, GROUP_SIZE, num_groups): output i * num_groups + g is member i of group g
+        # output i * num_groups + g is member i of group g
         scores = F.linear(hidden.bfloat16(), self.bfloat16_weight, self.bfloat16_bias).unflatten(1, (GROUP_SIZE, -1))
-        num_groups = scores.shape[2]
-        group_maxima = scores.amax(1)
-        best_scores = group_maxima.amax(1).float()
-        # (R,) error bound of a score: rounding of weight and input (Cauchy-Schwarz), of the score, and of the bias
-        product_errors = self.error_per_norm * torch.linalg.vector_norm(hidden, dim=1)
-        error_bounds = ERROR_MARGIN * (product_errors + BFLOAT16_ERROR * best_scores.abs() + self.bias_error)
-        # the best score may be too high and the score of a candidate too low, each by the error bound
-        thresholds = best_scores - 2 * error_bounds
-        # comparisons with NaN are false
-        thresholds = torch.where(thresholds.isfinite(), thresholds, torch.nan)
-        # first select the groups with candidates, then the candidates in these groups
-        group_rows, groups = (group_maxima >= thresholds[:, None]).nonzero(as_tuple=True)
-        selected_groups, members = (scores[group_rows, :, groups] >= thresholds[group_rows, None]).nonzero(
-            as_tuple=True
-        )
-        return group_rows[selected_groups], members * num_groups + groups[selected_groups]
+        # rounding of weight and input (Cauchy-Schwarz), and of the bias
+        errors = self.error_per_norm * torch.linalg.vector_norm(hidden, dim=1) + self.bias_error
+        return RoughScores(scores, scores.amax(1), ERROR_MARGIN * errors)
 
 
 # cache with one search per layer; an entry disappears when its layer is deleted. The search is not an attribute of the
