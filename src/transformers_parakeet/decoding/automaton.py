@@ -168,24 +168,25 @@ class BackoffAutomaton:
 
     def _step_on_cpu(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Compute `step` with NumPy, whose operations take less time than those of PyTorch for few states."""
-        all_keys, token_array, chain = self.arc_keys.numpy(), tokens.numpy(), states.numpy()
-        root_indices = 0 if len(self.roots) == 1 else self._index_roots(states).numpy()
+        all_keys, chain, token_array = self.arc_keys.numpy(), states.numpy(), tokens.numpy()
         backoff_states, backoff_scores = self.backoff_states.numpy(), self.backoff_scores.numpy()
         chain_scores, levels = np.zeros(len(chain), np.float32), []
         for _ in range(self.max_backoffs):
+            keys = chain * self.num_labels + token_array
+            arcs = all_keys.searchsorted(keys)
             if len(all_keys):
-                keys = chain * self.num_labels + token_array
-                arcs = all_keys.searchsorted(keys)
-                levels.append(((all_keys.take(arcs, mode="clip") == keys).nonzero()[0], arcs, chain_scores))
-            chain_scores = chain_scores + backoff_scores[chain]
-            chain = backoff_states[chain].astype(np.int64)
+                rows = (all_keys.take(arcs, mode="clip") == keys).nonzero()[0]
+                levels.append((rows, arcs[rows], chain_scores))
+            chain_scores = chain_scores + backoff_scores.take(chain)
+            chain = backoff_states.take(chain).astype(np.int64)
+        root_indices = 0 if len(self.roots) == 1 else self._index_roots(states).numpy()
         scores = self.root_scores.numpy()[root_indices, token_array] + chain_scores
         targets = self.root_targets.numpy()[root_indices, token_array].astype(np.int64)
         # the arcs of longer states replace the scores of shorter states
         for rows, arcs, level_scores in reversed(levels):
-            row_arcs = arcs[rows]
-            scores[rows] = level_scores[rows] + self.arc_scores.numpy()[row_arcs]
-            targets[rows] = self.arc_targets.numpy()[row_arcs]
+            if len(rows):
+                scores[rows] = level_scores[rows] + self.arc_scores.numpy()[arcs]
+                targets[rows] = self.arc_targets.numpy()[arcs]
         return torch.from_numpy(scores), torch.from_numpy(targets)
 
     def _index_roots(self, states: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .fusion import Array
 from .label_choice import LabelScores
 
 
@@ -78,14 +79,15 @@ class NewLabels:
         clip_indices: index of the clip of each label with logits.
         logits: for each call of the joint network, the (number of labels, V) scores of all tokens on the frames of its
             labels.
-        rough_labels: for each call that returned rough scores, the indices of the clips with a new label, the scores,
-            and the frames of the labels in them.
+        rough_clip_indices: index of the clip of each label with rough scores.
+        rough_scores: for each call that returned rough scores, the scores, and the frames of the labels in them.
     """
 
     needs_logits: bool
     clip_indices: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
-    rough_labels: list[tuple[list[int], LabelScores, list[int]]] = field(default_factory=list)
+    rough_clip_indices: list[int] = field(default_factory=list)
+    rough_scores: list[tuple[LabelScores, Array]] = field(default_factory=list)
 
 
 def follow_blanks(durations: Sequence[int], num_offsets: int) -> list[int]:

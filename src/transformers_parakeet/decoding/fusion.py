@@ -7,10 +7,14 @@ The searches that use it are in `greedy.py`, `label_looping.py`, `beam.py` and `
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Array = NDArray[Any]
 
 
 class TokenScorer(Protocol):
@@ -157,8 +161,8 @@ class Fusion:
         ]
         return torch.stack(scores).sum(0) if len(scores) > 1 else scores[0]
 
-    def score_labels(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum of the scores of one label in every state, and the states after this label.
+    def score_labels(self, states: Array, labels: Array) -> tuple[Array, Array]:
+        """Return the weighted sum of the scores of one label in every state on the CPU, and the states after it.
 
         Args:
             states: (N, number of scorers) states.
@@ -167,14 +171,19 @@ class Fusion:
         Returns:
             (N,) float32 scores, and the (N, number of scorers) next states.
         """
-        columns = split_states(states)
-        steps = [scorer.step(column, labels) for scorer, column in zip(self.scorers, columns, strict=True)]
-        scores = [score * weight for (score, _), weight in zip(steps, self.weights, strict=True)]
-        next_states = torch.stack([states for _, states in steps], dim=1)
-        return torch.stack(scores).sum(0) if len(scores) > 1 else scores[0], next_states
+        tokens, next_states = torch.from_numpy(labels), np.empty_like(states)
+        sums: Array | None = None
+        for index, (scorer, weight) in enumerate(zip(self.scorers, self.weights, strict=True)):
+            scores, next_column = scorer.step(torch.from_numpy(states[:, index].copy()), tokens)
+            weighted = scores.numpy() * weight
+            sums = weighted if sums is None else sums + weighted
+            next_states[:, index] = next_column.numpy()
+        # a fusion has at least one scorer
+        assert sums is not None
+        return sums, next_states
 
-    def bound_scores(self, states: Tensor) -> Tensor:
-        """Return an upper bound of the weighted sum of the scores of a label, if no weight is negative.
+    def bound_scores(self, states: Array) -> Array:
+        """Return an upper bound of the weighted sum of the scores of a label on the CPU, if no weight is negative.
 
         Args:
             states: (N, number of scorers) states.
@@ -182,12 +191,11 @@ class Fusion:
         Returns:
             (N,) float32 bounds.
         """
-        columns = split_states(states)
         bounds = [
-            scorer.bound_scores(column) * weight
-            for scorer, weight, column in zip(self.scorers, self.weights, columns, strict=True)
+            scorer.bound_scores(torch.from_numpy(states[:, index].copy())).numpy() * weight
+            for index, (scorer, weight) in enumerate(zip(self.scorers, self.weights, strict=True))
         ]
-        return torch.stack(bounds).sum(0) if len(bounds) > 1 else bounds[0]
+        return sum(bounds[1:], bounds[0])
 
     def advance(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Return the states after one more token.

@@ -9,17 +9,14 @@ all labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .automaton import SUM_ERROR
-from .fusion import Fusion
-
-Array = NDArray[Any]
+from .fusion import Array, Fusion
 
 # largest number of labels per clip, on average over the clips, that are scored one by one
 MAX_LABELS_PER_CLIP = 128
@@ -100,6 +97,55 @@ class KnownLogits:
         return self.logits[torch.from_numpy(frames)]
 
 
+class JoinedScores:
+    """The label scores of several calls of the joint network, of which each scored some of the clips.
+
+    Args:
+        parts: the scores of each call, and the (N_i,) frames in them, ascending. The clips are those of the first
+            call, then those of the second call, and so on.
+    """
+
+    def __init__(self, parts: Sequence[tuple[LabelScores, Array]]) -> None:
+        self.parts = parts
+        # index of the first clip of each part, and the number of clips N
+        self.offsets = np.cumsum([0, *(len(frames) for _, frames in parts)])
+        self.num_clips = int(self.offsets[-1])
+
+    def list_best(self) -> tuple[Array, Array, Array]:
+        """List some labels with a large logit: (P,) clips, ascending, (P,) labels, (P,) logits."""
+        return self._join([scores.list_best(frames) for scores, frames in self.parts])
+
+    def list_above(self, thresholds: Array) -> tuple[Array, Array, Array]:
+        """List all labels above the (N,) thresholds: (P,) clips, ascending, (P,) labels, (P,) bounds of the logits."""
+        ranges = zip(self.parts, self.offsets, self.offsets[1:], strict=False)
+        return self._join(
+            [scores.list_above(frames, thresholds[first:stop]) for (scores, frames), first, stop in ranges]
+        )
+
+    def compute_logits(self, clips: Array, labels: Array) -> Array:
+        """Compute the (P,) logits of (P,) labels of (P,) clips, ascending."""
+        if len(self.parts) == 1:
+            scores, frames = self.parts[0]
+            return scores.compute_logits(frames[clips], labels)
+        ends = clips.searchsorted(self.offsets)
+        logits = []
+        for (scores, frames), offset, first, stop in zip(self.parts, self.offsets, ends, ends[1:], strict=False):
+            logits.append(scores.compute_logits(frames[clips[first:stop] - offset], labels[first:stop]))
+        return np.concatenate(logits)
+
+    def compute_all_logits(self) -> Tensor:
+        """Compute the (N, V) logits of all labels."""
+        return torch.cat([scores.compute_all_logits(frames) for scores, frames in self.parts])
+
+    def _join(self, lists: list[tuple[Array, Array, Array]]) -> tuple[Array, Array, Array]:
+        """Join the lists of labels of all parts."""
+        if len(lists) == 1:
+            return lists[0]
+        indices, labels, values = zip(*lists, strict=True)
+        clips = [index + offset for index, offset in zip(indices, self.offsets, strict=False)]
+        return np.concatenate(clips), np.concatenate(labels), np.concatenate(values)
+
+
 class LabelChooser:
     """Chooses the new labels of a batch of clips with a fusion, and holds the fusion state of every clip.
 
@@ -126,35 +172,35 @@ class LabelChooser:
         self.states = self.states.index_copy(0, indices, next_states)
         return labels
 
-    def choose_from(self, clip_indices: Sequence[int], scores: LabelScores, frames: Sequence[int]) -> Tensor:
+    def choose_from(self, clip_indices: Sequence[int], parts: Sequence[tuple[LabelScores, Array]]) -> Tensor:
         """Choose one label for each of N clips on the CPU, and advance the fusion states of these clips.
 
         The result is that of `choose`.
 
         Args:
             clip_indices: indices of the N clips.
-            scores: the scores of the labels.
-            frames: the frame in `scores` of each clip, ascending.
+            parts: the scores of the labels, see `JoinedScores`.
 
         Returns:
             (N,) labels.
         """
-        indices, frame_array = torch.tensor(clip_indices), np.array(frames)
-        states = self.states.index_select(0, indices)
-        choice = choose_few(self.fusion, states, scores, frame_array)
-        labels, next_states = choice or self.fusion.choose_labels(states, scores.compute_all_logits(frame_array))
-        self.states = self.states.index_copy(0, indices, next_states)
-        return labels
+        scores = JoinedScores(parts)
+        choice = choose_few(self.fusion, self.states.numpy()[clip_indices], scores)
+        if choice is None:
+            return self.choose(clip_indices, scores.compute_all_logits())
+        labels, next_states = choice
+        self.states = self.states.clone()
+        self.states.numpy()[clip_indices] = next_states
+        return torch.from_numpy(labels)
 
 
-def choose_few(fusion: Fusion, states: Tensor, scores: LabelScores, frames: Array) -> tuple[Tensor, Tensor] | None:
+def choose_few(fusion: Fusion, states: Array, scores: JoinedScores) -> tuple[Array, Array] | None:
     """Choose labels as `Fusion.choose_labels`, but score only the labels that can be the best.
 
     Args:
         fusion: token scorers with weights.
         states: (N, number of scorers) fusion states, on the CPU.
-        scores: the scores of the labels.
-        frames: (N,) frame in `scores` of each state, ascending.
+        scores: the scores of the labels of N clips.
 
     Returns:
         (N,) labels, and the (N, number of scorers) states after them. `None` if the labels that can be the best are
@@ -162,32 +208,29 @@ def choose_few(fusion: Fusion, states: Tensor, scores: LabelScores, frames: Arra
     """
     if min(fusion.weights) < 0:
         return None
-    # the best of some labels are a lower bound
-    indices, labels, logits = scores.list_best(frames)
-    label_scores, next_states = fusion.score_labels(states[torch.from_numpy(indices)], torch.from_numpy(labels))
-    sums = logits + label_scores.numpy()
-    best = select_best(indices, labels, sums, len(frames))
+    # the best sum of some labels is a lower bound of the best sum
+    clips, labels, logits = scores.list_best()
+    label_scores, next_states = fusion.score_labels(states[clips], labels)
+    sums = logits + label_scores
+    best = select_best(clips, labels, sums, len(states))
     if best is None:
         return None
-    best_sums, bounds = sums[best], fusion.bound_scores(states).numpy()
+    best_sums, bounds = sums[best], fusion.bound_scores(states)
     thresholds = best_sums - bounds - SUM_ERROR * (np.abs(best_sums) + np.abs(bounds))
-    all_indices, all_labels, logit_bounds = scores.list_above(frames, thresholds)
-    if len(all_labels) > MAX_LABELS_PER_CLIP * len(frames):
+    all_clips, all_labels, logit_bounds = scores.list_above(thresholds)
+    if len(all_labels) > MAX_LABELS_PER_CLIP * len(states):
         return None
-    # each clip has its best label; further labels must be scored
-    if len(all_labels) > len(frames):
-        label_scores, next_states = fusion.score_labels(
-            states[torch.from_numpy(all_indices)], torch.from_numpy(all_labels)
-        )
-        is_possible = (logit_bounds + label_scores.numpy() >= best_sums[all_indices]).nonzero()[0]
-        indices, labels = all_indices[is_possible], all_labels[is_possible]
-        sums = scores.compute_logits(frames[indices], labels) + label_scores.numpy()[is_possible]
-        best = select_best(indices, labels, sums, len(frames))
+    # the list contains the best label of every clip so far; other labels must be compared with it
+    if len(all_labels) > len(states):
+        label_scores, next_states = fusion.score_labels(states[all_clips], all_labels)
+        possible = (logit_bounds + label_scores >= best_sums[all_clips]).nonzero()[0]
+        clips, labels = all_clips[possible], all_labels[possible]
+        sums = scores.compute_logits(clips, labels) + label_scores[possible]
+        best = select_best(clips, labels, sums, len(states))
         if best is None:
             return None
-        next_states = next_states[torch.from_numpy(is_possible)]
-    winners = torch.from_numpy(best)
-    return torch.from_numpy(labels[best]), next_states[winners]
+        return labels[best], next_states[possible[best]]
+    return labels[best], next_states[best]
 
 
 def select_best(indices: Array, labels: Array, sums: Array, num_clips: int) -> Array | None:

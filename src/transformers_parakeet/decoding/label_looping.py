@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -432,7 +433,8 @@ def advance_clips(
         if scores.label_scores is not None:
             lookahead = len(plan.frames[0])
             frames = [row * lookahead + position for row, position in zip(label_plan_rows, label_positions, strict=True)]
-            new_labels.rough_labels.append((clip_indices, scores.label_scores, frames))
+            new_labels.rough_clip_indices.extend(clip_indices)
+            new_labels.rough_scores.append((scores.label_scores, np.array(frames)))
         elif scores.logits is not None:
             new_labels.clip_indices.extend(clip_indices)
             new_labels.logits.append(scores.logits[label_plan_rows, label_positions, : options.vocab_size])
@@ -454,8 +456,9 @@ def complete_labels(
         label_chooser: chooses the labels with a fusion, changed in place; `None` to keep the labels.
     """
     if label_chooser is not None:
-        for clip_indices, label_scores, frames in new_labels.rough_labels:
-            replace_labels(searches, clip_indices, label_chooser.choose_from(clip_indices, label_scores, frames))
+        if new_labels.rough_scores:
+            labels = label_chooser.choose_from(new_labels.rough_clip_indices, new_labels.rough_scores)
+            replace_labels(searches, new_labels.rough_clip_indices, labels)
     if not new_labels.logits or (label_chooser is None and confidence_method is None):
         return
     # (R, V) scores on the frames of R labels
