@@ -7,14 +7,13 @@ The searches that use it are in `greedy.py`, `label_looping.py`, `beam.py` and `
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Array = NDArray[Any]
+from .label_scores import Array
 
 
 class TokenScorer(Protocol):

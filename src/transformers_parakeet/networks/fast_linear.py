@@ -317,7 +317,7 @@ class Bfloat16Search:
         # a row with infinite or NaN scores has no candidates
         if not bool((best_outputs < len(weight)).all()):
             return None
-        return SearchedOutputs(hidden, weight, bias, best_outputs, (rows, outputs, scores), rough_scores)
+        return SearchedOutputs((weight, bias), hidden, best_outputs, (rows, outputs, scores), rough_scores)
 
     def _score(self, hidden: Tensor) -> RoughScores:
         """Compute the bfloat16 scores of all outputs.

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,68 +80,117 @@ def score_outputs(hidden: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, ou
 class SearchedOutputs:
     """The largest output of a linear layer in R rows, and rough scores of all outputs.
 
-    The last output is the blank. The other outputs are the labels. The class implements `LabelScores` of the
-    sub-package `decoding`, whose frames are the rows.
-
     Args:
-        hidden: (R, J) float32 inputs of the linear layer.
-        weight: (V, J) float32 weight of the layer.
-        bias: (V,) float32 bias of the layer.
+        layer: (V, J) float32 weight and (V,) float32 bias of the layer.
+        hidden: (R, J) float32 inputs of the layer.
         best_tokens: (R,) output with the largest float32 score of each row.
         candidates: (P,) row, ascending, (P,) output and (P,) float32 score of each output that could be the largest of
             its row.
         rough_scores: the rough scores of all outputs.
     """
 
+    layer: tuple[Tensor, Tensor]
     hidden: Tensor
-    weight: Tensor
-    bias: Tensor
     best_tokens: Tensor
     candidates: tuple[Tensor, Tensor, Tensor]
     rough_scores: RoughScores
 
-    def list_best(self, frames: Array) -> tuple[Array, Array, Array]:
-        """List the labels whose rough scores are close to the largest, see `LabelScores`.
+    def select(self, rows: Sequence[int]) -> SelectedOutputs:
+        """Select N rows, so that the memory of the other rows becomes free.
 
         Args:
-            frames: (N,) rows, ascending.
+            rows: the rows, ascending.
         """
-        rows, outputs, scores = (tensor.numpy() for tensor in self.candidates)
-        index_of_row = np.full(len(self.hidden), -1)
-        index_of_row[frames] = np.arange(len(frames))
-        indices = index_of_row[rows]
-        is_listed = ((indices >= 0) & (outputs < len(self.weight) - 1)).nonzero()[0]
-        return indices[is_listed], outputs[is_listed], scores[is_listed]
+        indices = torch.tensor(rows)
+        clip_of_row = np.full(len(self.hidden), -1)
+        clip_of_row[rows] = np.arange(len(rows))
+        candidate_rows, outputs, scores = (tensor.numpy() for tensor in self.candidates)
+        clips = clip_of_row[candidate_rows]
+        selected = ((clips >= 0) & (outputs < len(self.layer[1]) - 1)).nonzero()[0]
+        return SelectedOutputs(
+            self.layer,
+            self.hidden.index_select(0, indices),
+            (clips[selected], outputs[selected], scores[selected]),
+            self.rough_scores.scores.index_select(0, indices),
+            self.rough_scores.fixed_errors.numpy()[rows],
+        )
 
-    def list_above(self, frames: Array, thresholds: Array) -> tuple[Array, Array, Array]:
+
+@dataclass(frozen=True)
+class SelectedOutputs:
+    """Rough scores of the outputs of a linear layer in N rows, one per clip.
+
+    The last output is the blank. The other outputs are the labels. The class implements `LabelScores` of the
+    sub-package `decoding`.
+
+    Args:
+        layer: (V, J) float32 weight and (V,) float32 bias of the layer.
+        hidden: (N, J) float32 inputs of the layer.
+        best_labels: (P,) clip, ascending, (P,) label and (P,) float32 score of the labels that could be the largest
+            output of their row.
+        scores: (N, GROUP_SIZE, num_groups) rough scores, see `RoughScores`.
+        fixed_errors: (N,) error bounds, see `RoughScores`.
+    """
+
+    layer: tuple[Tensor, Tensor]
+    hidden: Tensor
+    best_labels: tuple[Array, Array, Array]
+    scores: Tensor
+    fixed_errors: Array
+
+    def join(self, others: Sequence[SelectedOutputs]) -> SelectedOutputs:
+        """Append the clips of other selections of the same layer.
+
+        Args:
+            others: the other selections.
+        """
+        if not others:
+            return self
+        parts, first_clip, best_labels = [self, *others], 0, []
+        for part in parts:
+            clips, labels, scores = part.best_labels
+            best_labels.append((clips + first_clip, labels, scores))
+            first_clip += len(part.hidden)
+        clips, labels, scores = (np.concatenate(arrays) for arrays in zip(*best_labels, strict=True))
+        return SelectedOutputs(
+            self.layer,
+            torch.cat([part.hidden for part in parts]),
+            (clips, labels, scores),
+            torch.cat([part.scores for part in parts]),
+            np.concatenate([part.fixed_errors for part in parts]),
+        )
+
+    def list_best(self) -> tuple[Array, Array, Array]:
+        """List the labels that could be the largest output of their row, see `LabelScores`."""
+        return self.best_labels
+
+    def list_above(self, thresholds: Array) -> tuple[Array, Array, Array]:
         """List all labels whose float32 score may be at least a threshold, see `LabelScores`.
 
         Args:
-            frames: (N,) rows.
             thresholds: (N,) thresholds.
         """
         # a score s may be too low by `fixed_errors` + RELATIVE_ERROR * |s|
-        thresholds = thresholds - self.rough_scores.fixed_errors.numpy()[frames]
+        thresholds = thresholds - self.fixed_errors
         thresholds -= RELATIVE_ERROR / (1 - RELATIVE_ERROR) * np.abs(thresholds)
         # first the groups with labels above the threshold, then the labels
-        maxima = self.rough_scores.group_maxima.float().numpy()[frames]
-        group_indices, groups = (maxima >= thresholds[:, None]).nonzero()
-        rows = frames[group_indices]
-        members = self.rough_scores.scores[torch.from_numpy(rows), :, torch.from_numpy(groups)].float().numpy()
-        selected, positions = (members >= thresholds[group_indices, None]).nonzero()
-        outputs = positions * maxima.shape[1] + groups[selected]
-        is_label = (outputs < len(self.weight) - 1).nonzero()[0]
+        group_maxima = self.scores.amax(1).float().numpy()
+        group_clips, groups = (group_maxima >= thresholds[:, None]).nonzero()
+        members = self.scores[torch.from_numpy(group_clips), :, torch.from_numpy(groups)].float().numpy()
+        selected, positions = (members >= thresholds[group_clips, None]).nonzero()
+        outputs = positions * group_maxima.shape[1] + groups[selected]
+        is_label = (outputs < len(self.layer[1]) - 1).nonzero()[0]
         selected, outputs = selected[is_label], outputs[is_label]
-        scores = members[selected, positions[is_label]]
-        bounds = scores + RELATIVE_ERROR * np.abs(scores) + self.rough_scores.fixed_errors.numpy()[rows[selected]]
-        return group_indices[selected], outputs, bounds
+        scores, clips = members[selected, positions[is_label]], group_clips[selected]
+        return clips, outputs, scores + RELATIVE_ERROR * np.abs(scores) + self.fixed_errors[clips]
 
-    def compute_logits(self, frames: Array, labels: Array) -> Array:
-        """Compute the (P,) float32 scores of (P,) labels in (P,) rows."""
-        rows, outputs = torch.from_numpy(frames), torch.from_numpy(labels)
-        scores: Array = score_outputs(self.hidden, self.weight, self.bias, rows, outputs).numpy()
+    def compute_logits(self, clips: Array, labels: Array) -> Array:
+        """Compute the (P,) float32 scores of (P,) labels of (P,) clips."""
+        rows, outputs = torch.from_numpy(clips), torch.from_numpy(labels)
+        scores: Array = score_outputs(self.hidden, *self.layer, rows, outputs).numpy()
         return scores
 
-    def compute_all_logits(self, frames: Array) -> Tensor:
-        """Compute the (N, V - 1) float32 scores of all labels in (N,) rows."""
-        return F.linear(self.hidden[torch.from_numpy(frames)], self.weight[:-1], self.bias[:-1])
+    def compute_all_logits(self) -> Tensor:
+        """Compute the (N, V - 1) float32 scores of all labels."""
+        weight, bias = self.layer
+        return F.linear(self.hidden, weight[:-1], bias[:-1])

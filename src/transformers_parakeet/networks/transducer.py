@@ -225,7 +225,7 @@ class ParakeetRNNTJointNetwork(nn.Module):
             return argmax(rows, weight[:vocab_size], bias[:vocab_size]).unflatten(0, hidden.shape[:2])
 
         def search_tokens(encoder_states: Tensor, predictor_states: Tensor) -> SearchedOutputs | None:
-            """Return the best tokens and rough scores; `None` for few frames, and if the rough scores do not suffice."""
+            """Return the best tokens and rough scores; `None` for few frames, or if these scores do not suffice."""
             rows = self._combine(encoder_states, predictor_states).flatten(0, 1)
             if len(rows) < MIN_SEARCH_ROWS:
                 return None
