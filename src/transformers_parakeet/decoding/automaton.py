@@ -251,7 +251,14 @@ def compute_score_bounds(
 ) -> Tensor:
     """Compute an upper bound of the scores of all tokens in every state of an automaton.
 
-    The arguments are fields of `BackoffAutomaton`, on the CPU.
+    Args:
+        roots: see `BackoffAutomaton`; all tensors are on the CPU.
+        root_scores: see `BackoffAutomaton`.
+        backoff_states: see `BackoffAutomaton`.
+        backoff_scores: see `BackoffAutomaton`.
+        arc_offsets: see `BackoffAutomaton`.
+        arc_scores: see `BackoffAutomaton`.
+        max_backoffs: see `BackoffAutomaton`.
 
     Returns:
         (S,) float32 bounds. The rounding of the scores that the automaton computes does not exceed them.

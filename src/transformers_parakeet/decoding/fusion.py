@@ -7,13 +7,14 @@ The searches that use it are in `greedy.py`, `label_looping.py`, `beam.py` and `
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .label_scores import Array
+Array = NDArray[Any]
 
 
 class TokenScorer(Protocol):

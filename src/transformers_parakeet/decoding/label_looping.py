@@ -442,7 +442,7 @@ def complete_labels(
     if label_chooser is not None and new_labels.rough_scores:
         rough_scores = new_labels.rough_scores[0].join(new_labels.rough_scores[1:])
         labels = label_chooser.choose_from(new_labels.rough_clip_indices, rough_scores)
-        replace_labels(searches, new_labels.rough_clip_indices, labels)
+        _replace_labels(searches, new_labels.rough_clip_indices, labels)
     if not new_labels.logits or (label_chooser is None and confidence_method is None):
         return
     # (R, V) scores on the frames of R labels
@@ -451,7 +451,7 @@ def complete_labels(
         # the blank is the last of the V tokens
         best_labels = [searches[clip_index].last_label for clip_index in new_labels.clip_indices]
         new_tokens = label_chooser.choose(new_labels.clip_indices, logits[:, :-1], best_labels)
-        replace_labels(searches, new_labels.clip_indices, new_tokens)
+        _replace_labels(searches, new_labels.clip_indices, new_tokens)
     if confidence_method is not None:
         confidences = compute_token_confidence(logits, confidence_method, new_tokens).tolist()
         for clip_index, confidence in zip(new_labels.clip_indices, confidences, strict=True):
@@ -459,7 +459,7 @@ def complete_labels(
             search.steps.confidences[search.last_label_step] = confidence
 
 
-def replace_labels(searches: Sequence[ClipSearch], clip_indices: list[int], labels: Tensor) -> None:
+def _replace_labels(searches: Sequence[ClipSearch], clip_indices: list[int], labels: Tensor) -> None:
     """Replace the last label of R clips by the (R,) labels that the fusion chose."""
     for clip_index, label in zip(clip_indices, labels.tolist(), strict=True):
         searches[clip_index].replace_last_label(label)

@@ -24,7 +24,11 @@ class LabelScores(Protocol):
     """
 
     def join(self, others: Sequence[Any]) -> LabelScores:
-        """Append the clips of other scores of the same class."""
+        """Append the clips of other scores of the same class.
+
+        Args:
+            others: the other scores.
+        """
 
     def list_best(self) -> tuple[Array, Array, Array]:
         """List some labels with a large logit and their logits, among them the best label if it is the best token."""
@@ -37,7 +41,12 @@ class LabelScores(Protocol):
         """
 
     def compute_logits(self, clips: Array, labels: Array) -> Array:
-        """Compute the (P,) logits of (P,) labels of (P,) clips."""
+        """Compute the (P,) logits of (P,) labels of (P,) clips.
+
+        Args:
+            clips: (P,) clips, ascending.
+            labels: (P,) labels.
+        """
 
     def compute_all_logits(self) -> Tensor:
         """Compute the (N, V) logits of all labels."""
@@ -51,7 +60,11 @@ class SearchedTokens(Protocol):
         """(R,) the token with the largest logit on each frame."""
 
     def select(self, rows: Sequence[int]) -> LabelScores:
-        """Select the scores of N frames, each a new label of a clip."""
+        """Select the scores of N frames, each a new label of a clip.
+
+        Args:
+            rows: the frames, ascending.
+        """
 
 
 class KnownLogits:
@@ -69,7 +82,11 @@ class KnownLogits:
         self.array: Array = (logits.float() if is_16_bit else logits).detach().numpy()
 
     def join(self, others: Sequence[KnownLogits]) -> KnownLogits:
-        """Append the clips of other scores."""
+        """Append the clips of other scores.
+
+        Args:
+            others: the other scores.
+        """
         parts = [self, *others]
         return KnownLogits(torch.cat([part.logits for part in parts]), [i for part in parts for i in part.best_labels])
 
@@ -79,13 +96,22 @@ class KnownLogits:
         return clips, self.best_labels, self.array[clips, self.best_labels]
 
     def list_above(self, thresholds: Array) -> tuple[Array, Array, Array]:
-        """List all labels whose logit is at least the threshold, see `LabelScores`."""
+        """List all labels whose logit is at least the threshold, see `LabelScores`.
+
+        Args:
+            thresholds: (N,) threshold of each clip.
+        """
         is_above = self.array >= thresholds[:, None]
         clips, labels = np.divmod(is_above.ravel().nonzero()[0], is_above.shape[1])
         return clips, labels, self.array[clips, labels]
 
     def compute_logits(self, clips: Array, labels: Array) -> Array:
-        """Return the logits of (P,) labels of (P,) clips."""
+        """Return the logits of (P,) labels of (P,) clips.
+
+        Args:
+            clips: (P,) clips, ascending.
+            labels: (P,) labels.
+        """
         logits: Array = self.array[clips, labels]
         return logits
 

@@ -185,7 +185,12 @@ class SelectedOutputs:
         return clips, outputs, scores + RELATIVE_ERROR * np.abs(scores) + self.fixed_errors[clips]
 
     def compute_logits(self, clips: Array, labels: Array) -> Array:
-        """Compute the (P,) float32 scores of (P,) labels of (P,) clips."""
+        """Compute the (P,) float32 scores of (P,) labels of (P,) clips.
+
+        Args:
+            clips: (P,) clips, ascending.
+            labels: (P,) labels.
+        """
         rows, outputs = torch.from_numpy(clips), torch.from_numpy(labels)
         scores: Array = score_outputs(self.hidden, *self.layer, rows, outputs).numpy()
         return scores
