@@ -7,8 +7,8 @@ the CTC head are random. A batch has 16 clips of 375 encoder frames (30 s). The 
 of tokens up to order 3. The phrases are 10,000 random sequences of 2 to 6 tokens. The benchmark first checks that
 weights of 0 give the tokens of greedy decoding.
 
-With a fusion the text differs, and so does the number of labels. So the benchmark also runs greedy decoding with weights
-so small that the labels do not change: this is the cost of the fusion for equal work.
+With a fusion the text differs, and so does the number of labels. So the benchmark also runs greedy decoding with tiny
+weights that change no label: this is the cost of the fusion for equal work.
 """
 
 from __future__ import annotations
