@@ -51,6 +51,10 @@ class TableScorer:
         """Return the (N,) scores of tokens and the next states."""
         return self.scores[states, tokens], self.targets[states, tokens]
 
+    def bound_scores(self, states: Tensor) -> Tensor:
+        """Return the (N,) largest scores."""
+        return self.scores[states].amax(1)
+
     def score_end(self, states: Tensor) -> Tensor:
         """Return the (N,) scores of the end of the clip."""
         return self.end_scores[states]

@@ -11,8 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# bound of the relative error of a sum of a few float32 numbers, each of which has a relative error of 2^-24
+SUM_ERROR = 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class BackoffAutomaton:
         backoff_states: (S,) the next shorter state; a root backs off to itself.
         backoff_scores: (S,) score that is added when a state backs off; 0 for a root.
         end_scores: (S,) score of the end of the clip after a state.
+        score_bounds: (S,) upper bound of the scores of all tokens in a state, from `compute_score_bounds`.
         arc_offsets: (S + 1,) the arcs of state s are those from `arc_offsets[s]` to `arc_offsets[s + 1] - 1`.
         arc_keys: (A,) state * V + token of each arc, ascending.
         arc_scores: (A,) score of each arc.
@@ -44,6 +49,7 @@ class BackoffAutomaton:
     backoff_states: Tensor
     backoff_scores: Tensor
     end_scores: Tensor
+    score_bounds: Tensor
     arc_offsets: Tensor
     arc_keys: Tensor
     arc_scores: Tensor
@@ -115,6 +121,34 @@ class BackoffAutomaton:
         Returns:
             (N,) float32 scores and (N,) int64 next states.
         """
+        if states.device.type == "cpu":
+            return self._step_on_cpu(states, tokens)
+        return self._step_plainly(states, tokens)
+
+    def bound_scores(self, states: Tensor) -> Tensor:
+        """Return an upper bound of the scores of all tokens in every state.
+
+        Args:
+            states: (N,) states.
+
+        Returns:
+            (N,) float32 bounds.
+        """
+        return self.score_bounds[states]
+
+    def score_end(self, states: Tensor) -> Tensor:
+        """Score the end of the clip.
+
+        Args:
+            states: (N,) states.
+
+        Returns:
+            (N,) float32 scores.
+        """
+        return self.end_scores[states]
+
+    def _step_plainly(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute `step` with operations of PyTorch, on any device."""
         root_indices = self._index_roots(states)
         chains, chain_scores = self._back_off(states)
         scores = self.root_scores[root_indices, tokens] + chain_scores[-1]
@@ -132,16 +166,28 @@ class BackoffAutomaton:
         is_arc = has_any_arc[0].bool()
         return torch.where(is_arc, arc_scores, scores), torch.where(is_arc, self.arc_targets[arcs].long(), targets)
 
-    def score_end(self, states: Tensor) -> Tensor:
-        """Score the end of the clip.
-
-        Args:
-            states: (N,) states.
-
-        Returns:
-            (N,) float32 scores.
-        """
-        return self.end_scores[states]
+    def _step_on_cpu(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute `step` with NumPy, whose operations take less time than those of PyTorch for few states."""
+        all_keys, chain, token_array = self.arc_keys.numpy(), states.numpy(), tokens.numpy()
+        backoff_states, backoff_scores = self.backoff_states.numpy(), self.backoff_scores.numpy()
+        chain_scores, levels = np.zeros(len(chain), np.float32), []
+        for _ in range(self.max_backoffs):
+            keys = chain * self.num_labels + token_array
+            arcs = all_keys.searchsorted(keys)
+            if len(all_keys):
+                rows = (all_keys.take(arcs, mode="clip") == keys).nonzero()[0]
+                levels.append((rows, arcs[rows], chain_scores))
+            chain_scores = chain_scores + backoff_scores.take(chain)
+            chain = backoff_states.take(chain).astype(np.int64)
+        root_indices = 0 if len(self.roots) == 1 else self._index_roots(states).numpy()
+        scores = self.root_scores.numpy()[root_indices, token_array] + chain_scores
+        targets = self.root_targets.numpy()[root_indices, token_array].astype(np.int64)
+        # the arcs of longer states replace the scores of shorter states
+        for rows, arcs, level_scores in reversed(levels):
+            if len(rows):
+                scores[rows] = level_scores[rows] + self.arc_scores.numpy()[arcs]
+                targets[rows] = self.arc_targets.numpy()[arcs]
+        return torch.from_numpy(scores), torch.from_numpy(targets)
 
     def _index_roots(self, states: Tensor) -> Tensor:
         """Return the (N,) index in `roots` of the root of each of (N,) states."""
@@ -194,6 +240,43 @@ class BackoffAutomaton:
             flat_scores.scatter_(0, level_positions, level_values)
 
 
+def compute_score_bounds(
+    roots: Tensor,
+    root_scores: Tensor,
+    backoff_states: Tensor,
+    backoff_scores: Tensor,
+    arc_offsets: Tensor,
+    arc_scores: Tensor,
+    max_backoffs: int,
+) -> Tensor:
+    """Compute an upper bound of the scores of all tokens in every state of an automaton.
+
+    Args:
+        roots: see `BackoffAutomaton`; all tensors are on the CPU.
+        root_scores: see `BackoffAutomaton`.
+        backoff_states: see `BackoffAutomaton`.
+        backoff_scores: see `BackoffAutomaton`.
+        arc_offsets: see `BackoffAutomaton`.
+        arc_scores: see `BackoffAutomaton`.
+        max_backoffs: see `BackoffAutomaton`.
+
+    Returns:
+        (S,) float32 bounds. The rounding of the scores that the automaton computes does not exceed them.
+    """
+    offsets, chains = arc_offsets.numpy(), backoff_states.numpy()
+    # largest score of an arc of each state
+    largest = np.full(len(chains), -np.inf)
+    with_arcs = np.flatnonzero(np.diff(offsets))
+    if len(with_arcs):
+        largest[with_arcs] = np.maximum.reduceat(arc_scores.numpy(), offsets[with_arcs])
+    largest[roots.numpy()] = root_scores.numpy().max(1)
+    bounds = largest
+    for _ in range(max_backoffs):
+        bounds = np.maximum(largest, backoff_scores.numpy() + bounds[chains])
+    magnitude = max(float(scores.abs().max()) for scores in (root_scores, backoff_scores, arc_scores) if len(scores))
+    return torch.from_numpy(bounds + (max_backoffs + 1) * SUM_ERROR * magnitude).float()
+
+
 def stack_automata(automata: Sequence[BackoffAutomaton]) -> BackoffAutomaton:
     """Combine automata to one that starts each clip in its own automaton.
 
@@ -226,6 +309,7 @@ def stack_automata(automata: Sequence[BackoffAutomaton]) -> BackoffAutomaton:
         backoff_states=torch.cat([automaton.backoff_states + shift for automaton, shift in shifts]),
         backoff_scores=torch.cat([automaton.backoff_scores for automaton in unique]),
         end_scores=torch.cat([automaton.end_scores for automaton in unique]),
+        score_bounds=torch.cat([automaton.score_bounds for automaton in unique]),
         arc_offsets=torch.cat(
             [automaton.arc_offsets[:-1] + shift for automaton, shift in zip(unique, first_arcs, strict=False)]
             + [unique[-1].arc_offsets[-1:] + first_arcs[-2]]

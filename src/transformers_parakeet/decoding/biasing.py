@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .automaton import BackoffAutomaton
+from .automaton import BackoffAutomaton, compute_score_bounds
 
 
 @dataclass(frozen=True)
@@ -213,19 +213,26 @@ def _to_automaton(trie: PhraseTrie, fail_states: Tensor, unk_score: float) -> Ba
     root_scores[0, root_tokens] = trie.arc_scores[:num_root_arcs].float()
     root_targets = torch.zeros(1, num_labels, dtype=torch.int64)
     root_targets[0, root_tokens] = torch.arange(1, num_root_arcs + 1)
+    roots, max_backoffs = torch.zeros(1, dtype=torch.int64), _count_backoffs(fail_states)
+    backoffs = fail_states, torch.where(trie.is_end, 0.0, trie.gains[fail_states] - trie.gains).float()
+    arcs = (
+        torch.searchsorted(arc_keys, torch.arange(num_states + 1) * num_labels),
+        trie.arc_scores[num_root_arcs:].float(),
+    )
     return BackoffAutomaton(
         start_states=torch.zeros(1, dtype=torch.int64),
-        roots=torch.zeros(1, dtype=torch.int64),
+        roots=roots,
         root_scores=root_scores,
         root_targets=root_targets,
-        backoff_states=fail_states,
-        backoff_scores=torch.where(trie.is_end, 0.0, trie.gains[fail_states] - trie.gains).float(),
+        backoff_states=backoffs[0],
+        backoff_scores=backoffs[1],
         end_scores=torch.zeros(num_states),
-        arc_offsets=torch.searchsorted(arc_keys, torch.arange(num_states + 1) * num_labels),
+        score_bounds=compute_score_bounds(roots, root_scores, *backoffs, *arcs, max_backoffs),
+        arc_offsets=arcs[0],
         arc_keys=arc_keys,
-        arc_scores=trie.arc_scores[num_root_arcs:].float(),
+        arc_scores=arcs[1],
         arc_targets=torch.arange(num_root_arcs + 1, num_states),
-        max_backoffs=_count_backoffs(fail_states),
+        max_backoffs=max_backoffs,
     )
 
 

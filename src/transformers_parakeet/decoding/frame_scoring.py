@@ -10,21 +10,35 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .label_scores import LabelScores, SearchedTokens
+from .options import TransducerOptions
+
+# Target number of frames, over all clips, that one call of the joint network scores. On a CPU a call is
+# memory-bandwidth-bound on the weights, so up to this number of frames it takes little longer than for one frame.
+FRAMES_PER_CALL = 32
+# Maximum number of frames per clip that one call scores. The next label is rarely further ahead.
+MAX_FRAMES_PER_CLIP = 4
+
 
 @dataclass(frozen=True)
 class Shortcuts:
     """Functions that find the best outputs of a joint network faster than by scoring all outputs.
 
-    Both take encoder states (R, K, J) of K frames of R clips and predictor states (R, 1, J), and return (R, K) indices.
+    All take encoder states (R, K, J) of K frames of R clips and predictor states (R, 1, J). The first two return (R, K)
+    indices.
 
     Args:
         find_best_durations: returns the index of the best duration output. With it, the search predicts which frames a
             clip visits while it emits blanks, and scores only these. `None` for RNN-T or if it is not available.
         find_best_tokens: returns the best token. It is used if no scores are needed. `None` if it is not available.
+        search_tokens: returns the best token and rough scores of R * K frames, or `None` if the joint network must
+            compute all scores. It replaces `find_best_tokens` if a fusion chooses the labels. `None` if it is not
+            available.
     """
 
     find_best_durations: Callable[[Tensor, Tensor], Tensor] | None = None
     find_best_tokens: Callable[[Tensor, Tensor], Tensor] | None = None
+    search_tokens: Callable[[Tensor, Tensor], SearchedTokens | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,12 +65,14 @@ class FrameScores:
     Args:
         tokens: best token of each frame.
         durations: predicted duration of each frame; for RNN-T 1 for a blank and 0 for a label.
-        logits: (R, K, V + D) scores; `None` if the shortcut for tokens was used.
+        logits: (R, K, V + D) scores; `None` if a shortcut for tokens was used.
+        searched_tokens: the result of the shortcut for a fusion; `None` if it was not used.
     """
 
     tokens: list[list[int]]
     durations: list[list[int]]
     logits: Tensor | None
+    searched_tokens: SearchedTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -66,14 +82,18 @@ class NewLabels:
     Args:
         needs_logits: whether a fusion or confidence needs the scores on the frames of the labels; otherwise the lists
             stay empty.
-        clip_indices: index of the clip of each label.
+        clip_indices: index of the clip of each label with logits.
         logits: for each call of the joint network, the (number of labels, V) scores of all tokens on the frames of its
             labels.
+        rough_clip_indices: index of the clip of each label with rough scores.
+        rough_scores: for each call that returned rough scores, the scores on the frames of its labels.
     """
 
     needs_logits: bool
     clip_indices: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+    rough_clip_indices: list[int] = field(default_factory=list)
+    rough_scores: list[LabelScores] = field(default_factory=list)
 
 
 def follow_blanks(durations: Sequence[int], num_offsets: int) -> list[int]:
@@ -91,3 +111,13 @@ def follow_blanks(durations: Sequence[int], num_offsets: int) -> list[int]:
         current_offset = offsets[-1]
         offsets.append(current_offset + max(1, durations[current_offset]))
     return offsets
+
+
+def choose_lookahead(options: TransducerOptions, num_clips: int) -> int:
+    """Choose how many frames of each clip one call of the joint network scores.
+
+    Args:
+        options: settings of the search; a `lookahead` other than 0 is returned unchanged.
+        num_clips: number of clips in the call.
+    """
+    return options.lookahead or min(MAX_FRAMES_PER_CLIP, max(1, FRAMES_PER_CALL // num_clips))

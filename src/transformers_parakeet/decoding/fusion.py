@@ -6,12 +6,15 @@ The searches that use it are in `greedy.py`, `label_looping.py`, `beam.py` and `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Array = NDArray[Any]
 
 
 class TokenScorer(Protocol):
@@ -51,6 +54,13 @@ class TokenScorer(Protocol):
         Args:
             states: (N,) states.
             tokens: (N,) one token per state, from 0 to V - 1.
+        """
+
+    def bound_scores(self, states: Tensor) -> Tensor:
+        """Return (N,) float32 upper bounds: no token has a larger score in the state.
+
+        Args:
+            states: (N,) states.
         """
 
     def score_end(self, states: Tensor) -> Tensor:
@@ -151,6 +161,42 @@ class Fusion:
         ]
         return torch.stack(scores).sum(0) if len(scores) > 1 else scores[0]
 
+    def score_labels(self, states: Array, labels: Array) -> tuple[Array, Array]:
+        """Return the weighted sum of the scores of one label in every state on the CPU, and the states after it.
+
+        Args:
+            states: (N, number of scorers) states.
+            labels: (N,) one label per state.
+
+        Returns:
+            (N,) float32 scores, and the (N, number of scorers) next states.
+        """
+        tokens, next_states = torch.from_numpy(labels), np.empty_like(states)
+        sums: Array | None = None
+        for index, (scorer, weight) in enumerate(zip(self.scorers, self.weights, strict=True)):
+            scores, next_column = scorer.step(torch.from_numpy(states[:, index].copy()), tokens)
+            weighted = scores.numpy() * weight
+            sums = weighted if sums is None else sums + weighted
+            next_states[:, index] = next_column.numpy()
+        # a fusion has at least one scorer
+        assert sums is not None
+        return sums, next_states
+
+    def bound_scores(self, states: Array) -> Array:
+        """Return an upper bound of the weighted sum of the scores of a label on the CPU, if no weight is negative.
+
+        Args:
+            states: (N, number of scorers) states.
+
+        Returns:
+            (N,) float32 bounds.
+        """
+        bounds = [
+            scorer.bound_scores(torch.from_numpy(states[:, index].copy())).numpy() * weight
+            for index, (scorer, weight) in enumerate(zip(self.scorers, self.weights, strict=True))
+        ]
+        return sum(bounds[1:], bounds[0])
+
     def advance(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Return the states after one more token.
 
@@ -206,30 +252,3 @@ def split_states(states: Tensor) -> tuple[Tensor, ...]:
         One contiguous (N,) tensor per scorer.
     """
     return states.t().contiguous().unbind()
-
-
-class LabelChooser:
-    """Chooses the new labels of a batch of clips with a fusion, and holds the fusion state of every clip.
-
-    Args:
-        fusion: token scorers with weights, on the device of the clips.
-        states: (B, number of scorers) fusion states before the first label.
-    """
-
-    def __init__(self, fusion: Fusion, states: Tensor) -> None:
-        self.fusion, self.states = fusion, states
-
-    def choose(self, clip_indices: Sequence[int], logits: Tensor) -> Tensor:
-        """Choose one label for each of R clips, and advance the fusion states of these clips.
-
-        Args:
-            clip_indices: indices of the R clips.
-            logits: (R, V) logits of the labels, without the blank.
-
-        Returns:
-            (R,) labels.
-        """
-        indices = torch.tensor(clip_indices, device=self.states.device)
-        labels, next_states = self.fusion.choose_labels(self.states[indices], logits)
-        self.states = self.states.index_copy(0, indices, next_states)
-        return labels

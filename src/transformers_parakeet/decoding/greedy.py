@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .confidence import compute_token_confidence
-from .fusion import Fusion, LabelChooser
+from .fusion import Fusion
 from .hypotheses import ClipSteps, Hypotheses, collect_hypotheses
+from .label_choice import LabelChooser
 from .options import Joint, Predict, TransducerOptions
 
 

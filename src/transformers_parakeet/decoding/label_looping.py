@@ -13,16 +13,11 @@ import torch
 from torch import Tensor
 
 from .confidence import compute_token_confidence
-from .frame_scoring import FramePlan, FrameScores, NewLabels, Shortcuts, follow_blanks
-from .fusion import Fusion, LabelChooser
+from .frame_scoring import FramePlan, FrameScores, NewLabels, Shortcuts, choose_lookahead, follow_blanks
+from .fusion import Fusion
 from .hypotheses import ClipSteps, Hypotheses, collect_hypotheses
+from .label_choice import LabelChooser
 from .options import Joint, Predict, TransducerOptions
-
-# Target number of frames, over all clips, that one call of the joint network scores. On a CPU a call is
-# memory-bandwidth-bound on the weights, so up to this number of frames it takes little longer than for one frame.
-FRAMES_PER_CALL = 32
-# Maximum number of frames per clip that one call scores. The next label is rarely further ahead.
-MAX_FRAMES_PER_CLIP = 6
 
 # Fraction of the unfinished clips that must have a new label before the prediction network runs. The time of a run
 # depends little on the number of clips, so it is cheaper to wait and run it once for several clips.
@@ -246,16 +241,6 @@ def has_enough_labels(num_without_label: int, num_unfinished: int) -> bool:
     return num_without_label <= (1 - MIN_LABEL_FRACTION) * num_unfinished
 
 
-def choose_lookahead(options: TransducerOptions, num_clips: int) -> int:
-    """Choose how many frames of each clip one call of the joint network scores.
-
-    Args:
-        options: settings of the search; a `lookahead` other than 0 is returned unchanged.
-        num_clips: number of clips in the call.
-    """
-    return options.lookahead or min(MAX_FRAMES_PER_CLIP, max(1, FRAMES_PER_CALL // num_clips))
-
-
 class FrameScorer:
     """Chooses which frames to score, and scores them with the joint network.
 
@@ -282,9 +267,10 @@ class FrameScorer:
         self.duration_values = options.durations or ()
         self.find_best_durations = shortcuts.find_best_durations
         needs_duration_scores = options.durations is not None and shortcuts.find_best_durations is None
-        needs_token_scores = has_fusion or options.confidence is not None or options.keep_logits
-        needs_logits = needs_duration_scores or needs_token_scores
-        self.find_best_tokens = None if needs_logits else shortcuts.find_best_tokens
+        needs_logits = needs_duration_scores or options.confidence is not None or options.keep_logits
+        self.find_best_tokens = None if needs_logits or has_fusion else shortcuts.find_best_tokens
+        can_search = not needs_logits and has_fusion and shortcuts.find_best_tokens is not None
+        self.search_tokens = shortcuts.search_tokens if can_search else None
 
     def plan_frames(
         self, searches: Sequence[ClipSearch], clip_indices: list[int], predictor_states: Tensor
@@ -324,7 +310,7 @@ class FrameScorer:
     def score(self, plan: FramePlan) -> FrameScores:
         """Find the best token and the best duration of every planned frame.
 
-        If the function `self.find_best_tokens` is set, it replaces the call of the joint network.
+        If `self.find_best_tokens` or `self.search_tokens` is set, it replaces the call of the joint network.
 
         Args:
             plan: K frames of each of R clips.
@@ -334,11 +320,14 @@ class FrameScorer:
         """
         options = self.options
         encoder_states = self._gather_encoder_states(plan.clip_indices, plan.frames)
-        if self.find_best_tokens is not None:
-            logits = None
-            tokens = self.find_best_tokens(encoder_states, plan.predictor_states).tolist()
+        logits, inputs = None, (encoder_states, plan.predictor_states)
+        searched_tokens = None if self.search_tokens is None else self.search_tokens(*inputs)
+        if searched_tokens is not None:
+            tokens = searched_tokens.best_tokens.view(encoder_states.shape[:2]).tolist()
+        elif self.find_best_tokens is not None:
+            tokens = self.find_best_tokens(*inputs).tolist()
         else:
-            logits = self.joint(encoder_states, plan.predictor_states)
+            logits = self.joint(*inputs)
             # `max` is faster than `argmax` on this slice, which is not contiguous in memory
             tokens = logits[..., : options.vocab_size].max(-1).indices.tolist()
         durations = plan.durations
@@ -347,9 +336,9 @@ class FrameScorer:
             durations = [[int(token == options.blank_id) for token in clip_tokens] for clip_tokens in tokens]
         elif durations is None and logits is not None:
             durations = self._to_durations(logits[..., options.vocab_size :].argmax(-1))
-        # `__init__` sets `find_best_tokens` for TDT only if the plan contains durations
+        # `__init__` sets the functions that replace the joint network for TDT only if the plan contains durations
         assert durations is not None
-        return FrameScores(tokens, durations, logits)
+        return FrameScores(tokens, durations, logits, searched_tokens)
 
     def _list_consecutive_frames(self, first_frames: Sequence[int], num_frames: int) -> list[list[int]]:
         """List `num_frames` consecutive frame indices from each first frame on.
@@ -421,9 +410,18 @@ def advance_clips(
             label_positions.append(label_position)
         elif not search.is_finished:
             without_label.append(clip_index)
-    if label_plan_rows and new_labels.needs_logits and scores.logits is not None:
-        new_labels.clip_indices.extend(plan.clip_indices[plan_row] for plan_row in label_plan_rows)
-        new_labels.logits.append(scores.logits[label_plan_rows, label_positions, : options.vocab_size])
+    if label_plan_rows and new_labels.needs_logits:
+        clip_indices = [plan.clip_indices[plan_row] for plan_row in label_plan_rows]
+        if scores.searched_tokens is not None:
+            lookahead = len(plan.frames[0])
+            frames = [
+                row * lookahead + position for row, position in zip(label_plan_rows, label_positions, strict=True)
+            ]
+            new_labels.rough_clip_indices.extend(clip_indices)
+            new_labels.rough_scores.append(scores.searched_tokens.select(frames))
+        elif scores.logits is not None:
+            new_labels.clip_indices.extend(clip_indices)
+            new_labels.logits.append(scores.logits[label_plan_rows, label_positions, : options.vocab_size])
     return without_label
 
 
@@ -441,20 +439,30 @@ def complete_labels(
         confidence_method: method of `compute_token_confidence`; `None` for no confidence.
         label_chooser: chooses the labels with a fusion, changed in place; `None` to keep the labels.
     """
+    if label_chooser is not None and new_labels.rough_scores:
+        rough_scores = new_labels.rough_scores[0].join(new_labels.rough_scores[1:])
+        labels = label_chooser.choose_from(new_labels.rough_clip_indices, rough_scores)
+        _replace_labels(searches, new_labels.rough_clip_indices, labels)
     if not new_labels.logits or (label_chooser is None and confidence_method is None):
         return
     # (R, V) scores on the frames of R labels
-    logits, labels = torch.cat(new_labels.logits), None
+    logits, new_tokens = torch.cat(new_labels.logits), None
     if label_chooser is not None:
         # the blank is the last of the V tokens
-        labels = label_chooser.choose(new_labels.clip_indices, logits[:, :-1])
-        for clip_index, label in zip(new_labels.clip_indices, labels.tolist(), strict=True):
-            searches[clip_index].replace_last_label(label)
+        best_labels = [searches[clip_index].last_label for clip_index in new_labels.clip_indices]
+        new_tokens = label_chooser.choose(new_labels.clip_indices, logits[:, :-1], best_labels)
+        _replace_labels(searches, new_labels.clip_indices, new_tokens)
     if confidence_method is not None:
-        confidences = compute_token_confidence(logits, confidence_method, labels).tolist()
+        confidences = compute_token_confidence(logits, confidence_method, new_tokens).tolist()
         for clip_index, confidence in zip(new_labels.clip_indices, confidences, strict=True):
             search = searches[clip_index]
             search.steps.confidences[search.last_label_step] = confidence
+
+
+def _replace_labels(searches: Sequence[ClipSearch], clip_indices: list[int], labels: Tensor) -> None:
+    """Replace the last label of R clips by the (R,) labels that the fusion chose."""
+    for clip_index, label in zip(clip_indices, labels.tolist(), strict=True):
+        searches[clip_index].replace_last_label(label)
 
 
 def predict_clips(

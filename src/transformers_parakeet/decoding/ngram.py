@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging
 
 from .arpa import ArpaModel, Array, read_arpa, read_arpa_words
-from .automaton import BackoffAutomaton
+from .automaton import BackoffAutomaton, compute_score_bounds
 from .fusion import TokenScorer
 from .word_scorer import WORD_START, WordScorer, build_word_scorer
 
@@ -175,17 +175,21 @@ def build_automaton(model: ArpaModel, num_labels: int) -> BackoffAutomaton:
     start_word = int(np.searchsorted(model.labels, num_labels + SPECIAL_WORDS.index("<s>")))
     start_state = 1 + start_word if lower_orders else 0
     arc_offsets = np.searchsorted(arc_keys, np.arange(num_states + 1) * num_labels)
+    roots, root_table = torch.zeros(1, dtype=torch.long), torch.from_numpy(root_scores)[None]
+    backoffs = torch.from_numpy(backoff_states), torch.from_numpy(backoff_scores)
+    arcs = torch.from_numpy(arc_offsets.astype(np.int32)), torch.from_numpy(arc_scores)
     return BackoffAutomaton(
         start_states=torch.tensor([start_state]),
-        roots=torch.zeros(1, dtype=torch.long),
-        root_scores=torch.from_numpy(root_scores)[None],
+        roots=roots,
+        root_scores=root_table,
         root_targets=torch.from_numpy(root_targets)[None],
-        backoff_states=torch.from_numpy(backoff_states),
-        backoff_scores=torch.from_numpy(backoff_scores),
+        backoff_states=backoffs[0],
+        backoff_scores=backoffs[1],
         end_scores=torch.from_numpy(end_scores),
-        arc_offsets=torch.from_numpy(arc_offsets.astype(np.int32)),
+        score_bounds=compute_score_bounds(roots, root_table, *backoffs, *arcs, len(lower_orders)),
+        arc_offsets=arcs[0],
         arc_keys=torch.from_numpy(arc_keys),
-        arc_scores=torch.from_numpy(arc_scores),
+        arc_scores=arcs[1],
         arc_targets=torch.from_numpy(arc_targets),
         max_backoffs=len(lower_orders),
     )

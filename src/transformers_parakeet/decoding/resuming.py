@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .frame_scoring import Shortcuts
-from .fusion import Fusion, LabelChooser
+from .fusion import Fusion
 from .greedy import choose_ctc_labels, greedy_decode_ctc
 from .hypotheses import Hypotheses, collect_hypotheses, pad_lists
+from .label_choice import LabelChooser
 from .label_looping import ClipSearch, FrameScorer, predict_clips, search_labels
 from .options import Joint, Predict, TransducerOptions
 from .state import CTCState, Run, TransducerState

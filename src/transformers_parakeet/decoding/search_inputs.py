@@ -115,6 +115,7 @@ def build_empty_automaton(num_labels: int) -> BackoffAutomaton:
         backoff_states=one_state,
         backoff_scores=torch.zeros(1),
         end_scores=torch.zeros(1),
+        score_bounds=torch.zeros(1),
         arc_offsets=torch.zeros(2, dtype=torch.int64),
         arc_keys=no_arcs,
         arc_scores=torch.zeros(0),

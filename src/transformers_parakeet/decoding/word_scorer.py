@@ -151,6 +151,23 @@ class WordScorer:
             word_states = torch.where(is_padding[:, position], word_states, next_word_states)
         return scores, model_states * self.num_word_states + word_states
 
+    def bound_scores(self, states: Tensor) -> Tensor:
+        """Return an upper bound of the scores of all tokens in every state.
+
+        Args:
+            states: (N,) states.
+
+        Returns:
+            (N,) float32 bounds.
+        """
+        word_scores, _ = self._complete_words(*self._split_states(states))
+        bounds, tokens = word_scores.clamp(min=0), self.inner_boundary_tokens
+        if not len(tokens):
+            return bounds
+        repeated_states = states.repeat_interleave(len(tokens))
+        inner_scores = self.step(repeated_states, tokens.repeat(len(states)))[0].view(len(states), -1)
+        return bounds.maximum(inner_scores.amax(1))
+
     def score_end(self, states: Tensor) -> Tensor:
         """Score the last word and the end of the clip.
 

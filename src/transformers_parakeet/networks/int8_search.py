@@ -20,8 +20,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .fast_linear import small_batch_linear
+from .fast_linear import full_argmax
 from .int8_linear import has_int8_products, pack_weight, quantize_rows
+from .searched_outputs import RoughScores, SearchedOutputs, find_outputs, score_outputs
 
 # largest number of an unsigned 8-bit activation
 MAX_UINT8 = 255
@@ -43,20 +44,6 @@ MIN_SEARCH_WEIGHTS = 2**20
 
 # number of weights per output that are compared to detect a change; 16 float32 numbers fill one cache line
 SAMPLE_WIDTH = 16
-
-
-def full_argmax(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Compute all outputs of a linear layer, and return the index of the largest output of each row.
-
-    Args:
-        hidden: (R, inputs) batch of R rows.
-        weight: (outputs, inputs) weight.
-        bias: (outputs,) bias.
-
-    Returns:
-        (R,) indices; the first index if several outputs are equal.
-    """
-    return small_batch_linear(hidden, weight, bias).max(-1).indices
 
 
 class Int8Search:
@@ -133,56 +120,61 @@ class Int8Search:
         Returns:
             (R,) indices; the first index if several outputs are equal in the dtype of the weight.
         """
-        row_indices, output_indices = self._find_candidates(hidden)
-        if not len(hidden) <= len(row_indices) <= MAX_CANDIDATES_PER_ROW * len(hidden):
-            return full_argmax(hidden, weight, bias)
-        # float32 scores of the candidates, rounded to the dtype of the weight
-        candidate_weights = weight.index_select(0, output_indices).float()
-        candidate_inputs = hidden.index_select(0, row_indices).float()
-        scores = torch.linalg.vecdot(candidate_weights, candidate_inputs) + bias.index_select(0, output_indices)
-        best_outputs = select_best_candidates(
-            row_indices.tolist(), output_indices.tolist(), scores.to(weight.dtype).tolist(), len(hidden)
-        )
-        if best_outputs is None:
-            return full_argmax(hidden, weight, bias)
-        return torch.tensor(best_outputs)
+        rough_scores = self._score(hidden.float())
+        best_outputs = self._select_best(rough_scores, hidden, weight, bias)[0]
+        return full_argmax(hidden, weight, bias) if best_outputs is None else best_outputs
 
-    def _find_candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Use int8 scores to find every output that could be the argmax of its row.
+    def search(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> SearchedOutputs | None:
+        """Find the largest output of the linear layer in each row, and keep the int8 scores of all outputs.
 
         Args:
-            hidden: (R, J) batch of R rows.
+            hidden, weight, bias: see `argmax`, in float32.
 
         Returns:
-            Row indices and output indices of the candidates, two tensors of shape (num_candidates,). A row with
-            infinite or NaN scores may have no candidates.
+            The scores; `None` if a row has infinite or NaN scores, or too many outputs that could be the largest.
         """
-        scores, error_bounds = self._score(hidden.float())
-        group_maxima = scores.amax(1)
-        thresholds = group_maxima.amax(1)
-        if self.weight_sample.dtype == torch.bfloat16:
+        rough_scores = self._score(hidden)
+        best_outputs, candidates = self._select_best(rough_scores, hidden, weight, bias)
+        if best_outputs is None:
+            return None
+        return SearchedOutputs((weight, bias), hidden, best_outputs, candidates, rough_scores)
+
+    def _select_best(
+        self, rough_scores: RoughScores, hidden: Tensor, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]]:
+        """Score the outputs that could be the largest of their row exactly, and select the largest.
+
+        Args:
+            rough_scores: the int8 scores of R rows.
+            hidden, weight, bias: see `argmax`.
+
+        Returns:
+            The (R,) largest outputs, and row, output and float32 score of each candidate. `None` in place of the
+            largest outputs if the candidates are too many, or a row has none with a finite score.
+        """
+        thresholds = rough_scores.group_maxima.amax(1)
+        if weight.dtype == torch.bfloat16:
             # a smaller output can be equal to the largest one after rounding
-            thresholds -= BFLOAT16_SPACING * (thresholds.abs() + error_bounds)
+            thresholds -= BFLOAT16_SPACING * (thresholds.abs() + rough_scores.errors)
         # the best score may be too high and the score of a candidate too low, each by the error bound
-        thresholds = torch.sub(thresholds, error_bounds, alpha=2)
+        thresholds = torch.sub(thresholds, rough_scores.errors, alpha=2)
         # comparisons with NaN are false
         thresholds.nan_to_num_(torch.nan, torch.nan, torch.nan)
-        # first select the groups with candidates, then the candidates in these groups
-        group_rows, groups = (group_maxima >= thresholds[:, None]).nonzero(as_tuple=True)
-        is_candidate = scores[group_rows, :, groups] >= thresholds.index_select(0, group_rows)[:, None]
-        selected, members = is_candidate.nonzero(as_tuple=True)
-        output_indices = torch.add(groups.index_select(0, selected), members, alpha=scores.shape[2])
-        return group_rows.index_select(0, selected), output_indices
+        rows, outputs = find_outputs(rough_scores, thresholds)
+        if not len(hidden) <= len(rows) <= MAX_CANDIDATES_PER_ROW * len(hidden):
+            return None, (rows, outputs, rows)
+        scores = score_outputs(hidden, weight, bias, rows, outputs)
+        rounded_scores = scores.to(weight.dtype).tolist()
+        best = select_best_candidates(rows.tolist(), outputs.tolist(), rounded_scores, len(hidden))
+        return None if best is None else torch.tensor(best), (rows, outputs, scores)
 
-    def _score(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute int8 scores and their error bounds.
+    def _score(self, hidden: Tensor) -> RoughScores:
+        """Compute int8 scores of all outputs, with bounds of their errors by the Cauchy-Schwarz inequality.
+
+        The bound of a row is not finite if the row is not.
 
         Args:
             hidden: (R, J) float32 batch of R rows.
-
-        Returns:
-            (R, GROUP_SIZE, num_groups) scores, and (R,) bounds of their errors, by the Cauchy-Schwarz inequality. The
-            bound of a row is not finite if the row is not.
         """
         low, high = (float(bound) for bound in hidden.aminmax())
         scale, zero_point = choose_scale(low, high)
@@ -200,7 +192,8 @@ class Int8Search:
             values.to(torch.uint8), scale, zero_point, self.packed_weight, self.scales, self.weight_zero_points,
             self.bias, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
-        return scores.unflatten(1, (GROUP_SIZE, -1)), error_bounds
+        scores = scores.unflatten(1, (GROUP_SIZE, -1))
+        return RoughScores(scores, scores.amax(1), error_bounds)
 
 
 def choose_scale(low: float, high: float) -> tuple[float, int]:

@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from ..configuration_parakeet import ParakeetRNNTConfig
 from .fast_linear import is_unmodified, probe_affine_layer, small_batch_linear
 from .int8_search import Int8Search, prepare_search
+from .searched_outputs import SearchedOutputs
 
 # hidden states and cell states of all LSTM layers, each (num_layers, B, width of the prediction network)
 LstmState = tuple[Tensor, Tensor]
@@ -21,6 +22,8 @@ LstmState = tuple[Tensor, Tensor]
 # maps encoder states (R, num_frames, J) and predictor states (R, 1, J) of R hypotheses to the (R, num_frames) indices
 # of the best outputs
 ArgmaxFunction = Callable[[Tensor, Tensor], Tensor]
+# maps the same states to the best tokens and rough scores of R * num_frames frames; `None` if all must be computed
+SearchFunction = Callable[[Tensor, Tensor], SearchedOutputs | None]
 
 
 class ParakeetRNNTDecoder(nn.Module):
@@ -176,20 +179,23 @@ class ParakeetRNNTJointNetwork(nn.Module):
         logits = small_batch_linear(hidden.flatten(0, 1), self.head.weight, self.head.bias)
         return logits.unflatten(0, hidden.shape[:2])
 
-    def build_argmax_functions(self, vocab_size: int) -> tuple[ArgmaxFunction | None, ArgmaxFunction | None]:
+    def build_argmax_functions(
+        self, vocab_size: int
+    ) -> tuple[ArgmaxFunction | None, ArgmaxFunction | None, SearchFunction | None]:
         """Build functions that find the best tokens and durations faster than `score` computes all logits.
 
         Args:
             vocab_size: number of tokens V with the blank; the outputs from index V on are durations.
 
         Returns:
-            A function that finds the best durations (`None` for RNN-T), and a function that finds the best tokens
-            (`None` on a device without fast int8 products). Both are `None` if the output layer is wrapped, for
-            example by LoRA. Each function maps encoder states (R, num_frames, J) and predictor states (R, 1, J) of R
-            hypotheses to (R, num_frames) indices.
+            A function that finds the best durations (`None` for RNN-T), a function that finds the best tokens, and a
+            function that also returns rough scores of all tokens (`None` on a device without fast int8 products).
+            All are `None` if the output layer is wrapped, for example by LoRA. The functions take encoder states
+            (R, num_frames, J) and predictor states (R, 1, J) of R hypotheses. The first two return (R, num_frames)
+            indices.
         """
         if not is_unmodified(self.head, nn.Linear):
-            return None, None
+            return None, None, None
         weight, bias = self.head.weight, self.head.bias
 
         @cache
@@ -208,6 +214,13 @@ class ParakeetRNNTJointNetwork(nn.Module):
             best_tokens = get_search().argmax(hidden.flatten(0, 1), weight[:vocab_size], bias[:vocab_size])
             return best_tokens.unflatten(0, hidden.shape[:2])
 
-        has_durations = len(weight) > vocab_size
-        find_tokens = find_best_tokens if Int8Search.is_faster(weight) else None
-        return find_best_durations if has_durations else None, find_tokens
+        def search_tokens(encoder_states: Tensor, predictor_states: Tensor) -> SearchedOutputs | None:
+            """Return the best tokens and rough scores; `None` if these scores do not suffice."""
+            rows = self._combine(encoder_states, predictor_states).flatten(0, 1)
+            return get_search().search(rows, weight[:vocab_size], bias[:vocab_size])
+
+        find_durations = find_best_durations if len(weight) > vocab_size else None
+        if not Int8Search.is_faster(weight):
+            return find_durations, None, None
+        # the rough scores bound the logits of float32, and not those of bfloat16, which are rounded
+        return find_durations, find_best_tokens, search_tokens if weight.dtype == torch.float32 else None
