@@ -158,10 +158,13 @@ def list_sides(baseline: Path | None, nemo_python: str | None) -> list[Side]:
 
 
 def write_noise(path: Path) -> None:
-    """Write white noise of 120 s whose loudness changes every 0.1 s, as (S,) float32 samples at 16 kHz."""
+    """Write 120 s of noise whose spectrum changes every 0.1 s, as (S,) float32 samples at 16 kHz."""
     generator = np.random.default_rng(0)
-    amplitudes = generator.uniform(0.005, 0.2, size=(1200, 1))
-    noise = amplitudes * generator.standard_normal((1200, SAMPLING_RATE // 10))
+    num_segments, segment_length, num_bands = 1200, SAMPLING_RATE // 10, 16
+    spectra = np.fft.rfft(generator.standard_normal((num_segments, segment_length)))
+    amplitudes = 0.02 * np.exp(1.5 * generator.standard_normal((num_segments, num_bands)))
+    bands = np.arange(spectra.shape[1]) * num_bands // spectra.shape[1]
+    noise = np.fft.irfft(spectra * amplitudes[:, bands], segment_length)
     np.save(path, noise.astype(np.float32).ravel())
 
 
@@ -298,10 +301,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--nemo-python", help="interpreter of an environment with NeMo")
     parser.add_argument("--cache", type=Path, help="folder that keeps the models; default: a temporary folder")
     parser.add_argument("--csv", type=Path, help="file for the results; rows are appended")
-    parser.add_argument("--quick", action="store_true", help="110M shape, two rounds, only transformers")
+    parser.add_argument("--quick", action="store_true", help="110M shape, one round, only transformers")
     args = parser.parse_args()
     if args.quick:
-        args.shapes, args.rounds, args.repeats = ["110M"], 2, 1
+        args.shapes, args.rounds, args.repeats = ["110M"], 1, 3
         args.sides = args.sides or ["stock-float32", "stock-bfloat16", "ours-float32", "ours-bfloat16", "ours-int8"]
     return args
 

@@ -40,8 +40,30 @@ SHAPES: dict[str, dict[str, Any]] = {
 NUM_HEADS, DECODER_WIDTH = 8, 640
 # number of tokens before the first word in the vocabulary of `long_audio.build_tokenizer`
 NUM_SPECIAL_TOKENS = 3
+# standard deviation of the weights of the encoder blocks
+BLOCK_STD = 0.005
 # seconds of noise on which the bias of the blank is shifted
 TUNING_SECONDS = 60
+
+
+@torch.no_grad()
+def randomise_weights(model: Any) -> None:
+    """Set random weights with which the labels depend on the audio, so that rounding changes few of them.
+
+    Args:
+        model: TDT model; changed in place.
+    """
+    for name, parameter in model.named_parameters():
+        if name.startswith(("decoder.", "joint.", "encoder_projector.")):
+            parameter.normal_(std=1.0 if "embedding" in name else 0.08)
+        elif name.startswith("encoder.layers.") and parameter.ndim > 1:
+            # with the default of 0.02, attention adds almost the same vector to all frames
+            parameter.normal_(std=BLOCK_STD)
+        elif name.startswith("encoder.subsampling.") and parameter.ndim > 1:
+            # keeps the variance through a layer with ReLU
+            torch.nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+    # special tokens and the full stop are never emitted
+    model.joint.head.bias[:NUM_SPECIAL_TOKENS] -= long_audio.DURATION_SHIFT
 
 
 @torch.no_grad()
@@ -73,11 +95,7 @@ def write_float32(shape: str, source: Path, target: Path) -> None:
     )
     model = tp.ParakeetForTDT(config).eval()
     model.generation_config.decoder_start_token_id = config.blank_token_id
-    for name, parameter in model.named_parameters():
-        if name.startswith(("decoder.", "joint.")):
-            parameter.normal_(std=1.0 if "embedding" in name else 0.08)
-    # special tokens and the full stop are never emitted
-    model.joint.head.bias[:NUM_SPECIAL_TOKENS] -= long_audio.DURATION_SHIFT
+    randomise_weights(model)
     extractor = tp.ParakeetFeatureExtractor(feature_size=encoder["num_mel_bins"])
     samples = np.load(source)[: TUNING_SECONDS * long_audio.SAMPLING_RATE]
     features = extractor(samples, sampling_rate=long_audio.SAMPLING_RATE)["input_features"]
