@@ -1,7 +1,7 @@
 # every target works as the first command on a fresh clone
 PYTHON ?= python3
 BIN = .venv/bin
-.PHONY: setup demo test test-slow test-gpu test-matrix wheel-test check docs bench kernel
+.PHONY: setup demo test test-slow test-gpu test-matrix wheel-test check docs bench bench-quick kernel
 
 setup: .venv/done
 
@@ -39,6 +39,10 @@ docs: setup
 
 bench: setup
 	$(BIN)/python benchmarks/encoder.py && $(BIN)/python benchmarks/decoding.py && $(BIN)/python benchmarks/loss.py
+
+# from samples to text, this package and stock transformers: about 3 minutes
+bench-quick: setup
+	$(BIN)/python benchmarks/end_to_end.py --quick
 
 # the kernel as the library `kernels` loads it: dist/transducer-loss/build/torch-cpu and torch-cuda
 kernel: setup

@@ -64,18 +64,19 @@ def write_noise(path: Path, minutes: float) -> None:
             file.write((amplitude * generator.standard_normal(SAMPLING_RATE // 10)).astype(np.float32))
 
 
-def build_tokenizer(tp: Any, head: str) -> Any:
+def build_tokenizer(tp: Any, head: str, vocab_size: int = VOCAB_SIZE) -> Any:
     """Build a tokenizer in which every label is a word, and the blank is the last token.
 
     Args:
         tp: the module `transformers_parakeet`.
         head: `ctc`, `rnnt` or `tdt`.
+        vocab_size: number of tokens with the blank.
     """
     from tokenizers import Tokenizer, decoders, models
 
     # the full stop is in the vocabulary of every released checkpoint with punctuation
     special_tokens = ["<unk>", "."] if head == "ctc" else ["<unk>", "<pad>", "."]
-    words = [f"\u2581w{index}" for index in range(VOCAB_SIZE - 1 - len(special_tokens))]
+    words = [f"\u2581w{index}" for index in range(vocab_size - 1 - len(special_tokens))]
     vocabulary = {token: index for index, token in enumerate([*special_tokens, *words])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     backend.decoder = decoders.Metaspace(replacement="\u2581", prepend_scheme="always")
@@ -93,7 +94,8 @@ def shift_blank_bias(model: Any, features: Any, seconds: float) -> None:
     """
     import torch
 
-    blank_id, num_labels = VOCAB_SIZE - 1, LABELS_PER_SECOND * seconds
+    vocab_size = model.config.vocab_size
+    blank_id, num_labels = vocab_size - 1, LABELS_PER_SECOND * seconds
     if hasattr(model, "ctc_head"):
         logits = model(features).logits[0]
         margins = logits[:, :blank_id].amax(-1) - logits[:, blank_id]
@@ -101,8 +103,8 @@ def shift_blank_bias(model: Any, features: Any, seconds: float) -> None:
         return
     bias = model.joint.head.bias
     # no duration of 0; stock transformers searches for the best token among the durations as well
-    bias[VOCAB_SIZE : VOCAB_SIZE + 1] -= DURATION_SHIFT
-    bias[VOCAB_SIZE:] -= DURATION_SHIFT
+    bias[vocab_size : vocab_size + 1] -= DURATION_SHIFT
+    bias[vocab_size:] -= DURATION_SHIFT
     encoded = model.get_audio_features(features)
     # all trials decode the same encoder output
     model.get_audio_features = lambda *args, **kwargs: encoded

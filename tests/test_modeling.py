@@ -230,6 +230,34 @@ def test_generate_compiles_as_one_graph():
     assert compiled(**batch).tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize("compiled_part", ["encoder", "generate"])
+def test_each_padded_length_is_compiled_only_once(compiled_part):
+    model, processor = ctc_model()
+    graphs = []
+
+    def count_graphs(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def compute(function, batch):
+        if compiled_part == "generate":
+            return function(**batch)
+        with torch.no_grad():
+            return function(batch["input_features"], attention_mask=batch["attention_mask"]).last_hidden_state
+
+    eager = model.generate if compiled_part == "generate" else model.encoder
+    torch._dynamo.reset()
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False, backend=count_graphs)
+    lengths = {16000: (0.4, 0.7, 1.0), 24000: (1.2, 1.5), 32000: (1.6, 1.9)}
+    for repeat in range(2):
+        for max_length, seconds in lengths.items():
+            for duration in seconds:
+                batch = processor([noise(duration)], sampling_rate=16000, padding="max_length", max_length=max_length)
+                # the eager backend runs the same operations
+                torch.testing.assert_close(compute(compiled, batch), compute(eager, batch), rtol=0, atol=TOLERANCE)
+        assert len(graphs) == len(lengths), f"repeat {repeat}"
+
+
 def test_training_step_as_documented():
     model, processor = ctc_model()
     inputs = processor(audio=[noise(1.0), noise(0.5)], text=["the fox", "a dog"], sampling_rate=16000)

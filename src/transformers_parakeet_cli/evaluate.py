@@ -12,6 +12,8 @@ import typer
 
 from .messages import print_error_and_exit, print_next_command, print_note, print_rows
 from .models import load_pipeline, print_model_note
+from .threads import check_threads, read_cpu_times, set_threads
+from .transcribe import Threads
 
 # number of clips with the most errors that are printed
 NUM_WORST_CLIPS = 3
@@ -51,6 +53,7 @@ def evaluate(
     decoder: Annotated[str | None, typer.Option(help="ctc: use the CTC head of a hybrid.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; default: cuda if there is a GPU.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    threads: Threads = None,
     report: Annotated[Path | None, typer.Option(help="HTML file with rates, diagram and worst clips.")] = None,
     output_path: Annotated[
         Path | None, typer.Option("--output", help="File for references and hypotheses, one JSON object per line.")
@@ -58,11 +61,14 @@ def evaluate(
 ) -> None:
     """Measure word and character error rates with 95 % intervals and the speed, on audio with transcripts."""
     with print_error_and_exit():
+        check_threads(threads)
+        cpu_times = read_cpu_times()
         from transformers_parakeet.training import load_speech, run_evaluation, write_report
 
         normalize_text = choose_normalization(normalize, spellings)
         dataset = load_speech(data, split, name, default_split="test")
         pipeline = load_pipeline(model, device=device, dtype=dtype)
+        set_threads(threads, cpu_times)
         print_model_note(pipeline, is_default_dtype=False)
         evaluation = run_evaluation(pipeline, dataset, batch_size, decoder, normalize_text)
         # printed before files are written, because a file that cannot be written must not lose the result

@@ -16,6 +16,7 @@ from .messages import error_console, format_error, print_error, print_note, prin
 from .models import load_pipeline, pause_garbage_collection, print_model_note
 from .outputs import OutputOptions, format_result, print_json_line, print_json_list
 from .progress import ProgressBar
+from .threads import check_threads, read_cpu_times, set_threads
 
 # lengths of audio from this number of seconds on are printed in hours
 MIN_HOURS_S = 360.0
@@ -69,7 +70,12 @@ class Job:
         print_error(message)
 
     def run(
-        self, model: str, model_options: dict[str, Any], options: dict[str, Any], phrase_file: Path | None = None
+        self,
+        model: str,
+        model_options: dict[str, Any],
+        options: dict[str, Any],
+        phrase_file: Path | None = None,
+        threads: int | None = None,
     ) -> None:
         """Transcribe the recordings whose outputs are missing.
 
@@ -78,11 +84,13 @@ class Job:
             model_options: arguments of `transformers_parakeet.transcription.load_pipeline`.
             options: fields of `TranscriptionOptions`.
             phrase_file: text file with phrases to recognise more often; `None` for no phrases.
+            threads: number of threads; `None` for at most the free cores.
 
         Raises:
             OSError: the model or a file cannot be read.
             ValueError: an option is invalid, or the output folder cannot be written.
         """
+        check_threads(threads)
         tasks = self.find_tasks()
         if not tasks:
             # the list of results is empty
@@ -90,6 +98,7 @@ class Job:
             return
         # an invalid folder is an error before the model is loaded
         self.outputs.create_folder()
+        cpu_times = read_cpu_times()
         # imported here, because this imports torch
         with pause_garbage_collection():
             from transformers_parakeet import transcription
@@ -99,9 +108,8 @@ class Job:
         all_options = transcription.TranscriptionOptions(
             **options, boost=phrases, confidence=self.outputs.needs_confidence
         )
-        pipeline = load_pipeline(model, **model_options)
-        if not self.is_quiet:
-            print_model_note(pipeline, is_default_dtype=model_options["dtype"] is None)
+        pipeline = self.load_pipeline(model, model_options)
+        set_threads(threads, cpu_times, self.is_quiet)
         bar_is_visible = not self.is_quiet and error_console.is_terminal
         start_time = time.monotonic()
         durations: list[float] = []
@@ -111,6 +119,18 @@ class Job:
             self.write(self.iterate_results(tasks, entries, bar, durations))
         if not self.is_quiet:
             self.print_summary(durations, time.monotonic() - start_time)
+
+    def load_pipeline(self, model: str, model_options: dict[str, Any]) -> Any:
+        """Load the model, and print which model it is.
+
+        Args:
+            model: Hub id, folder, `.nemo` file, or `demo`.
+            model_options: arguments of `transformers_parakeet.transcription.load_pipeline`.
+        """
+        pipeline = load_pipeline(model, **model_options)
+        if not self.is_quiet:
+            print_model_note(pipeline, is_default_dtype=model_options["dtype"] is None)
+        return pipeline
 
     def find_tasks(self) -> list[Task]:
         """Return the recordings whose outputs are missing, and print how many have all their outputs."""

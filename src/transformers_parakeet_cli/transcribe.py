@@ -113,6 +113,9 @@ Scripts = Annotated[
 QuantizeOption = Annotated[
     Quantization | None, option("int8: faster and smaller, on a CPU with VNNI or AMX instructions.")
 ]
+Threads = Annotated[
+    int | None, typer.Option(help="Number of threads on a CPU. Default: at most the number of free cores.", min=1)
+]
 Overwrite = Annotated[bool, option("Replace existing output files; otherwise they are kept.", "--overwrite")]
 JsonLines = Annotated[bool, option("Print each result to stdout as a JSON object on one line.", "--jsonl")]
 Quiet = Annotated[bool, option("Print only results and errors.", "--quiet")]
@@ -136,6 +139,7 @@ def transcribe(
     device: Device = None,
     dtype: DtypeOption = None,
     quantize: QuantizeOption = None,
+    threads: Threads = None,
     overwrite: Overwrite = False,
     jsonl: JsonLines = False,
     quiet: Quiet = False,
@@ -164,7 +168,7 @@ def transcribe(
             "scripts": tuple(scripts or ()),
         }
         job = Job(inputs, outputs, quiet)
-        job.run(model, model_options, options, boost)
+        job.run(model, model_options, options, boost, threads)
     raise typer.Exit(int(bool(job.errors)))
 
 
@@ -191,4 +195,4 @@ def get_value(choice: Enum | None) -> str | None:
     return None if choice is None else str(choice.value)
 
 
-__all__ = ["Decoder", "get_value", "transcribe"]
+__all__ = ["Decoder", "Threads", "get_value", "transcribe"]
