@@ -13,6 +13,7 @@ from .evaluate import evaluate
 from .export import export
 from .finetune import finetune
 from .info import info
+from .serve import serve
 from .transcribe import transcribe
 from .verify import verify
 
@@ -27,6 +28,7 @@ app.command(add_help_option=False, context_settings={"ignore_unknown_options": T
     finetune
 )
 app.command()(evaluate)
+app.command()(serve)
 app.command()(verify)
 
 __all__ = ["app"]
