@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 
 from .audio_arrays import MAX_CHANNELS, FloatArray, average_channels, to_array, to_float32, to_mono, to_numpy
-from .audio_decoding import MAX_RATE, MIN_RATE, PIECE_LENGTH, AudioError, AudioTooLongError, StoredSamples, decode_audio
+from .audio_decoding import (
+    MAX_RATE,
+    MIN_RATE,
+    PIECE_LENGTH,
+    AudioError,
+    AudioTooLongError,
+    DamagedAudioWarning,
+    StoredSamples,
+    decode_audio,
+)
 
 # samples per second of the audio that the published Parakeet checkpoints were trained on
 TARGET_RATE = 16_000
@@ -383,6 +392,7 @@ __all__ = [
     "AudioError",
     "AudioSource",
     "AudioTooLongError",
+    "DamagedAudioWarning",
     "FloatArray",
     "iterate_audio",
     "load_audio",

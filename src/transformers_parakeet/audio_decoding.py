@@ -47,6 +47,10 @@ class AudioTooLongError(AudioError):
     """Raised if audio is longer than the maximum duration."""
 
 
+class DamagedAudioWarning(UserWarning):
+    """Warns that only a part of a file could be read."""
+
+
 class StoredSamples:
     """Mono samples of a recording, in memory or, if they are too long, in an unnamed temporary file.
 
@@ -241,7 +245,8 @@ def decode_audio(
             "header: check that the file is not damaged"
         )
     if any(result.rate and result.problem for result in results):
-        warnings.warn(f"{name} is damaged: only {best.duration_s:.2f} s were read ({problems})", stacklevel=4)
+        message = f"{name} is damaged: only {best.duration_s:.2f} s were read ({problems})"
+        warnings.warn(message, DamagedAudioWarning, stacklevel=4)
     return best.samples
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typer
 
+from .bulk import bulk
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
@@ -28,6 +29,7 @@ app.command(add_help_option=False, context_settings={"ignore_unknown_options": T
     finetune
 )
 app.command()(evaluate)
+app.command()(bulk)
 app.command()(serve)
 app.command()(verify)
 

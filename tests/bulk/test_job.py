@@ -1,0 +1,123 @@
+"""Tests of `transformers_parakeet.bulk.BulkJob` in this process."""
+
+import io
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from bulk_helpers import DIGITS, Snapshot, read_output, write_archive
+
+from transformers_parakeet.bulk import BulkJob, BulkOptions, RayOptions, Transcriber, worker
+from transformers_parakeet.bulk.shards import Shard
+from transformers_parakeet.bulk.sources import list_source_files
+from transformers_parakeet.bulk.worker import decode_shard
+from transformers_parakeet.transcription import transcribe
+
+
+@pytest.fixture(scope="module")
+def transcriber():
+    """A transcriber whose model is loaded once."""
+    return Transcriber("demo")
+
+
+def run(source, target, transcriber, **options):
+    """Run a job in this process; return its totals."""
+    job = BulkJob(source, target, transcriber, BulkOptions("local", **options))
+    return job.run(job.plan())
+
+
+def test_the_output_of_a_folder_and_what_a_second_run_adds(transcriber, tmp_path):
+    paths = write_archive(tmp_path / "archive", 7, {3})
+    totals = run(tmp_path / "archive", tmp_path / "out", transcriber, files_per_shard=3)
+    rows = read_output(tmp_path / "out")
+    good = [path for number, path in enumerate(paths) if number != 3]
+    expected = {result.file: result for result in transcribe(good, model="demo")}
+    assert (totals.num_files, totals.num_errors) == (7, 1)
+    assert totals.duration_s == pytest.approx(sum(result.duration for result in expected.values()))
+    for path, row in zip(paths, rows, strict=True):
+        assert row["file"] == path.name
+        assert row["model"] == "demo"
+        if path in good:
+            assert row["text"] == expected[str(path)].text
+            assert [word["text"] for word in row["words"]] == [word.text for word in expected[str(path)].words]
+    before = Snapshot.take(tmp_path / "out")
+    assert len(before.files) == 3
+    assert run(tmp_path / "archive", tmp_path / "out", transcriber, files_per_shard=3).num_files == 0
+    # another size of shards finds the same recordings finished
+    assert run(tmp_path / "archive", tmp_path / "out", transcriber, files_per_shard=5).num_files == 0
+    assert Snapshot.take(tmp_path / "out") == before
+    (tmp_path / "archive" / "001b.flac").write_bytes(DIGITS[1].read_bytes())
+    assert run(tmp_path / "archive", tmp_path / "out", transcriber, files_per_shard=3).num_files == 1
+    after = Snapshot.take(tmp_path / "out")
+    assert {name: after.files[name] for name in before.files} == before.files
+    assert len(read_output(tmp_path / "out")) == 8
+
+
+def test_an_interrupted_job_continues(transcriber, tmp_path):
+    write_archive(tmp_path / "archive", 6, {0})
+    job = BulkJob(tmp_path / "archive", tmp_path / "out", transcriber, BulkOptions("local", files_per_shard=2))
+
+    def interrupt(report):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(job.plan(), interrupt)
+    assert len(read_output(tmp_path / "out")) == 2
+    plan = job.plan()
+    assert (len(plan.shards), plan.num_files, plan.finished.num_errors) == (2, 4, 1)
+    job.run(plan)
+    assert [row["file"] for row in read_output(tmp_path / "out")] == [f"{number:03d}.flac" for number in range(6)]
+
+
+def test_errors_are_tried_again_on_request(transcriber, tmp_path):
+    paths = write_archive(tmp_path / "archive", 4, {2})
+    run(tmp_path / "archive", tmp_path / "out", transcriber, files_per_shard=2)
+    paths[2].write_bytes(DIGITS[0].read_bytes())
+    assert run(tmp_path / "archive", tmp_path / "out", transcriber, files_per_shard=2).num_files == 0
+    totals = run(tmp_path / "archive", tmp_path / "out", transcriber, files_per_shard=2, retry_errors=True)
+    assert (totals.num_files, totals.num_errors) == (2, 0)
+    assert [row["error"] for row in read_output(tmp_path / "out")] == [None] * 4
+
+
+def test_parquet_with_bytes_and_an_object_store(transcriber, tmp_path):
+    audio = [{"bytes": path.read_bytes(), "path": path.name} for path in DIGITS]
+    (tmp_path / "source").mkdir()
+    pq.write_table(pa.table({"audio": audio}), tmp_path / "source" / "data.parquet")
+    target = f"memory://{tmp_path.name}/out"
+    assert run(tmp_path / "source", target, transcriber).num_files == 3
+    assert run(tmp_path / "source", target, transcriber).num_files == 0
+    (path,) = fsspec.filesystem("memory").find(f"/{tmp_path.name}/out")
+    table = pq.read_table(io.BytesIO(fsspec.filesystem("memory").cat_file(path)))
+    assert table["file"].to_pylist() == [path.name for path in DIGITS]
+    assert table["text"].to_pylist() == [result.text for result in transcribe(DIGITS, model="demo")]
+
+
+def test_long_recordings_are_left_to_the_worker_with_the_model(tmp_path, monkeypatch):
+    write_archive(tmp_path / "archive", 3, {1})
+    shard = Shard(tuple(list_source_files(tmp_path / "archive")))
+    decoded = decode_shard(shard)
+    assert [entry.audio is not None for entry in decoded] == [True, False, True]
+    assert "cannot be read as audio" in decoded[1].error
+    monkeypatch.setattr(worker, "MAX_DECODED_S", 0.1)
+    assert decode_shard(shard)[0] == worker.DecodedFile()
+
+
+def test_what_prevents_all_work_is_an_error(tmp_path):
+    write_archive(tmp_path / "archive", 2, set())
+    with pytest.raises(OSError, match=r"the shard part-\w+.parquet cannot be transcribed: .*missing.nemo"):
+        run(tmp_path / "archive", tmp_path / "out", Transcriber(tmp_path / "missing.nemo"))
+    assert read_output(tmp_path / "out") == []
+
+
+def test_wrong_options_are_refused(transcriber, tmp_path):
+    with pytest.raises(ValueError, match="`engine` must be one of ray, local, got 'spark'"):
+        BulkOptions("spark")
+    with pytest.raises(ValueError, match="`files_per_shard` must be at least 1, got 0"):
+        BulkOptions(files_per_shard=0)
+    with pytest.raises(ValueError, match="the engine `local` has one worker"):
+        BulkOptions("local", ray=RayOptions(num_workers=2))
+    write_archive(tmp_path / "archive", 1, set())
+    run(tmp_path / "archive", tmp_path / "out", transcriber)
+    with pytest.raises(ValueError, match="choose another folder, or use the same model and options"):
+        run(tmp_path / "archive", tmp_path / "out", Transcriber("demo", decoder="ctc"))
