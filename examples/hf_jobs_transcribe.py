@@ -27,9 +27,8 @@ from transformers_parakeet.transcription import DEFAULT_MODEL
 
 def print_report(report: ShardReport) -> None:
     """Print a line for a shard, so that the log of the job shows the progress."""
-    print(
-        f"{report.name}: {report.num_files} files, {report.num_errors} with an error, {report.duration_s:.0f} s of audio"
-    )
+    counts = f"{report.num_files} files, {report.num_errors} with an error"
+    print(f"{report.name}: {counts}, {report.duration_s:.0f} s of audio")
 
 
 def main() -> None:
