@@ -117,6 +117,9 @@ def test_wrong_options_are_refused(transcriber, tmp_path):
         BulkOptions(files_per_shard=0)
     with pytest.raises(ValueError, match="the engine `local` has one worker"):
         BulkOptions("local", ray=RayOptions(num_workers=2))
+    for target in (tmp_path / "archive" / "out", tmp_path / "archive"):
+        with pytest.raises(ValueError, match="the target must be outside of the source"):
+            BulkJob(f"{tmp_path / 'archive'}/", target, transcriber)
     write_archive(tmp_path / "archive", 1, set())
     run(tmp_path / "archive", tmp_path / "out", transcriber)
     with pytest.raises(ValueError, match="choose another folder, or use the same model and options"):

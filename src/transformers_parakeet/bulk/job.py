@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,9 @@ class BulkJob:
         target: folder or URL of the Parquet files, outside of the source.
         transcriber: the model and its options.
         options: engine, size of the shards and workers.
+
+    Raises:
+        ValueError: the target is in the source.
     """
 
     def __init__(
@@ -109,6 +113,12 @@ class BulkJob:
     ) -> None:
         self.source, self.options = str(source), options or BulkOptions()
         self.target = Target(target, describe_settings(transcriber))
+        source_location = self.source if "://" in self.source else os.path.abspath(self.source)
+        if f"{self.target.location}/".startswith(f"{source_location.rstrip('/')}/"):
+            raise ValueError(
+                f"the target must be outside of the source, or a second run would read its files as recordings, got "
+                f"{target} in {source}: choose another folder"
+            )
         self.worker = ShardWorker(transcriber, self.target)
 
     def plan(self) -> BulkPlan:
@@ -140,12 +150,14 @@ class BulkJob:
         reports = []
         if plan.shards:
             self.target.create()
-            for report in self._run_until_done(plan.shards):
-                if report.failure is not None:
-                    raise OSError(f"the shard {report.name} cannot be transcribed: {report.failure}")
-                reports.append(report)
-                if on_report is not None:
-                    on_report(report)
+            # the generator ends Ray when it is closed, also after an error
+            with closing(self._run_until_done(plan.shards)) as all_reports:
+                for report in all_reports:
+                    if report.failure is not None:
+                        raise OSError(f"the shard {report.name} cannot be transcribed: {report.failure}")
+                    reports.append(report)
+                    if on_report is not None:
+                        on_report(report)
         return BulkTotals(
             sum(report.num_files for report in reports),
             sum(report.num_errors for report in reports),
@@ -153,7 +165,7 @@ class BulkJob:
             time.monotonic() - start,
         )
 
-    def _run_until_done(self, shards: Sequence[Shard]) -> Iterator[ShardReport]:
+    def _run_until_done(self, shards: Sequence[Shard]) -> Generator[ShardReport, None, None]:
         """Run the shards, and again those whose worker ended; write error rows for recordings that end every worker."""
         with ExitStack() as stack:
             ray = stack.enter_context(connect(self.options.ray)) if self.options.engine == "ray" else None
