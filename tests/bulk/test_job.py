@@ -103,6 +103,46 @@ def test_long_recordings_are_left_to_the_worker_with_the_model(tmp_path, monkeyp
     assert decode_shard(shard)[0] == worker.DecodedFile()
 
 
+def test_a_shard_that_was_written_without_a_report_counts(transcriber, tmp_path, monkeypatch):
+    write_archive(tmp_path / "archive", 4, {3})
+    job = BulkJob(tmp_path / "archive", tmp_path / "out", transcriber, BulkOptions("local", files_per_shard=2))
+    run_once = job._run_once
+    monkeypatch.setattr(job, "_run_once", lambda *arguments, **options: list(run_once(*arguments, **options))[:1])
+    totals = job.run(job.plan())
+    assert (totals.num_files, totals.num_errors) == (4, 1)
+    assert len(read_output(tmp_path / "out")) == 4
+
+
+def test_recordings_whose_workers_end_are_tried_alone_and_then_written_as_errors(transcriber, tmp_path, monkeypatch):
+    paths = write_archive(tmp_path / "archive", 5, set())
+    job = BulkJob(tmp_path / "archive", tmp_path / "out", transcriber, BulkOptions("local", files_per_shard=2))
+    run_once, passes = job._run_once, []
+
+    def run_without_fatal(ray, shards, is_careful):
+        """Run the shards without those with the third recording, as if their worker had ended."""
+        passes.append(([len(shard.files) for shard in shards], is_careful))
+        return run_once(
+            ray, [shard for shard in shards if paths[2].name not in [f.name for f in shard.files]], is_careful
+        )
+
+    monkeypatch.setattr(job, "_run_once", run_without_fatal)
+    totals = job.run(job.plan())
+    assert passes == [([2, 2, 1], False), ([2], False), ([1, 1], True), ([1], True)]
+    assert (totals.num_files, totals.num_errors) == (5, 1)
+    rows = read_output(tmp_path / "out")
+    assert [row["file"] for row in rows] == [path.name for path in paths]
+    assert "the worker that transcribed this recording ended each time" in rows[2]["error"]
+    assert job.plan().shards == ()
+
+
+def test_workers_that_all_end_are_an_error(transcriber, tmp_path, monkeypatch):
+    write_archive(tmp_path / "archive", 2, set())
+    job = BulkJob(tmp_path / "archive", tmp_path / "out", transcriber, BulkOptions("local"))
+    monkeypatch.setattr(job, "_run_once", lambda *arguments, **options: [])
+    with pytest.raises(ChildProcessError, match="all workers ended before one of 1 shards was written"):
+        job.run(job.plan())
+
+
 def test_what_prevents_all_work_is_an_error(tmp_path):
     write_archive(tmp_path / "archive", 2, set())
     with pytest.raises(OSError, match=r"the shard part-\w+.parquet cannot be transcribed: .*missing.nemo"):

@@ -174,6 +174,9 @@ class BulkJob:
                 for report in self._run_once(ray, shards, is_careful=attempt >= 2):
                     done.add(report.name)
                     yield report
+                for report in self._read_unreported(shards, done):
+                    done.add(report.name)
+                    yield report
                 missing = [shard for shard in shards if shard.name not in done]
                 if not missing:
                     return
@@ -192,6 +195,11 @@ class BulkJob:
         if ray is None:
             return (self.worker.run(shard) for shard in shards)
         return run_shards(ray, shards, self.worker, self.options.ray, tasks_per_worker=1 if is_careful else 2)
+
+    def _read_unreported(self, shards: Sequence[Shard], done: set[str]) -> list[ShardReport]:
+        """Return reports of the shards whose worker ended after it had written the file."""
+        written = [shard for shard in shards if shard.name not in done and self.target.exists(shard.name)]
+        return [build_report(shard, self.target.read_rows(shard.name, ["error", "duration"])) for shard in written]
 
     def _write_error(self, shard: Shard) -> ShardReport:
         """Write a shard of one recording whose worker ended every time."""
