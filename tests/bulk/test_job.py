@@ -9,7 +9,7 @@ import pytest
 from bulk_helpers import DIGITS, Snapshot, read_output, write_archive
 
 from transformers_parakeet.bulk import BulkJob, BulkOptions, RayOptions, Transcriber, worker
-from transformers_parakeet.bulk.shards import Shard
+from transformers_parakeet.bulk.shards import Shard, Target
 from transformers_parakeet.bulk.sources import list_source_files
 from transformers_parakeet.bulk.worker import decode_shard
 from transformers_parakeet.transcription import transcribe
@@ -101,6 +101,21 @@ def test_long_recordings_are_left_to_the_worker_with_the_model(tmp_path, monkeyp
     assert "cannot be read as audio" in decoded[1].error
     monkeypatch.setattr(worker, "MAX_DECODED_S", 0.1)
     assert decode_shard(shard)[0] == worker.DecodedFile()
+
+
+def test_decoding_before_the_worker_gives_the_same_rows(transcriber, tmp_path):
+    paths = write_archive(tmp_path / "archive", 5, {1})
+    content = paths[3].read_bytes()
+    paths[3].write_bytes(content[: len(content) // 2])
+    shard = Shard(tuple(list_source_files(tmp_path / "archive")))
+    shard_worker = worker.ShardWorker(transcriber, Target(tmp_path / "out", {}))
+    decoded = decode_shard(shard)
+    rows = shard_worker.transcribe(shard, decoded)
+    assert rows == shard_worker.transcribe(shard, [worker.DecodedFile()] * 5)
+    # the worker with the model reads some of the recordings
+    assert rows == shard_worker.transcribe(shard, [*decoded[:2], *[worker.DecodedFile()] * 3])
+    assert [row["error"] is None for row in rows] == [True, False, True, False, True]
+    assert "is damaged: only" in rows[3]["error"]
 
 
 def test_a_shard_that_was_written_without_a_report_counts(transcriber, tmp_path, monkeypatch):

@@ -31,7 +31,8 @@ def test_ray_listens_on_the_loopback_address_only(ray):
     assert addresses
 
 
-def test_workers_write_what_this_process_writes_and_a_second_run_does_nothing(ray, tmp_path):
+@pytest.mark.parametrize("decodes_on_cpus", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_workers_write_what_this_process_writes_and_a_second_run_does_nothing(decodes_on_cpus, ray, tmp_path):
     archive = tmp_path / "archive"
     write_archive(archive, 9, {1, 6})
     # the end of this recording is missing
@@ -43,7 +44,7 @@ def test_workers_write_what_this_process_writes_and_a_second_run_does_nothing(ra
     assert (totals.num_files, totals.num_errors) == (9, 3)
     expected = read_output(tmp_path / "local")
 
-    options = BulkOptions("ray", files_per_shard=4, ray=RayOptions(num_workers=1, decodes_on_cpus=True))
+    options = BulkOptions("ray", files_per_shard=4, ray=RayOptions(num_workers=1, decodes_on_cpus=decodes_on_cpus))
     job = BulkJob(archive, tmp_path / "ray", Transcriber("demo"), options)
     names = []
     totals = job.run(job.plan(), lambda report: names.append(report.name))
@@ -58,6 +59,7 @@ def test_workers_write_what_this_process_writes_and_a_second_run_does_nothing(ra
     assert Snapshot.take(tmp_path / "ray") == before
 
 
+@pytest.mark.slow
 def test_the_transcriber_fits_map_batches(ray):
     rows = [{"path": str(path), "speaker": index} for index, path in enumerate(DIGITS)]
     rows.append({"path": "missing.flac", "speaker": 9})
