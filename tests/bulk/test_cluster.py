@@ -6,6 +6,7 @@ import signal
 import psutil
 import pytest
 from bulk_helpers import EndingTranscriber, Snapshot, read_output, write_archive
+from conftest import TESTS
 
 from transformers_parakeet.bulk import BulkJob, BulkOptions, RayOptions, Transcriber, import_ray
 
@@ -85,8 +86,15 @@ def test_a_lost_worker_and_a_lost_node_cost_no_row(cluster, tmp_path, monkeypatc
     assert Snapshot.take(tmp_path / "ray") == before
 
 
+@pytest.fixture
+def importable_helpers(monkeypatch):
+    """Let the workers of a new Ray import `bulk_helpers`."""
+    paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+
+
 @pytest.mark.slow
-def test_a_recording_that_ends_every_worker_is_a_row_with_an_error(tmp_path):
+def test_a_recording_that_ends_every_worker_is_a_row_with_an_error(importable_helpers, tmp_path):
     paths = write_archive(tmp_path / "archive", 6, {2})
     paths[4].write_bytes(b"fatal")
     transcriber = EndingTranscriber("demo")
@@ -103,7 +111,7 @@ def test_a_recording_that_ends_every_worker_is_a_row_with_an_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_that_all_end_are_an_error_and_no_rows(tmp_path):
+def test_workers_that_all_end_are_an_error_and_no_rows(importable_helpers, tmp_path):
     paths = write_archive(tmp_path / "archive", 2, set())
     transcriber = EndingTranscriber("demo")
     transcriber.fatal_size = paths[0].stat().st_size

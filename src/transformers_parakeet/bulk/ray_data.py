@@ -25,8 +25,8 @@ from .worker import ShardReport, ShardWorker, decode_shard
 logger = transformers_logging.get_logger(__name__)
 
 LOCAL_HOST = "127.0.0.1"
-# settings of Ray, which reads them when it is imported: no usage statistics, and no messages of its C++ part on stderr
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+# settings of Ray, which reads them when it is imported: no usage statistics
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}
 # and without clusters, as on Windows and macOS, Ray uses the loopback address, so that other machines cannot reach it
 LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # CPUs of a worker without a GPU, unless its number is given
