@@ -6,28 +6,25 @@ Decoding of files is in `audio_decoding.py`, features and padding are in `featur
 import http.client
 import math
 import os
-import sys
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from .audio_arrays import MAX_CHANNELS, FloatArray, average_channels, to_array, to_float32, to_mono, to_numpy
 from .audio_decoding import (
-    MAX_CHANNELS,
     MAX_RATE,
     MIN_RATE,
     PIECE_LENGTH,
     AudioError,
-    FloatArray,
+    AudioTooLongError,
+    DamagedAudioWarning,
     StoredSamples,
-    average_channels,
     decode_audio,
-    to_float32,
 )
 
 # samples per second of the audio that the published Parakeet checkpoints were trained on
@@ -91,8 +88,11 @@ class AudioSource:
         sampling_rate: sampling rate in Hz of an array; None means `target_rate`. See `load_audio`.
         target_rate: sampling rate in Hz of the result.
         in_memory_s: duration in seconds up to which the samples of a file stay in memory.
+        max_duration_s: maximum duration of a file in seconds. Decoding stops as soon as the header or the decoded
+            samples exceed it.
 
     Raises:
+        AudioTooLongError: The file is longer than `max_duration_s`.
         FileNotFoundError: The path does not exist.
         AudioError: The file or URL cannot be read as audio, or the temporary file cannot be written.
         ValueError: A sampling rate, a shape or a dict is invalid, or a sample is NaN or infinite.
@@ -107,12 +107,13 @@ class AudioSource:
         *,
         target_rate: int = TARGET_RATE,
         in_memory_s: float = IN_MEMORY_S,
+        max_duration_s: float = math.inf,
     ) -> None:
         self.sampling_rate = _check_rate(target_rate, "target_rate")
         default_rate = self.sampling_rate if sampling_rate is None else _check_rate(sampling_rate, "sampling_rate")
         audio = _read_source(source, default_rate)
         if isinstance(audio, _EncodedAudio):
-            self._samples = decode_audio(audio.content, audio.name, self.sampling_rate, in_memory_s)
+            self._samples = decode_audio(audio.content, audio.name, self.sampling_rate, in_memory_s, max_duration_s)
         else:
             self._samples = StoredSamples(audio.name, self.sampling_rate, math.inf)
             # samples that are not resampled are stored as one piece, so that they are not copied
@@ -241,7 +242,7 @@ def _read_source(source: Any, default_rate: int) -> _Samples | _EncodedAudio:
     if hasattr(source, "read"):
         name = str(getattr(source, "name", "<file object>"))
         return _EncodedAudio(_read_stream(source, name), name)
-    return _Samples(_to_mono(_to_array(source)), default_rate, "the array")
+    return _Samples(to_mono(to_array(source)), default_rate, "the array")
 
 
 def _read_mapping(source: Mapping[str, Any], default_rate: int) -> _Samples | _EncodedAudio:
@@ -262,7 +263,7 @@ def _read_mapping(source: Mapping[str, Any], default_rate: int) -> _Samples | _E
         if source.get(key) is not None:
             rate = source.get("sampling_rate")
             rate = default_rate if rate is None else _check_rate(rate, 'the dict\'s "sampling_rate"')
-            return _Samples(_to_mono(_to_array(source[key])), rate, f'the dict\'s "{key}"')
+            return _Samples(to_mono(to_array(source[key])), rate, f'the dict\'s "{key}"')
     if source.get("bytes") is not None:
         encoded = bytes(source["bytes"])
         return _EncodedAudio(encoded, str(source.get("path") or f"<{len(encoded)} bytes>"))
@@ -279,7 +280,7 @@ def _read_torchcodec(decoder: Any) -> _Samples:
     decoded = decoder.get_all_samples()
     rate = _check_rate(decoded.sample_rate, "the decoder's sample_rate")
     # torchcodec always returns the shape (C, S)
-    samples = average_channels(to_float32(_to_numpy(decoded.data)), axis=0)
+    samples = average_channels(to_float32(to_numpy(decoded.data)), axis=0)
     return _Samples(samples, rate, "the decoder")
 
 
@@ -350,80 +351,6 @@ def _read_stream(stream: Any, name: str) -> bytes:
     return bytes(content)
 
 
-def _to_array(source: Any) -> npt.NDArray[Any]:
-    """Convert samples to a NumPy array, without scaling the values.
-
-    Args:
-        source: an array, a tensor, a list of numbers, or a list of channels.
-
-    Raises:
-        TypeError: `source` has an unsupported type.
-        ValueError: The channels in a list have different lengths.
-    """
-    if hasattr(source, "__array__"):
-        return _to_numpy(source)
-    if not isinstance(source, Sequence):
-        raise TypeError(
-            "audio must be a path, URL, bytes, binary file, array, tensor, list of numbers, dict or torchcodec "
-            f"decoder, got {type(source).__name__}"
-        )
-    items = [_to_numpy(item) if hasattr(item, "__array__") else item for item in source]
-    try:
-        array = np.asarray(items)
-    except ValueError as error:
-        raise ValueError(f"the channels in a list must have the same length ({error})") from error
-    # Python integers in a list, such as [0, 0, 1], are amplitudes, so they become floats, which are not scaled later;
-    # NumPy integers are samples of an integer format, which are scaled later
-    has_python_numbers = not items or not isinstance(items[0], (np.ndarray, np.generic))
-    return array.astype(np.float64) if has_python_numbers and array.dtype.kind in "iu" else array
-
-
-def _to_numpy(array: Any) -> npt.NDArray[Any]:
-    """Convert an array, or a tensor on any device, to a NumPy array."""
-    # `sys.modules` avoids importing torch: a tensor can exist only if torch has already been imported
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
-        # NumPy does not support bfloat16
-        return np.asarray((array.float() if array.dtype == torch.bfloat16 else array).numpy())
-    return np.asarray(array)
-
-
-def _to_mono(array: npt.NDArray[Any]) -> FloatArray:
-    """Convert samples to float32 and average the channels.
-
-    Args:
-        array: (S,), (S, C) or (C, S) samples of a supported type. In two dimensions, the shorter axis contains the
-            channels.
-
-    Returns:
-        (S,) float32 samples.
-
-    Raises:
-        ValueError: The array has more than two dimensions, or it is unclear which axis contains the channels.
-        TypeError: The type of the samples is not supported.
-    """
-    if array.size == 0:
-        return np.zeros(0, dtype=np.float32)
-    samples = to_float32(array)
-    if samples.ndim == 1:
-        return np.ascontiguousarray(samples)
-    if samples.ndim != 2:
-        raise ValueError(
-            f"audio must have the shape (S,), (S, C) or (C, S), got {array.shape}: pass one clip at a time"
-        )
-    shorter_size, longer_size = sorted(array.shape)
-    if shorter_size == 1:
-        return np.ascontiguousarray(samples.reshape(-1))
-    if shorter_size > MAX_CHANNELS or longer_size <= MAX_CHANNELS:
-        raise ValueError(
-            f"two-dimensional audio must have one axis of at most {MAX_CHANNELS} channels and a longer axis of more "
-            f"than {MAX_CHANNELS} samples, got {array.shape}: average the channels first, or pass one clip at a time"
-        )
-    channel_axis = 1 if array.shape[1] == shorter_size else 0
-    return average_channels(samples, axis=channel_axis)
-
-
 def _check_finite(samples: StoredSamples, name: str) -> None:
     """Check that no sample is NaN or infinite.
 
@@ -459,4 +386,14 @@ def _check_rate(rate: Any, name: str) -> int:
     return int(rate)
 
 
-__all__ = ["MAX_CHANNELS", "TARGET_RATE", "AudioError", "AudioSource", "FloatArray", "iterate_audio", "load_audio"]
+__all__ = [
+    "MAX_CHANNELS",
+    "TARGET_RATE",
+    "AudioError",
+    "AudioSource",
+    "AudioTooLongError",
+    "DamagedAudioWarning",
+    "FloatArray",
+    "iterate_audio",
+    "load_audio",
+]

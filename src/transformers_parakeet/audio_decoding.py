@@ -5,6 +5,7 @@ Paths, URLs and arrays are in `audio.py`.
 
 import importlib
 import io
+import math
 import tempfile
 import threading
 import warnings
@@ -15,14 +16,11 @@ from types import ModuleType
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray: TypeAlias = npt.NDArray[np.float32]
+from .audio_arrays import MAX_CHANNELS, FloatArray, average_channels, to_float32
 
 # plausible sampling rates in Hz; a wrong rate in a damaged header could otherwise cause a huge resampling job
 MIN_RATE, MAX_RATE = 1_000, 1_000_000
-# maximum number of channels; 7.1 surround has 8
-MAX_CHANNELS = 8
 # maximum number of samples per file (12 hours at 48 kHz, 8 GiB), because a small compressed file can expand to any size
 MAX_SAMPLES = 2**31
 # values per call of libsndfile (1 MiB); memory is never allocated for the length in a header, which can be wrong
@@ -39,12 +37,18 @@ MIN_DECODED_FRACTION = 0.9
 MAX_MISSING_S = 0.03
 # bytes of the fixed part of an Ogg page header, and flag that marks the first page of a stream (RFC 3533)
 OGG_HEADER_BYTES, OGG_FIRST_PAGE = 27, 2
-# distance from zero to full scale of the integer sample formats; uint8 is centred on 128
-FULL_SCALE = {"int8": 128.0, "uint8": 128.0, "int16": 32768.0, "int32": 2147483648.0}
 
 
 class AudioError(ValueError):
     """Raised if audio cannot be read; the message contains the name of the file and the error of each decoder."""
+
+
+class AudioTooLongError(AudioError):
+    """Raised if audio is longer than the maximum duration."""
+
+
+class DamagedAudioWarning(UserWarning):
+    """Warns that only a part of a file could be read."""
 
 
 class StoredSamples:
@@ -173,12 +177,15 @@ class _DecoderState:
         samples: the decoded samples.
         rate: sampling rate in Hz of the file; 0 until the decoder has opened it.
         num_samples: number of samples in the blocks that were yielded.
+        header_duration_s: duration in seconds that the header states; 0 until the decoder has opened the file, and if
+            the header states none.
         problem: description of the error that stopped decoding; None if there was none.
     """
 
     samples: StoredSamples
     rate: int = 0
     num_samples: int = 0
+    header_duration_s: float = 0.0
     problem: str | None = None
 
     @property
@@ -191,7 +198,9 @@ class _DecoderState:
 _Decoder: TypeAlias = Callable[[str | bytes, _DecoderState], Iterator[FloatArray]]
 
 
-def decode_audio(source: str | bytes, name: str, target_rate: int, in_memory_s: float) -> StoredSamples:
+def decode_audio(
+    source: str | bytes, name: str, target_rate: int, in_memory_s: float, max_duration_s: float = math.inf
+) -> StoredSamples:
     """Decode an audio file completely, resample it, and store its samples.
 
     If the preferred decoder fails, the other decoder also decodes the file. A damaged file is decoded as far as
@@ -203,11 +212,14 @@ def decode_audio(source: str | bytes, name: str, target_rate: int, in_memory_s: 
         target_rate: sampling rate in Hz of the stored samples.
         in_memory_s: duration in seconds up to which the samples stay in memory. Longer samples are written to a
             temporary file.
+        max_duration_s: maximum duration in seconds. Decoding stops as soon as the header or the decoded samples exceed
+            it.
 
     Returns:
         The samples of the decoder that reads most of the file.
 
     Raises:
+        AudioTooLongError: The file is longer than `max_duration_s`.
         AudioError: The file is empty or too long, no decoder can read it, the sampling rate is implausible, or the
             temporary file cannot be written.
     """
@@ -217,7 +229,7 @@ def decode_audio(source: str | bytes, name: str, target_rate: int, in_memory_s: 
         raise AudioError(f"{name} is empty (0 bytes): pass a file that contains audio")
     results: list[_DecoderState] = []
     for decoder in _order_decoders(source, first_bytes):
-        results.append(_run_decoder(decoder, source, StoredSamples(name, target_rate, in_memory_s)))
+        results.append(_run_decoder(decoder, source, StoredSamples(name, target_rate, in_memory_s), max_duration_s))
         # zero samples also count as a failure, because the WAV header of an interrupted recording can state 0 samples
         if results[-1].problem is None and results[-1].num_samples:
             break
@@ -233,17 +245,21 @@ def decode_audio(source: str | bytes, name: str, target_rate: int, in_memory_s: 
             "header: check that the file is not damaged"
         )
     if any(result.rate and result.problem for result in results):
-        warnings.warn(f"{name} is damaged: only {best.duration_s:.2f} s were read ({problems})", stacklevel=4)
+        message = f"{name} is damaged: only {best.duration_s:.2f} s were read ({problems})"
+        warnings.warn(message, DamagedAudioWarning, stacklevel=4)
     return best.samples
 
 
-def _run_decoder(decoder: _Decoder, source: str | bytes, samples: StoredSamples) -> _DecoderState:
+def _run_decoder(
+    decoder: _Decoder, source: str | bytes, samples: StoredSamples, max_duration_s: float
+) -> _DecoderState:
     """Decode a file (path as a str or content as bytes) with one decoder, and add its samples to `samples`.
 
     Returns:
         The final state of the decoder. Decoding stops early if the sampling rate of the file is implausible.
 
     Raises:
+        AudioTooLongError: The file is longer than `max_duration_s`.
         AudioError: The file contains more than `MAX_SAMPLES` samples, or the temporary file cannot be written.
     """
     state = _DecoderState(samples)
@@ -251,6 +267,10 @@ def _run_decoder(decoder: _Decoder, source: str | bytes, samples: StoredSamples)
     for block in _join_blocks(decoder(source, state)):
         if not MIN_RATE <= state.rate <= MAX_RATE:
             break
+        if max(state.duration_s, state.header_duration_s) > max_duration_s:
+            raise AudioTooLongError(
+                f"{samples.name} must have a duration of at most {max_duration_s:g} s, got more: split the file"
+            )
         samples.add(block, state.rate)
         if samples.num_added > MAX_SAMPLES:
             raise AudioError(f"{samples.name} must have at most {MAX_SAMPLES} samples, got more: split the file")
@@ -333,12 +353,12 @@ def _decode_with_libsndfile(source: str | bytes, state: _DecoderState) -> Iterat
             if file.frames > MAX_HEADER_DURATION_S * file.samplerate:
                 # libsndfile cannot decode a FLAC file without a length in the header, such as a file written to a pipe
                 raise ValueError("the header contains no length")
-            state.rate = int(file.samplerate)
+            state.rate, state.header_duration_s = int(file.samplerate), file.frames / file.samplerate
             block_length = max(1, BLOCK_VALUES // file.channels)
             while len(block := file.read(block_length, dtype="float32", always_2d=True)):
                 state.num_samples += len(block)
                 yield average_channels(block, axis=1)
-            state.problem = _describe_missing_audio(state.num_samples / state.rate, file.frames / state.rate)
+            state.problem = _describe_missing_audio(state.duration_s, state.header_duration_s)
     except (RuntimeError, TypeError, ValueError, OSError) as error:
         # errors of libsndfile are RuntimeErrors; soundfile raises a TypeError for a file name that ends in .raw
         state.problem = str(getattr(error, "error_string", error))
@@ -385,6 +405,7 @@ def _decode_track(av: ModuleType, container: Any, state: _DecoderState) -> Itera
         state.problem = "the codec of the audio track is not supported"
         return
     state.rate, num_damaged_packets = int(track.rate or 0), 0
+    state.header_duration_s = float(track.duration * track.time_base) if track.duration and track.time_base else 0.0
     for packet in container.demux(track):
         try:
             audio_frames = packet.decode()
@@ -405,8 +426,7 @@ def _decode_track(av: ModuleType, container: Any, state: _DecoderState) -> Itera
     if num_damaged_packets:
         state.problem = f"{num_damaged_packets} damaged packets were skipped"
         return
-    header_duration_s = float(track.duration * track.time_base) if track.duration and track.time_base else 0.0
-    state.problem = _describe_missing_audio(state.num_samples / max(1, state.rate), header_duration_s)
+    state.problem = _describe_missing_audio(state.duration_s, state.header_duration_s)
 
 
 def _frame_to_mono(av: ModuleType, audio_frame: Any) -> FloatArray:
@@ -447,48 +467,6 @@ def _describe_missing_audio(decoded_duration_s: float, header_duration_s: float)
     if decoded_duration_s >= min_duration_s:
         return None
     return f"only {decoded_duration_s:.2f} s of the {header_duration_s:.2f} s stated in the header"
-
-
-def to_float32(array: npt.NDArray[Any]) -> FloatArray:
-    """Convert samples to float32, and scale integer samples to [-1, 1).
-
-    Args:
-        array: samples of any shape, as int8, uint8, int16, int32 or a floating-point type. Floating-point samples are
-            not scaled.
-
-    Returns:
-        float32 samples with the shape of `array`.
-
-    Raises:
-        TypeError: The samples have an unsupported type.
-    """
-    if array.dtype.kind == "f":
-        # float64 values outside the range of float32 become infinite; `audio.load_audio` then raises an error
-        with np.errstate(over="ignore"):
-            return array.astype(np.float32, copy=False)
-    if array.dtype.name not in FULL_SCALE:
-        raise TypeError(
-            f"samples must be floats, int8, uint8, int16 or int32, got {array.dtype}: convert them to floats in [-1, 1)"
-        )
-    full_scale = FULL_SCALE[array.dtype.name]
-    zero_level = full_scale if array.dtype.kind == "u" else 0.0
-    # the division is exact, because every full scale is a power of two
-    return (array.astype(np.float32) - np.float32(zero_level)) / np.float32(full_scale)
-
-
-def average_channels(samples: FloatArray, axis: int) -> FloatArray:
-    """Average the channels of two-dimensional samples.
-
-    Args:
-        samples: (C, S) samples if `axis` is 0, or (S, C) samples if `axis` is 1.
-        axis: axis of the channels.
-
-    Returns:
-        (S,) mono samples.
-    """
-    # suppress warnings about infinite samples here, because `audio.load_audio` raises an error for non-finite samples
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(samples.mean(axis=axis, dtype=np.float32), dtype=np.float32)
 
 
 def _import_package(name: str) -> ModuleType:

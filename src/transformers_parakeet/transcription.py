@@ -280,7 +280,51 @@ def transcribe_files(
     Raises:
         ValueError: the model does not have the decoder of the options.
     """
-    options = options or TranscriptionOptions()
+    run = prepare_run(pipeline, options or TranscriptionOptions())
+    recordings: deque[RecordingState] = deque()
+    windows = read_windows(pipeline, files, recordings, run.preprocess_arguments)
+    sampling_rate = pipeline.processor.feature_extractor.sampling_rate
+    fits = create_batch_check(pipeline, run.options.memory_budget)
+    for batch in batch_windows(windows, run.options.batch_size, fits):
+        decode_batch(pipeline, batch, run.generate_arguments)
+        if on_progress is not None:
+            on_progress(sum(count_new_samples(window_input["window"]) for _, window_input in batch) / sampling_rate)
+        while recordings and (recordings[0].is_decoded or recordings[0].error is not None):
+            yield build_entry(pipeline, recordings.popleft(), run)
+    # files at the end that could not be read
+    for recording in recordings:
+        yield build_entry(pipeline, recording, run)
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """The arguments of the steps of a pipeline for one set of options.
+
+    Args:
+        options: the options.
+        preprocess_arguments: arguments of the pipeline's `preprocess`.
+        generate_arguments: arguments of the pipeline's `_forward`.
+        postprocess_arguments: arguments of the pipeline's `postprocess`.
+        settings: the settings in the results.
+    """
+
+    options: TranscriptionOptions
+    preprocess_arguments: dict[str, Any]
+    generate_arguments: dict[str, Any]
+    postprocess_arguments: dict[str, Any]
+    settings: dict[str, Any]
+
+
+def prepare_run(pipeline: ParakeetASRPipeline, options: TranscriptionOptions) -> PreparedRun:
+    """Convert options to the arguments of the steps of a pipeline; this also loads the language model.
+
+    Args:
+        pipeline: pipeline with a model of this package.
+        options: decoder, windows, confidence and search.
+
+    Raises:
+        ValueError: the model does not have the decoder of the options.
+    """
     config = pipeline.model.config
     check_decoder(config, options.decoder)
     arguments = pipeline._sanitize_parameters(**_get_pipeline_options(options, config))
@@ -291,18 +335,7 @@ def transcribe_files(
     # the pipeline plans recordings of which this number fit the memory budget together
     preprocess_arguments["batch_size"] = options.batch_size or 1
     settings = _describe_settings(pipeline, preprocess_arguments, generate_arguments)
-    recordings: deque[RecordingState] = deque()
-    windows = read_windows(pipeline, files, recordings, preprocess_arguments)
-    sampling_rate = pipeline.processor.feature_extractor.sampling_rate
-    for batch in batch_windows(windows, options.batch_size, create_batch_check(pipeline, options.memory_budget)):
-        decode_batch(pipeline, batch, generate_arguments)
-        if on_progress is not None:
-            on_progress(sum(count_new_samples(window_input["window"]) for _, window_input in batch) / sampling_rate)
-        while recordings and (recordings[0].is_decoded or recordings[0].error is not None):
-            yield _build_entry(pipeline, recordings.popleft(), settings, postprocess_arguments)
-    # files at the end that could not be read
-    for recording in recordings:
-        yield _build_entry(pipeline, recording, settings, postprocess_arguments)
+    return PreparedRun(options, preprocess_arguments, generate_arguments, postprocess_arguments, settings)
 
 
 def _get_pipeline_options(options: TranscriptionOptions, config: Any) -> dict[str, Any]:
@@ -331,25 +364,21 @@ def _get_pipeline_options(options: TranscriptionOptions, config: Any) -> dict[st
     return arguments
 
 
-def _build_entry(
-    pipeline: ParakeetASRPipeline,
-    recording: RecordingState,
-    settings: dict[str, Any],
-    postprocess_arguments: dict[str, Any],
+def build_entry(
+    pipeline: ParakeetASRPipeline, recording: RecordingState, run: PreparedRun
 ) -> TranscriptionResult | FailedFile:
     """Build the result of a decoded recording, or the entry of a recording that failed.
 
     Args:
         pipeline: the pipeline.
         recording: the recording.
-        settings: the settings in the result.
-        postprocess_arguments: arguments of the pipeline's `postprocess`.
+        run: the arguments with which the recording was decoded.
     """
     if recording.error is not None:
         return FailedFile(recording.file, recording.error)
 
-    aggregation = postprocess_arguments.get("confidence_aggregation", DEFAULT_AGGREGATION)
-    head_type = postprocess_arguments.get("head_type")
+    aggregation = run.postprocess_arguments.get("confidence_aggregation", DEFAULT_AGGREGATION)
+    head_type = run.postprocess_arguments.get("head_type")
     emitted_tokens = pipeline.merge_outputs(recording.outputs)
     words, segments, tokens = (
         to_timed_texts(pipeline.build_chunks(emitted_tokens, level, aggregation, head_type))
@@ -364,7 +393,7 @@ def _build_entry(
         confidence=pipeline.processor.overall_confidence(emitted_tokens, aggregation),
         file=recording.file,
         model=pipeline.model.name_or_path or None,
-        settings=settings,
+        settings=run.settings,
         version=get_version(),
     )
 
@@ -403,8 +432,11 @@ __all__ = [
     "DEFAULT_MODEL",
     "DEMO_MODEL",
     "FailedFile",
+    "PreparedRun",
     "TranscriptionOptions",
+    "build_entry",
     "load_pipeline",
+    "prepare_run",
     "set_attention",
     "transcribe",
     "transcribe_files",

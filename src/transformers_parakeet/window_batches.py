@@ -34,12 +34,14 @@ class RecordingState:
         outputs: results of the pipeline's `_forward`, one dict per decoded window.
         is_decoded: whether the last window of the file is decoded.
         error: exception that reading or decoding raised; the other windows of the file are then ignored.
+        boosting: boosting tree for this file alone; `None` for the boosting of all files.
     """
 
     file: str | None
     outputs: list[dict[str, Any]] = field(default_factory=list)
     is_decoded: bool = False
     error: Exception | None = None
+    boosting: Any = None
 
 
 # a recording, and the model input of one of its windows, as the pipeline's `preprocess` returns it
@@ -157,6 +159,13 @@ def decode_batch(pipeline: Any, batch: list[WindowInput], generate_arguments: di
         "input_features": pad_sequence(features, batch_first=True),
         "attention_mask": pad_sequence(masks, batch_first=True),
     }
+    trees = [recording.boosting for recording, _ in batch]
+    if any(tree is not None for tree in trees):
+        common_tree = generate_arguments.get("boosting")
+        generate_arguments = {
+            **generate_arguments,
+            "boosting": [common_tree if tree is None else tree for tree in trees],
+        }
     hypotheses = None
     try:
         hypotheses = pipeline.forward(model_inputs, **generate_arguments)["hypotheses"]

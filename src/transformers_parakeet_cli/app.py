@@ -8,12 +8,14 @@ from __future__ import annotations
 import typer
 
 from .align import align
+from .bulk import bulk
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
 from .export import export
 from .finetune import finetune
 from .info import info
+from .serve import serve
 from .transcribe import transcribe
 from .verify import verify
 
@@ -29,6 +31,8 @@ app.command(add_help_option=False, context_settings={"ignore_unknown_options": T
     finetune
 )
 app.command()(evaluate)
+app.command()(bulk)
+app.command()(serve)
 app.command()(verify)
 
 __all__ = ["app"]
