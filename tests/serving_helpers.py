@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -35,6 +36,14 @@ def expected_texts():
     """Return the text of each clip, transcribed alone without the server."""
     results = (next(iter(transcribe(str(path), load_demo_pipeline(), batch_size=1))) for path in CLIPS)
     return {path: result.text for path, result in zip(CLIPS, results, strict=True)}
+
+
+def write_wav_header(num_bytes, rate=16000, channels=1, bits=16, form=1):
+    """Return the header of a WAV file with a number of bytes of samples."""
+    block = channels * bits // 8
+    fields = (b"RIFF", (num_bytes + 36) % 2**32, b"WAVE", b"fmt ", 16, form, channels, rate, (rate * block) % 2**32,
+              block % 2**16, bits, b"data", num_bytes % 2**32)  # fmt: skip
+    return struct.pack("<4sI4s4sIHHIIHH4sI", *fields)
 
 
 def find_free_port():

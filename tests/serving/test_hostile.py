@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import os
-import struct
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from serving_helpers import (
     read_response,
     send_raw,
     start_app,
+    write_wav_header,
 )
 
 # seconds in which a hostile request must be answered
@@ -37,14 +37,6 @@ MAX_DURATION_S = 600.0
 # hostile requests at the same time
 NUM_CONNECTIONS = 6
 FLAC = CLIP.read_bytes()
-
-
-def write_wav_header(num_bytes, rate=16000, channels=1, bits=16, form=1):
-    """Return the header of a WAV file with a number of bytes of samples."""
-    block = channels * bits // 8
-    fields = (b"RIFF", (num_bytes + 36) % 2**32, b"WAVE", b"fmt ", 16, form, channels, rate, (rate * block) % 2**32,
-              block % 2**16, bits, b"data", num_bytes % 2**32)  # fmt: skip
-    return struct.pack("<4sI4s4sIHHIIHH4sI", *fields)
 
 
 def make_flac_bomb(hides_length=True):

@@ -11,6 +11,7 @@ import binascii
 import contextlib
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -268,37 +269,57 @@ class Connection:
             self.send(build_error(f"the recording cannot be transcribed ({update})", "transcription_failed"))
             self._start_item()
             return
+        words = update.committed
+        for event in update.events:
+            num_before = sum(word.start < event.time for word in words)
+            # the end of the recording ends the last utterance as well
+            if event.name == "<EOU>" and not (is_last and num_before == len(words)):
+                self._send_delta(words[:num_before], [])
+                self._complete_item()
+                words = words[num_before:]
+        self._send_delta(words, update.tentative)
         if is_last:
             # the item of the end of a recording is known only now, because each `<EOU>` before it ends an item
             ids = {"item_id": self.item_id, "previous_item_id": self.previous_item_id}
             self.send({"type": "input_audio_buffer.committed", **ids})
-        is_utterance_end = is_last or any(event.name == "<EOU>" for event in update.events)
-        if update.committed or update.tentative:
-            before = join_stream_words(self.words)
-            self.words += update.committed
-            self.send(
-                {
-                    "type": "conversation.item.input_audio_transcription.delta",
-                    "item_id": self.item_id,
-                    "content_index": 0,
-                    "delta": join_stream_words(self.words)[len(before) :],
-                    # additions to OpenAI's fields
-                    "words": [asdict(word) for word in update.committed],
-                    "tentative": [asdict(word) for word in update.tentative],
-                }
-            )
-        if is_utterance_end:
-            duration = self.words[-1].end - self.words[0].start if self.words else 0.0
-            self.send(
-                {
-                    "type": "conversation.item.input_audio_transcription.completed",
-                    "item_id": self.item_id,
-                    "content_index": 0,
-                    "transcript": join_stream_words(self.words),
-                    "usage": {"type": "duration", "seconds": round(duration, 3)},
-                }
-            )
-            self._start_item()
+            self._complete_item()
+
+    def _send_delta(self, committed: Sequence[StreamWord], tentative: Sequence[StreamWord]) -> None:
+        """Send the new words of the present item, if there are any.
+
+        Args:
+            committed: words that do not change any more.
+            tentative: words that can still change.
+        """
+        if not committed and not tentative:
+            return
+        before = join_stream_words(self.words)
+        self.words += committed
+        self.send(
+            {
+                "type": "conversation.item.input_audio_transcription.delta",
+                "item_id": self.item_id,
+                "content_index": 0,
+                "delta": join_stream_words(self.words)[len(before) :],
+                # additions to OpenAI's fields
+                "words": [asdict(word) for word in committed],
+                "tentative": [asdict(word) for word in tentative],
+            }
+        )
+
+    def _complete_item(self) -> None:
+        """Send the text of the present item, and start a new item."""
+        duration = self.words[-1].end - self.words[0].start if self.words else 0.0
+        self.send(
+            {
+                "type": "conversation.item.input_audio_transcription.completed",
+                "item_id": self.item_id,
+                "content_index": 0,
+                "transcript": join_stream_words(self.words),
+                "usage": {"type": "duration", "seconds": round(duration, 3)},
+            }
+        )
+        self._start_item()
 
     def _start_item(self) -> None:
         """Start a new item of the conversation."""
