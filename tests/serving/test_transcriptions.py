@@ -15,6 +15,7 @@ import pytest
 import soundfile
 import srt
 import webvtt
+from conftest import TESTS
 from serving_helpers import (
     CLIP,
     CLIPS,
@@ -464,6 +465,16 @@ def test_a_file_without_samples_has_an_empty_text(client):
     assert client.audio.transcriptions.create(model="demo", file=file, response_format="srt") == ""
     (event,) = client.audio.transcriptions.create(model="demo", file=file, stream=True)
     assert (event.type, event.text) == ("transcript.text.done", "")
+
+
+def test_the_example_of_the_page_prints_what_the_page_says(demo_server, monkeypatch, capsys):
+    page = (TESTS.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(CLIP.parent)
+    address = "http://127.0.0.1:8000"
+    assert address in program
+    exec(compile(program.replace(address, demo_server), "serving.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == re.findall(r"# prints (.*)", program)
 
 
 def test_options_of_the_transcription_apply_to_all_requests():
