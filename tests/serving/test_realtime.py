@@ -74,7 +74,7 @@ class LiveClient:
     """
 
     def __init__(self, socket):
-        self.socket = socket
+        self.socket, self.rate = socket, None
 
     async def send(self, **event):
         """Send an event."""
@@ -84,7 +84,12 @@ class LiveClient:
         """Receive the next event, which must be of one of the kinds."""
         fields = json.loads(await asyncio.wait_for(self.socket.recv(), TIMEOUT_S))
         assert fields["type"] in (kinds or EVENT_CLASSES), fields
+        # the types allow only 24 kHz; other rates are an addition
+        audio_format = fields["session"]["audio"]["input"]["format"] if "session" in fields else {}
+        rate = audio_format.get("rate")
+        audio_format["rate"] = 24000
         event = EVENT_CLASSES[fields["type"]].model_validate(fields, strict=True)
+        self.rate = rate or self.rate
         # the union of all events of the server
         assert type(ANY_EVENT.validate_python(fields)) is type(event)
         return event
@@ -152,7 +157,8 @@ def test_a_clip_has_the_text_of_the_stream_without_the_server(server, rate):
             # 24 kHz is the rate of OpenAI's format
             if rate != 24000:
                 event = await client.set_rate(rate)
-                assert event.session.audio.input.format.rate == rate
+                assert event.session.audio.input.transcription.model == "demo"
+            assert client.rate == rate
             await client.append(read_clip(rate=rate))
             await client.commit()
             return await client.receive_item()
@@ -382,11 +388,14 @@ def test_a_client_that_does_not_read_is_disconnected(monkeypatch):
     async def run():
         """Add events to a connection."""
         connection = Connection(Socket(), live, "demo")
-        sender = asyncio.ensure_future(connection._send_events())
+        connection.sender = asyncio.ensure_future(connection._send_events())
         await asyncio.sleep(0)
-        for index in range(10):
+        for index in range(6):
             connection.send({"type": "error", "index": index})
-        await asyncio.wait_for(asyncio.gather(sender, return_exceptions=True), 5)
+            await asyncio.sleep(0)
+        assert not connection.sender.done()
+        connection.send({"type": "error"})
+        await asyncio.wait_for(asyncio.gather(connection.sender, return_exceptions=True), 5)
 
     live = LiveStreams(load_demo_pipeline(), 1)
     asyncio.run(run())

@@ -121,6 +121,7 @@ class Connection:
         self.words: list[StreamWord] = []
         self.stream_index = -1
         self.has_audio = False
+        self.sender: asyncio.Future[None] | None = None
 
     async def run(self) -> None:
         """Serve the connection until one side closes it."""
@@ -141,7 +142,7 @@ class Connection:
             await self.websocket.close(CLOSE_TRY_AGAIN)
             return
         self.send({"type": "session.created", "session": self.describe_session()})
-        sender = asyncio.ensure_future(self._send_events())
+        self.sender = sender = asyncio.ensure_future(self._send_events())
         receiver = asyncio.ensure_future(self._receive_events())
         try:
             await asyncio.wait({sender, receiver}, return_when=asyncio.FIRST_COMPLETED)
@@ -150,21 +151,24 @@ class Connection:
             for task in (sender, receiver):
                 task.cancel()
             await asyncio.gather(sender, receiver, return_exceptions=True)
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(WebSocketDisconnect, RuntimeError):
                 await self.websocket.close()
 
     def send(self, event: dict[str, Any]) -> None:
-        """Add an event to the queue of events for the client.
+        """Add an event to the queue of events for the client; a client that does not read is disconnected.
 
         Args:
             event: the event without its id.
         """
         self.events.put_nowait({"event_id": make_id("event"), **event})
+        if self.sender is not None and self.events.qsize() > MAX_WAITING_EVENTS:
+            # `run` then closes the connection
+            self.sender.cancel()
 
     async def _send_events(self) -> None:
-        """Send events until the connection is closed, or the client does not read."""
+        """Send events until the connection is closed."""
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):
-            while self.events.qsize() <= MAX_WAITING_EVENTS:
+            while True:
                 await self.websocket.send_json(await self.events.get())
 
     async def _receive_events(self) -> None:
@@ -204,8 +208,8 @@ class Connection:
         """
         kind = event.get("type")
         if kind == "input_audio_buffer.append":
-            self.has_audio = True
             self.live.feed(self.stream_index, self.reader.read(event.get("audio")))
+            self.has_audio = True
         elif kind == "input_audio_buffer.commit":
             if not self.has_audio:
                 raise EventError("the audio buffer must not be empty when it is committed: append audio first")
