@@ -302,7 +302,11 @@ async def _wait_for_disconnection(request: Request) -> None:
 
 
 def build_timeout_error(options: ServerOptions) -> ApiError:
-    """Build the error of a result that takes too long."""
+    """Build the error of a result that takes too long.
+
+    Args:
+        options: the options of the server.
+    """
     message = f"a request must be answered within {options.request_timeout_s:g} s: send a shorter file"
     return ApiError(504, message, "timeout")
 

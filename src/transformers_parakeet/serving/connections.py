@@ -9,6 +9,7 @@ import asyncio
 from typing import Any
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # seconds in which a client must send the head of a request
@@ -16,6 +17,8 @@ HEAD_TIMEOUT_S = 10.0
 # seconds for which the rest of a body is read and ignored after a response that did not need it. Closing at once could
 # reset the connection before the client has read the response.
 REST_TIMEOUT_S = 5.0
+# seconds for which a connection stays open between two requests
+KEEP_ALIVE_S = 30
 
 
 class TimedProtocol(H11Protocol):
@@ -24,12 +27,20 @@ class TimedProtocol(H11Protocol):
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Start to wait for the head of the first request."""
+        """Start to wait for the head of the first request.
+
+        Args:
+            transport: the connection.
+        """
         super().connection_made(transport)
         self._update_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Process data of the client."""
+        """Process data of the client.
+
+        Args:
+            data: the bytes received.
+        """
         super().data_received(data)
         self._update_timer()
 
@@ -39,12 +50,20 @@ class TimedProtocol(H11Protocol):
         self._update_timer()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        """Pass the connection on to the WebSocket protocol."""
+        """Pass the connection on to the WebSocket protocol.
+
+        Args:
+            event: the request for the upgrade.
+        """
         self._stop_timer()
         super().handle_websocket_upgrade(event)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Forget the connection.
+
+        Args:
+            exc: the error that closed the connection; `None` if there was none.
+        """
         self._stop_timer()
         super().connection_lost(exc)
 
@@ -70,4 +89,15 @@ class TimedProtocol(H11Protocol):
             self._timer = None
 
 
-__all__ = ["TimedProtocol"]
+def run_server(app: Any, host: str, port: int) -> None:
+    """Run an application until the process gets SIGINT or SIGTERM, and then finish the requests.
+
+    Args:
+        app: the application.
+        host: address to bind to.
+        port: port to bind to.
+    """
+    uvicorn.run(app, host=host, port=port, http=TimedProtocol, log_level="warning", timeout_keep_alive=KEEP_ALIVE_S)
+
+
+__all__ = ["TimedProtocol", "run_server"]
