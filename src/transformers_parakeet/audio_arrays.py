@@ -47,7 +47,11 @@ def to_array(source: Any) -> npt.NDArray[Any]:
 
 
 def to_numpy(array: Any) -> npt.NDArray[Any]:
-    """Convert an array, or a tensor on any device, to a NumPy array."""
+    """Convert an array, or a tensor on any device, to a NumPy array.
+
+    Args:
+        array: the array or tensor.
+    """
     # `sys.modules` avoids importing torch: a tensor can exist only if torch has already been imported
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):

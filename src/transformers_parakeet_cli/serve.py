@@ -39,10 +39,9 @@ def serve(
     with print_error_and_exit():
         from transformers_parakeet.optional_packages import import_optional
 
-        uvicorn = import_optional("uvicorn", "the server", "serve")
-        for package in ("fastapi", "multipart", "pebble", "prometheus_client", "websockets"):
+        for package in ("fastapi", "multipart", "pebble", "prometheus_client", "uvicorn", "websockets"):
             import_optional(package, "the server", "serve")
-        from transformers_parakeet.serving import ServerOptions, create_app, is_local_host
+        from transformers_parakeet.serving import ServerOptions, create_app, is_local_host, run_server
 
         if not is_local_host(host) and not api_key:
             raise ValueError(
@@ -61,7 +60,7 @@ def serve(
         pipeline = load_pipeline(model, device=device, **{name: get_value(choice) for name, choice in choices.items()})
         print_model_note(pipeline, is_default_dtype=dtype is None)
         print_note(f"open http://{host}:{port} in a browser, or send requests to http://{host}:{port}/v1")
-        uvicorn.run(create_app(pipeline, options), host=host, port=port, log_level="warning", timeout_keep_alive=30)
+        run_server(create_app(pipeline, options), host, port)
 
 
 __all__ = ["serve"]

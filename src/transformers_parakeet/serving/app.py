@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import io
+import logging
 import time
 import wave
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from ..results import TranscriptionResult
-from ..transcription import get_version
+from ..results import TranscriptionResult, get_version
 from .batching import ModelWorker, QueueFullError, WorkerClosedError
 from .errors import ApiError
 from .formats import MEDIA_TYPES, build_body, build_event, build_usage
@@ -36,9 +37,16 @@ from .parameters import TranscriptionRequest, read_parameters
 from .realtime import add_realtime_route
 from .uploads import UploadDecoder
 
+logger = logging.getLogger(__name__)
+
 STATIC_FOLDER = Path(__file__).parent / "static"
+# number of files per decoder process whose contents are in memory, so that the process never waits for the next one
+CONTENTS_PER_DECODER = 2
 # seconds after which a client may try again when the queue is full
 RETRY_AFTER_S = 2
+# status of a request whose client has closed the connection, as in nginx; it is only counted
+CLIENT_CLOSED_STATUS = 499
+INTERNAL_MESSAGE = "the server failed: see its log"
 
 
 class TranscriptionServer:
@@ -52,6 +60,7 @@ class TranscriptionServer:
     def __init__(self, pipeline: Any, options: ServerOptions) -> None:
         self.pipeline, self.options = pipeline, options
         self.model_name = str(pipeline.model.name_or_path or "parakeet")
+        sampling_rate = pipeline.processor.feature_extractor.sampling_rate
         self.metrics = ServerMetrics()
         self.live = LiveStreams(pipeline, options.max_streams)
         self.worker = ModelWorker(
@@ -59,14 +68,18 @@ class TranscriptionServer:
             options.transcription,
             options.max_waiting,
             options.batch_wait_s,
+            options.max_waiting_audio_s * sampling_rate,
             self.live,
             self.metrics.add_batch,
         )
         self.live.notify = self.worker.notify
-        sampling_rate = pipeline.processor.feature_extractor.sampling_rate
         self.decoder = UploadDecoder(
             options.num_decoders, sampling_rate, options.max_duration_s, options.decoding_timeout_s
         )
+        # number of requests that are received or decoded
+        self._num_received = 0
+        # the contents of other files stay in the temporary files of the forms
+        self._content_slots = asyncio.Semaphore(CONTENTS_PER_DECODER * options.num_decoders)
 
     async def warm_up(self) -> None:
         """Start the processes and run the model once, so that the first request is not slower than the others."""
@@ -84,6 +97,21 @@ class TranscriptionServer:
         self.worker.close()
         self.decoder.close()
 
+    @contextmanager
+    def receive_request(self) -> Iterator[None]:
+        """Count a request while it is received and decoded.
+
+        Raises:
+            ApiError: 429 if too many requests are received, decoded or wait for the model.
+        """
+        if self._num_received + self.worker.num_waiting >= self.options.max_waiting:
+            raise self._build_full_error()
+        self._num_received += 1
+        try:
+            yield
+        finally:
+            self._num_received -= 1
+
     async def submit(self, parameters: TranscriptionRequest, on_text: Any = None) -> Future[TranscriptionResult]:
         """Decode the file of a request, and submit its samples to the model.
 
@@ -94,10 +122,8 @@ class TranscriptionServer:
         Raises:
             ApiError: the file cannot be decoded, the queue is full, or the server is stopping.
         """
-        # the queue is checked before the work of decoding, and again by `submit`
-        if self.worker.num_waiting >= self.options.max_waiting:
-            raise self._build_full_error()
-        samples = await self.decoder.decode(parameters.content, parameters.file_name)
+        async with self._content_slots:
+            samples = await self.decoder.decode(await parameters.file.read(), parameters.file_name)
         boosting = None
         if parameters.phrases:
             boosting = await asyncio.to_thread(self.pipeline.processor.boosting_tree, parameters.phrases)
@@ -138,9 +164,11 @@ def create_app(pipeline: Any, options: ServerOptions | None = None) -> FastAPI:
         finally:
             await asyncio.to_thread(app.state.server.close)
 
-    app = FastAPI(title="transformers-parakeet", version=get_version() or "0", lifespan=lifespan)
+    # the pages of the framework load scripts from other servers
+    app = FastAPI(title="transformers-parakeet", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(ApiError, handle_api_error)
     app.add_exception_handler(HTTPException, handle_http_error)
+    app.add_exception_handler(ClientDisconnect, handle_disconnection)
     app.add_exception_handler(Exception, handle_unexpected_error)
     app.add_api_route("/v1/audio/transcriptions", transcribe, methods=["POST"])
     app.add_api_route("/v1/models", list_models, methods=["GET"])
@@ -171,9 +199,19 @@ async def handle_http_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(ApiError(error.status_code, str(error.detail)).to_body(), error.status_code, headers=headers)
 
 
+async def handle_disconnection(request: Request, error: Exception) -> JSONResponse:
+    """Answer a client that has closed the connection within its upload; nobody receives the answer."""
+    return JSONResponse(build_disconnection_error().to_body(), CLIENT_CLOSED_STATUS)
+
+
+def build_disconnection_error() -> ApiError:
+    """Build the error of a client that has closed the connection; it is only counted."""
+    return ApiError(CLIENT_CLOSED_STATUS, "the client has closed the connection", "client_disconnected")
+
+
 async def handle_unexpected_error(request: Request, error: Exception) -> JSONResponse:
     """Answer with the status 500; the framework logs the exception."""
-    return JSONResponse(ApiError(500, "the server failed: see its log", "internal_error").to_body(), 500)
+    return JSONResponse(ApiError(500, INTERNAL_MESSAGE, "internal_error").to_body(), 500)
 
 
 async def transcribe(request: Request) -> Response:
@@ -182,12 +220,15 @@ async def transcribe(request: Request) -> Response:
     start, status = time.monotonic(), 500
     response: Response
     try:
-        async with request.form(max_files=1, max_fields=32) as form:
-            parameters = await read_parameters(form, server.model_name, UploadFile)
+        texts = TextQueue()
+        with server.receive_request():
+            async with request.form(max_files=1, max_fields=32) as form:
+                parameters = read_parameters(form, server.model_name, UploadFile)
+                future = await server.submit(parameters, texts.add if parameters.is_streamed else None)
         if parameters.is_streamed:
-            response = await _stream_events(request, server, parameters)
+            response = _stream_events(server, future, texts)
         else:
-            result = await _wait_for_result(request, server, await server.submit(parameters))
+            result = await _wait_for_result(request, server, future)
             body = build_body(result, parameters.response_format, parameters.granularities, parameters.language)
             response = Response(body, media_type=MEDIA_TYPES[parameters.response_format])
         status = response.status_code
@@ -196,6 +237,9 @@ async def transcribe(request: Request) -> Response:
         raise
     except HTTPException as error:
         status = error.status_code
+        raise
+    except ClientDisconnect:
+        status = CLIENT_CLOSED_STATUS
         raise
     finally:
         server.metrics.requests.labels(str(status)).inc()
@@ -226,9 +270,8 @@ async def _wait_for_result(
         if result.done():
             return _get_result(server, future)
         if disconnection.done():
-            raise ApiError(499, "the client has closed the connection", "client_disconnected")
-        message = f"a request must be answered within {server.options.request_timeout_s:g} s: send a shorter file"
-        raise ApiError(504, message, "timeout")
+            raise build_disconnection_error()
+        raise build_timeout_error(server.options)
     finally:
         result.cancel()
         disconnection.cancel()
@@ -258,25 +301,49 @@ async def _wait_for_disconnection(request: Request) -> None:
         pass
 
 
-async def _stream_events(
-    request: Request, server: TranscriptionServer, parameters: TranscriptionRequest
+def build_timeout_error(options: ServerOptions) -> ApiError:
+    """Build the error of a result that takes too long.
+
+    Args:
+        options: the options of the server.
+    """
+    message = f"a request must be answered within {options.request_timeout_s:g} s: send a shorter file"
+    return ApiError(504, message, "timeout")
+
+
+class TextQueue:
+    """The texts of the windows of a recording, from the thread of the model to the thread of the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._texts: asyncio.Queue[str | None] = asyncio.Queue()
+
+    def add(self, text: str | None) -> None:
+        """Add a text; may be called in any thread.
+
+        Args:
+            text: the text so far; `None` after the last text.
+        """
+        # the loop can be closed while the server stops
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._texts.put_nowait, text)
+
+    async def get(self) -> str | None:
+        """Wait for the next text; `None` after the last text."""
+        return await self._texts.get()
+
+
+def _stream_events(
+    server: TranscriptionServer, future: Future[TranscriptionResult], texts: TextQueue
 ) -> StreamingResponse:
     """Answer with server-sent events: the text of each window as a delta, and the whole text at the end.
 
     Args:
-        request: the request.
         server: the server.
-        parameters: the parameters of the request.
+        future: the future of the result.
+        texts: the texts of the windows.
     """
-    loop = asyncio.get_running_loop()
-    texts: asyncio.Queue[str | None] = asyncio.Queue()
-
-    def add_text(text: str) -> None:
-        """Add a text in the thread of the event loop."""
-        loop.call_soon_threadsafe(texts.put_nowait, text)
-
-    future = await server.submit(parameters, add_text)
-    future.add_done_callback(lambda _: loop.call_soon_threadsafe(texts.put_nowait, None))
+    future.add_done_callback(lambda _: texts.add(None))
 
     async def iterate_events() -> AsyncIterator[str]:
         """Yield the events. If the client disconnects, the framework ends the iteration."""
@@ -295,6 +362,12 @@ async def _stream_events(
             yield build_event({"type": "transcript.text.done", "text": result.text, "usage": usage})
         except ApiError as error:
             yield build_event({"type": "error", **error.to_body()})
+        except asyncio.TimeoutError:
+            yield build_event({"type": "error", **build_timeout_error(server.options).to_body()})
+        # the status of the response is already sent, so the framework cannot answer with an error
+        except Exception:
+            logger.exception("a stream of events failed")
+            yield build_event({"type": "error", **ApiError(500, INTERNAL_MESSAGE, "internal_error").to_body()})
         finally:
             future.cancel()
 

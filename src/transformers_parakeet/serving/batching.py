@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -47,6 +48,7 @@ class Job:
         on_text: called after each window with the text so far; `None` for no call.
         arrival: time of the submission in seconds, on the clock `time.monotonic`.
         next_window: the next window; `None` until it is read.
+        total_samples: number of samples of the recording.
     """
 
     recording: RecordingState
@@ -55,6 +57,7 @@ class Job:
     on_text: OnText | None = None
     arrival: float = field(default_factory=time.monotonic)
     next_window: WindowInput | None = None
+    total_samples: int = 0
 
     @property
     def num_samples(self) -> int:
@@ -108,6 +111,7 @@ class ModelWorker:
         options: decoder, windows, batches and search of all requests.
         max_waiting: maximum number of jobs that are not finished.
         batch_wait_s: seconds for which the first job of a batch waits for other jobs.
+        max_waiting_samples: maximum number of samples of the jobs that are not finished; a single job can have more.
         live: work on live streams; `None` for none.
         on_batch: called after each batch with the number of windows and the seconds that it took; `None` for no call.
     """
@@ -118,11 +122,13 @@ class ModelWorker:
         options: TranscriptionOptions,
         max_waiting: int,
         batch_wait_s: float,
+        max_waiting_samples: float = math.inf,
         live: LiveWork | None = None,
         on_batch: Callable[[int, float], None] | None = None,
     ) -> None:
         self.pipeline, self.live, self.on_batch = pipeline, live, on_batch
         self.max_waiting, self.batch_wait_s = max_waiting, batch_wait_s
+        self.max_waiting_samples = max_waiting_samples
         self.run = prepare_run(pipeline, options)
         self.max_windows = options.batch_size or MAX_BATCH_SIZE
         check = create_batch_check(pipeline, options.memory_budget)
@@ -156,17 +162,21 @@ class ModelWorker:
             The future of the `TranscriptionResult`. If it is cancelled, the remaining windows are not decoded.
 
         Raises:
-            QueueFullError: `max_waiting` jobs are not finished.
+            QueueFullError: `max_waiting` jobs are not finished, or they have `max_waiting_samples` samples.
             WorkerClosedError: the worker is closed.
         """
         recording = RecordingState(None, boosting=boosting)
         windows = self.pipeline.preprocess(samples, **self.run.preprocess_arguments)
-        job = Job(recording, ((recording, window) for window in windows), on_text=on_text)
+        inputs = ((recording, window) for window in windows)
+        job = Job(recording, inputs, on_text=on_text, total_samples=len(samples))
         with self._condition:
             if self._is_closing:
                 raise WorkerClosedError("the worker must be open, but it is closed: create a new worker")
             if len(self._jobs) >= self.max_waiting:
                 raise QueueFullError(f"at most {self.max_waiting} recordings can wait: try again later")
+            num_samples = sum(waiting.total_samples for waiting in self._jobs)
+            if self._jobs and num_samples + job.total_samples > self.max_waiting_samples:
+                raise QueueFullError(f"at most {self.max_waiting_samples} samples can wait: try again later")
             self._jobs.append(job)
             self._condition.notify()
         return job.future
@@ -264,7 +274,12 @@ class ModelWorker:
             job: the job, which has a decoded window.
             on_text: the function that receives the text.
         """
-        on_text(self.pipeline.processor.to_text(self.pipeline.merge_outputs(job.recording.outputs)))
+        try:
+            on_text(self.pipeline.processor.to_text(self.pipeline.merge_outputs(job.recording.outputs)))
+        # no error in one recording may end the thread
+        except Exception as error:
+            logger.exception("a text could not be reported")
+            job.recording.error = error
 
     def _answer(self, job: Job) -> None:
         """Set the result or the exception of a job, unless it is cancelled.

@@ -11,6 +11,7 @@ import binascii
 import contextlib
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -113,12 +114,14 @@ class Connection:
         self.websocket, self.live, self.model_name = websocket, live, model_name
         self.reader = Pcm16Reader(DEFAULT_RATE, live.sampling_rate)
         self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        # the item of the next update of the stream
         self.item_id = make_id("item")
         self.previous_item_id: str | None = None
         # committed words of the present item
         self.words: list[StreamWord] = []
         self.stream_index = -1
         self.has_audio = False
+        self.sender: asyncio.Future[None] | None = None
 
     async def run(self) -> None:
         """Serve the connection until one side closes it."""
@@ -139,7 +142,7 @@ class Connection:
             await self.websocket.close(CLOSE_TRY_AGAIN)
             return
         self.send({"type": "session.created", "session": self.describe_session()})
-        sender = asyncio.ensure_future(self._send_events())
+        self.sender = sender = asyncio.ensure_future(self._send_events())
         receiver = asyncio.ensure_future(self._receive_events())
         try:
             await asyncio.wait({sender, receiver}, return_when=asyncio.FIRST_COMPLETED)
@@ -148,40 +151,51 @@ class Connection:
             for task in (sender, receiver):
                 task.cancel()
             await asyncio.gather(sender, receiver, return_exceptions=True)
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(WebSocketDisconnect, RuntimeError):
                 await self.websocket.close()
 
     def send(self, event: dict[str, Any]) -> None:
-        """Add an event to the queue of events for the client.
+        """Add an event to the queue of events for the client; a client that does not read is disconnected.
 
         Args:
             event: the event without its id.
         """
         self.events.put_nowait({"event_id": make_id("event"), **event})
+        if self.sender is not None and self.events.qsize() > MAX_WAITING_EVENTS:
+            # `run` then closes the connection
+            self.sender.cancel()
 
     async def _send_events(self) -> None:
-        """Send events until the connection is closed, or the client does not read."""
+        """Send events until the connection is closed."""
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):
-            while self.events.qsize() <= MAX_WAITING_EVENTS:
+            while True:
                 await self.websocket.send_json(await self.events.get())
 
     async def _receive_events(self) -> None:
         """Receive and process events until the connection is closed."""
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):
             while True:
-                text = await self.websocket.receive_text()
-                client_event_id = None
-                try:
-                    event = json.loads(text)
-                    if not isinstance(event, dict):
-                        raise EventError("an event must be a JSON object: correct it")
-                    client_event_id = event.get("event_id")
-                    self.process_event(event)
-                except (json.JSONDecodeError, EventError) as error:
-                    self.send(build_error(str(error), "invalid_event", client_event_id))
+                message = await self.websocket.receive()
+                if message["type"] == "websocket.disconnect":
+                    return
+                self.process_message(message.get("text"))
                 # not reading further slows down a client that sends faster than the model decodes
                 while self.live.get_waiting_s(self.stream_index) > MAX_WAITING_S:
                     await asyncio.sleep(WAIT_STEP_S)
+
+    def process_message(self, text: str | None) -> None:
+        """Process a message of the client. A wrong message is answered with an error event.
+
+        Args:
+            text: the text of the message; `None` for a binary message.
+        """
+        client_event_id = None
+        try:
+            event = parse_event(text)
+            client_event_id = event.get("event_id")
+            self.process_event(event)
+        except EventError as error:
+            self.send(build_error(str(error), "invalid_event", client_event_id))
 
     def process_event(self, event: dict[str, Any]) -> None:
         """Process an event of the client.
@@ -194,21 +208,15 @@ class Connection:
         """
         kind = event.get("type")
         if kind == "input_audio_buffer.append":
-            self.has_audio = True
             self.live.feed(self.stream_index, self.reader.read(event.get("audio")))
+            self.has_audio = True
         elif kind == "input_audio_buffer.commit":
             if not self.has_audio:
                 raise EventError("the audio buffer must not be empty when it is committed: append audio first")
             self.has_audio = False
             self.live.feed(self.stream_index, self.reader.finish())
+            # the stream answers with the last update of the recording
             self.live.finish(self.stream_index)
-            self.send(
-                {
-                    "type": "input_audio_buffer.committed",
-                    "item_id": self.item_id,
-                    "previous_item_id": self.previous_item_id,
-                }
-            )
         elif kind in ("session.update", "transcription_session.update"):
             self.update_session(event.get("session"))
             self.send({"type": "session.updated", "session": self.describe_session()})
@@ -228,10 +236,11 @@ class Connection:
         Raises:
             EventError: the format is not supported, or audio was already received.
         """
-        if not isinstance(session, dict):
-            raise EventError("`session` must be an object: add it")
-        audio_input = (session.get("audio") or {}).get("input") or {}
-        audio_format = audio_input.get("format") or {}
+        audio_format = session
+        for name in ("audio", "input", "format"):
+            audio_format = audio_format.get(name) or {} if isinstance(audio_format, dict) else None
+        if not isinstance(session, dict) or not isinstance(audio_format, dict):
+            raise EventError("`session`, and in it `audio`, `input` and `format`, must be objects: correct it")
         kind, rate = audio_format.get("type", "audio/pcm"), audio_format.get("rate", self.reader.rate)
         earlier_format = session.get("input_audio_format", "pcm16")
         if kind != "audio/pcm" or earlier_format != "pcm16":
@@ -264,37 +273,80 @@ class Connection:
             self.send(build_error(f"the recording cannot be transcribed ({update})", "transcription_failed"))
             self._start_item()
             return
-        is_utterance_end = is_last or any(event.name == "<EOU>" for event in update.events)
-        if update.committed or update.tentative:
-            before = join_stream_words(self.words)
-            self.words += update.committed
-            self.send(
-                {
-                    "type": "conversation.item.input_audio_transcription.delta",
-                    "item_id": self.item_id,
-                    "content_index": 0,
-                    "delta": join_stream_words(self.words)[len(before) :],
-                    # additions to OpenAI's fields
-                    "words": [asdict(word) for word in update.committed],
-                    "tentative": [asdict(word) for word in update.tentative],
-                }
-            )
-        if is_utterance_end:
-            duration = self.words[-1].end - self.words[0].start if self.words else 0.0
-            self.send(
-                {
-                    "type": "conversation.item.input_audio_transcription.completed",
-                    "item_id": self.item_id,
-                    "content_index": 0,
-                    "transcript": join_stream_words(self.words),
-                    "usage": {"type": "duration", "seconds": round(duration, 3)},
-                }
-            )
-            self._start_item()
+        words = update.committed
+        for event in update.events:
+            num_before = sum(word.start < event.time for word in words)
+            # the end of the recording ends the last utterance as well
+            if event.name == "<EOU>" and not (is_last and num_before == len(words)):
+                self._send_delta(words[:num_before], [])
+                self._complete_item()
+                words = words[num_before:]
+        self._send_delta(words, update.tentative)
+        if is_last:
+            # the item of the end of a recording is known only now, because each `<EOU>` before it ends an item
+            ids = {"item_id": self.item_id, "previous_item_id": self.previous_item_id}
+            self.send({"type": "input_audio_buffer.committed", **ids})
+            self._complete_item()
+
+    def _send_delta(self, committed: Sequence[StreamWord], tentative: Sequence[StreamWord]) -> None:
+        """Send the new words of the present item, if there are any.
+
+        Args:
+            committed: words that do not change any more.
+            tentative: words that can still change.
+        """
+        if not committed and not tentative:
+            return
+        before = join_stream_words(self.words)
+        self.words += committed
+        self.send(
+            {
+                "type": "conversation.item.input_audio_transcription.delta",
+                "item_id": self.item_id,
+                "content_index": 0,
+                "delta": join_stream_words(self.words)[len(before) :],
+                # additions to OpenAI's fields
+                "words": [asdict(word) for word in committed],
+                "tentative": [asdict(word) for word in tentative],
+            }
+        )
+
+    def _complete_item(self) -> None:
+        """Send the text of the present item, and start a new item."""
+        duration = self.words[-1].end - self.words[0].start if self.words else 0.0
+        self.send(
+            {
+                "type": "conversation.item.input_audio_transcription.completed",
+                "item_id": self.item_id,
+                "content_index": 0,
+                "transcript": join_stream_words(self.words),
+                "usage": {"type": "duration", "seconds": round(duration, 3)},
+            }
+        )
+        self._start_item()
 
     def _start_item(self) -> None:
         """Start a new item of the conversation."""
         self.previous_item_id, self.item_id, self.words = self.item_id, make_id("item"), []
+
+
+def parse_event(text: str | None) -> dict[str, Any]:
+    """Parse an event of a client.
+
+    Args:
+        text: the text of a message; `None` for a binary message.
+
+    Raises:
+        EventError: it is not a JSON object.
+    """
+    try:
+        # JSON that is nested too deeply is a RecursionError
+        event = json.loads(text or "")
+    except (ValueError, RecursionError) as error:
+        raise EventError(f"an event must be a text message with a JSON object ({error}): correct it") from error
+    if not isinstance(event, dict):
+        raise EventError("an event must be a JSON object: correct it")
+    return event
 
 
 def build_error(message: str, code: str, client_event_id: Any = None) -> dict[str, Any]:
