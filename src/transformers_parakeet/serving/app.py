@@ -23,11 +23,11 @@ from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from ..results import TranscriptionResult
+from ..results import TimedText, TranscriptionResult
 from ..transcription import get_version
-from .batching import ModelWorker, QueueFullError, WorkerClosedError
+from .batching import ModelWorker, OnText, OnWords, QueueFullError, WorkerClosedError
 from .errors import ApiError
-from .formats import MEDIA_TYPES, build_body, build_event, build_usage
+from .formats import MEDIA_TYPES, build_body, build_details, build_event, build_usage, build_word
 from .limits import RequestLimits
 from .live import LiveStreams
 from .monitoring import ServerMetrics
@@ -84,12 +84,15 @@ class TranscriptionServer:
         self.worker.close()
         self.decoder.close()
 
-    async def submit(self, parameters: TranscriptionRequest, on_text: Any = None) -> Future[TranscriptionResult]:
+    async def submit(
+        self, parameters: TranscriptionRequest, on_text: OnText | None = None, on_words: OnWords | None = None
+    ) -> Future[TranscriptionResult]:
         """Decode the file of a request, and submit its samples to the model.
 
         Args:
             parameters: the parameters of the request.
             on_text: called in the thread of the model with the text so far; `None` for no call.
+            on_words: called in the thread of the model with the new words; `None` for no call.
 
         Raises:
             ApiError: the file cannot be decoded, the queue is full, or the server is stopping.
@@ -102,7 +105,7 @@ class TranscriptionServer:
         if parameters.phrases:
             boosting = await asyncio.to_thread(self.pipeline.processor.boosting_tree, parameters.phrases)
         try:
-            return self.worker.submit(samples, boosting, on_text)
+            return self.worker.submit(samples, boosting, on_text, on_words)
         except QueueFullError:
             raise self._build_full_error() from None
         except WorkerClosedError:
@@ -263,42 +266,83 @@ async def _stream_events(
 ) -> StreamingResponse:
     """Answer with server-sent events: the text of each window as a delta, and the whole text at the end.
 
+    With verbose JSON, which is an addition to OpenAI's API, a delta also has the new words and the number of seconds
+    decoded so far, and the last event has the fields of verbose JSON.
+
     Args:
         request: the request.
         server: the server.
         parameters: the parameters of the request.
     """
     loop = asyncio.get_running_loop()
-    texts: asyncio.Queue[str | None] = asyncio.Queue()
+    updates: asyncio.Queue[tuple[str, dict[str, Any]] | None] = asyncio.Queue()
+    all_words: list[str] = []
 
     def add_text(text: str) -> None:
         """Add a text in the thread of the event loop."""
-        loop.call_soon_threadsafe(texts.put_nowait, text)
+        # the last word of a window can change with the next window
+        loop.call_soon_threadsafe(updates.put_nowait, (text.rpartition(" ")[0], {}))
 
-    future = await server.submit(parameters, add_text)
-    future.add_done_callback(lambda _: loop.call_soon_threadsafe(texts.put_nowait, None))
+    def add_words(words: tuple[TimedText, ...], seconds: float) -> None:
+        """Add words in the thread of the event loop."""
+        all_words.extend(word.text for word in words)
+        fields = {"words": [build_word(word) for word in words], "seconds": seconds}
+        loop.call_soon_threadsafe(updates.put_nowait, (" ".join(all_words), fields))
 
-    async def iterate_events() -> AsyncIterator[str]:
-        """Yield the events. If the client disconnects, the framework ends the iteration."""
-        sent = ""
-        try:
-            while (text := await asyncio.wait_for(texts.get(), server.options.request_timeout_s)) is not None:
-                # the last word of a window can change with the next window
-                stable, _, _ = text.rpartition(" ")
-                if stable.startswith(sent) and stable != sent:
-                    yield build_event({"type": "transcript.text.delta", "delta": stable[len(sent) :]})
-                    sent = stable
-            result = _get_result(server, future)
-            if result.text.startswith(sent) and result.text != sent:
-                yield build_event({"type": "transcript.text.delta", "delta": result.text[len(sent) :]})
-            usage = build_usage(result.duration)
-            yield build_event({"type": "transcript.text.done", "text": result.text, "usage": usage})
-        except ApiError as error:
-            yield build_event({"type": "error", **error.to_body()})
-        finally:
-            future.cancel()
+    is_verbose = parameters.response_format == "verbose_json"
+    callbacks = {"on_words": add_words} if is_verbose else {"on_text": add_text}
+    future = await server.submit(parameters, **callbacks)
+    future.add_done_callback(lambda _: loop.call_soon_threadsafe(updates.put_nowait, None))
 
-    return StreamingResponse(iterate_events(), media_type="text/event-stream")
+    return StreamingResponse(_iterate_events(server, parameters, future, updates), media_type="text/event-stream")
+
+
+async def _iterate_events(
+    server: TranscriptionServer,
+    parameters: TranscriptionRequest,
+    future: Future[TranscriptionResult],
+    updates: asyncio.Queue[tuple[str, dict[str, Any]] | None],
+) -> AsyncIterator[str]:
+    """Yield the events of a stream. If the client disconnects, the framework ends the iteration.
+
+    Args:
+        server: the server.
+        parameters: the parameters of the request.
+        future: the future of the result.
+        updates: the text so far and the additional fields of each delta; `None` after the last one.
+    """
+    sent, timeout_s = "", server.options.request_timeout_s
+    try:
+        while (update := await asyncio.wait_for(updates.get(), timeout_s)) is not None:
+            text, fields = update
+            delta = text[len(sent) :] if text.startswith(sent) else ""
+            if delta or fields:
+                yield build_event({"type": "transcript.text.delta", "delta": delta, **fields})
+                sent += delta
+        result = _get_result(server, future)
+        if result.text.startswith(sent) and result.text != sent:
+            yield build_event({"type": "transcript.text.delta", "delta": result.text[len(sent) :]})
+        yield build_event(_build_last_event(result, parameters))
+    except asyncio.TimeoutError:
+        message = f"the next text must be ready within {timeout_s:g} s: send a shorter file"
+        yield build_event({"type": "error", **ApiError(504, message, "timeout").to_body()})
+    except ApiError as error:
+        yield build_event({"type": "error", **error.to_body()})
+    finally:
+        future.cancel()
+
+
+def _build_last_event(result: TranscriptionResult, parameters: TranscriptionRequest) -> dict[str, Any]:
+    """Build the event that ends a stream of events.
+
+    Args:
+        result: the result of the recording.
+        parameters: the parameters of the request.
+    """
+    fields: dict[str, Any] = {"text": result.text, "usage": build_usage(result.duration)}
+    if parameters.response_format == "verbose_json":
+        fields |= build_details(result, parameters.granularities, parameters.language)
+    return {"type": "transcript.text.done", **fields}
 
 
 async def list_models(request: Request) -> dict[str, Any]:
