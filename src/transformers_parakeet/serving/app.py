@@ -13,13 +13,11 @@ import wave
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -32,11 +30,11 @@ from .limits import RequestLimits
 from .live import LiveStreams
 from .monitoring import ServerMetrics
 from .options import ServerOptions
+from .page import PageFiles
 from .parameters import TranscriptionRequest, read_parameters
 from .realtime import add_realtime_route
 from .uploads import UploadDecoder
 
-STATIC_FOLDER = Path(__file__).parent / "static"
 # seconds after which a client may try again when the queue is full
 RETRY_AFTER_S = 2
 
@@ -141,7 +139,15 @@ def create_app(pipeline: Any, options: ServerOptions | None = None) -> FastAPI:
         finally:
             await asyncio.to_thread(app.state.server.close)
 
-    app = FastAPI(title="transformers-parakeet", version=get_version() or "0", lifespan=lifespan)
+    # the pages of FastAPI about the API load files from other servers
+    app = FastAPI(
+        title="transformers-parakeet",
+        version=get_version() or "0",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
     app.add_exception_handler(ApiError, handle_api_error)
     app.add_exception_handler(HTTPException, handle_http_error)
     app.add_exception_handler(Exception, handle_unexpected_error)
@@ -152,7 +158,7 @@ def create_app(pipeline: Any, options: ServerOptions | None = None) -> FastAPI:
     app.add_api_route("/ready", get_readiness, methods=["GET"])
     app.add_api_route("/metrics", get_metrics, methods=["GET"])
     add_realtime_route(app)
-    app.mount("/", StaticFiles(directory=STATIC_FOLDER, html=True))
+    app.mount("/", PageFiles())
     app.add_middleware(RequestLimits, options=options)
     if options.allowed_origins:
         app.add_middleware(

@@ -148,7 +148,7 @@ class Connection:
             for task in (sender, receiver):
                 task.cancel()
             await asyncio.gather(sender, receiver, return_exceptions=True)
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(WebSocketDisconnect, RuntimeError):
                 await self.websocket.close()
 
     def send(self, event: dict[str, Any]) -> None:
@@ -288,6 +288,8 @@ class Connection:
                     "content_index": 0,
                     "transcript": join_stream_words(self.words),
                     "usage": {"type": "duration", "seconds": round(duration, 3)},
+                    # an addition to OpenAI's fields: whether the recording ends, not only an utterance
+                    "is_last": is_last,
                 }
             )
             self._start_item()
