@@ -6,6 +6,7 @@ are skipped where no browser is installed.
 
 import base64
 import io
+import itertools
 import json
 import re
 import shutil
@@ -641,7 +642,7 @@ def test_corrections_keep_the_times_of_other_words(page):
     words = correct(before, after)
     assert [word[0] for word in words] == after.split()
     assert (words[0][1], words[-1][2]) == (0, 899.5)
-    assert all(first[2] <= second[1] + 1e-6 for first, second in zip(words, words[1:], strict=False))
+    assert all(first[2] <= second[1] + 1e-6 for first, second in itertools.pairwise(words))
 
 
 def test_cues_are_in_order_and_fit(page):
@@ -664,7 +665,7 @@ def test_cues_are_in_order_and_fit(page):
     assert " ".join(cue.content.replace("\n", " ") for cue in cues) == " ".join(word["text"] for word in words)
     assert [cue.index for cue in cues] == list(range(1, len(cues) + 1))
     assert all(cue.start < cue.end for cue in cues)
-    assert all(first.end <= second.start for first, second in zip(cues, cues[1:], strict=False))
+    assert all(first.end <= second.start for first, second in itertools.pairwise(cues))
     lines = [line for cue in cues[:-1] for line in cue.content.split("\n")]
     assert max(len(line) for line in lines) <= 42
     assert max(len(cue.content.split("\n")) for cue in cues) == 2
