@@ -34,6 +34,16 @@ def golden() -> Path:
     return TESTS / "golden"
 
 
+@pytest.fixture(scope="session")
+def demo_server():
+    """Run `parakeet serve --model demo` in a separate process, and return the address of the server."""
+    pytest.importorskip("fastapi")
+    from serving_helpers import start_command
+
+    with start_command() as (url, _):
+        yield url
+
+
 @pytest.fixture
 def poisoned_memory():
     """Fill uninitialised memory with NaN, so that reading it changes a result."""

@@ -42,7 +42,7 @@ def serve(
         uvicorn = import_optional("uvicorn", "the server", "serve")
         for package in ("fastapi", "multipart", "pebble", "prometheus_client", "websockets"):
             import_optional(package, "the server", "serve")
-        from transformers_parakeet.serving import ServerOptions, create_app, is_local_host
+        from transformers_parakeet.serving import ServerOptions, TimedProtocol, create_app, is_local_host
 
         if not is_local_host(host) and not api_key:
             raise ValueError(
@@ -61,7 +61,14 @@ def serve(
         pipeline = load_pipeline(model, device=device, **{name: get_value(choice) for name, choice in choices.items()})
         print_model_note(pipeline, is_default_dtype=dtype is None)
         print_note(f"open http://{host}:{port} in a browser, or send requests to http://{host}:{port}/v1")
-        uvicorn.run(create_app(pipeline, options), host=host, port=port, log_level="warning", timeout_keep_alive=30)
+        uvicorn.run(
+            create_app(pipeline, options),
+            host=host,
+            port=port,
+            http=TimedProtocol,
+            log_level="warning",
+            timeout_keep_alive=30,
+        )
 
 
 __all__ = ["serve"]

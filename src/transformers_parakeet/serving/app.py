@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import io
+import logging
 import time
 import wave
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,9 +21,9 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ..results import TimedText, TranscriptionResult
-from ..transcription import get_version
 from .batching import ModelWorker, OnText, OnWords, QueueFullError, WorkerClosedError
 from .errors import ApiError
 from .formats import MEDIA_TYPES, build_body, build_details, build_event, build_usage, build_word
@@ -35,8 +36,15 @@ from .parameters import TranscriptionRequest, read_parameters
 from .realtime import add_realtime_route
 from .uploads import UploadDecoder
 
+logger = logging.getLogger(__name__)
+
+# number of files per decoder process whose contents are in memory, so that the process never waits for the next one
+CONTENTS_PER_DECODER = 2
 # seconds after which a client may try again when the queue is full
 RETRY_AFTER_S = 2
+# status of a request whose client has closed the connection, as in nginx; it is only counted
+CLIENT_CLOSED_STATUS = 499
+INTERNAL_MESSAGE = "the server failed: see its log"
 
 
 class TranscriptionServer:
@@ -50,6 +58,7 @@ class TranscriptionServer:
     def __init__(self, pipeline: Any, options: ServerOptions) -> None:
         self.pipeline, self.options = pipeline, options
         self.model_name = str(pipeline.model.name_or_path or "parakeet")
+        sampling_rate = pipeline.processor.feature_extractor.sampling_rate
         self.metrics = ServerMetrics()
         self.live = LiveStreams(pipeline, options.max_streams)
         self.worker = ModelWorker(
@@ -57,14 +66,18 @@ class TranscriptionServer:
             options.transcription,
             options.max_waiting,
             options.batch_wait_s,
+            options.max_waiting_audio_s * sampling_rate,
             self.live,
             self.metrics.add_batch,
         )
         self.live.notify = self.worker.notify
-        sampling_rate = pipeline.processor.feature_extractor.sampling_rate
         self.decoder = UploadDecoder(
             options.num_decoders, sampling_rate, options.max_duration_s, options.decoding_timeout_s
         )
+        # number of requests that are received or decoded
+        self._num_received = 0
+        # the contents of other files stay in the temporary files of the forms
+        self._content_slots = asyncio.Semaphore(CONTENTS_PER_DECODER * options.num_decoders)
 
     async def warm_up(self) -> None:
         """Start the processes and run the model once, so that the first request is not slower than the others."""
@@ -82,6 +95,21 @@ class TranscriptionServer:
         self.worker.close()
         self.decoder.close()
 
+    @contextmanager
+    def receive_request(self) -> Iterator[None]:
+        """Count a request while it is received and decoded.
+
+        Raises:
+            ApiError: 429 if too many requests are received, decoded or wait for the model.
+        """
+        if self._num_received + self.worker.num_waiting >= self.options.max_waiting:
+            raise self._build_full_error()
+        self._num_received += 1
+        try:
+            yield
+        finally:
+            self._num_received -= 1
+
     async def submit(
         self, parameters: TranscriptionRequest, on_text: OnText | None = None, on_words: OnWords | None = None
     ) -> Future[TranscriptionResult]:
@@ -95,10 +123,8 @@ class TranscriptionServer:
         Raises:
             ApiError: the file cannot be decoded, the queue is full, or the server is stopping.
         """
-        # the queue is checked before the work of decoding, and again by `submit`
-        if self.worker.num_waiting >= self.options.max_waiting:
-            raise self._build_full_error()
-        samples = await self.decoder.decode(parameters.content, parameters.file_name)
+        async with self._content_slots:
+            samples = await self.decoder.decode(await parameters.file.read(), parameters.file_name)
         boosting = None
         if parameters.phrases:
             boosting = await asyncio.to_thread(self.pipeline.processor.boosting_tree, parameters.phrases)
@@ -139,17 +165,11 @@ def create_app(pipeline: Any, options: ServerOptions | None = None) -> FastAPI:
         finally:
             await asyncio.to_thread(app.state.server.close)
 
-    # the pages of FastAPI about the API load files from other servers
-    app = FastAPI(
-        title="transformers-parakeet",
-        version=get_version() or "0",
-        lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-    )
+    # the pages of the framework load scripts from other servers
+    app = FastAPI(title="transformers-parakeet", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(ApiError, handle_api_error)
     app.add_exception_handler(HTTPException, handle_http_error)
+    app.add_exception_handler(ClientDisconnect, handle_disconnection)
     app.add_exception_handler(Exception, handle_unexpected_error)
     app.add_api_route("/v1/audio/transcriptions", transcribe, methods=["POST"])
     app.add_api_route("/v1/models", list_models, methods=["GET"])
@@ -180,9 +200,19 @@ async def handle_http_error(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(ApiError(error.status_code, str(error.detail)).to_body(), error.status_code, headers=headers)
 
 
+async def handle_disconnection(request: Request, error: Exception) -> JSONResponse:
+    """Answer a client that has closed the connection within its upload; nobody receives the answer."""
+    return JSONResponse(build_disconnection_error().to_body(), CLIENT_CLOSED_STATUS)
+
+
+def build_disconnection_error() -> ApiError:
+    """Build the error of a client that has closed the connection; it is only counted."""
+    return ApiError(CLIENT_CLOSED_STATUS, "the client has closed the connection", "client_disconnected")
+
+
 async def handle_unexpected_error(request: Request, error: Exception) -> JSONResponse:
     """Answer with the status 500; the framework logs the exception."""
-    return JSONResponse(ApiError(500, "the server failed: see its log", "internal_error").to_body(), 500)
+    return JSONResponse(ApiError(500, INTERNAL_MESSAGE, "internal_error").to_body(), 500)
 
 
 async def transcribe(request: Request) -> Response:
@@ -191,12 +221,16 @@ async def transcribe(request: Request) -> Response:
     start, status = time.monotonic(), 500
     response: Response
     try:
-        async with request.form(max_files=1, max_fields=32) as form:
-            parameters = await read_parameters(form, server.model_name, UploadFile)
+        updates = UpdateQueue()
+        with server.receive_request():
+            async with request.form(max_files=1, max_fields=32) as form:
+                parameters = read_parameters(form, server.model_name, UploadFile)
+                callbacks = updates.get_callbacks(parameters) if parameters.is_streamed else {}
+                future = await server.submit(parameters, **callbacks)
         if parameters.is_streamed:
-            response = await _stream_events(request, server, parameters)
+            response = _stream_events(server, parameters, future, updates)
         else:
-            result = await _wait_for_result(request, server, await server.submit(parameters))
+            result = await _wait_for_result(request, server, future)
             body = build_body(result, parameters.response_format, parameters.granularities, parameters.language)
             response = Response(body, media_type=MEDIA_TYPES[parameters.response_format])
         status = response.status_code
@@ -205,6 +239,9 @@ async def transcribe(request: Request) -> Response:
         raise
     except HTTPException as error:
         status = error.status_code
+        raise
+    except ClientDisconnect:
+        status = CLIENT_CLOSED_STATUS
         raise
     finally:
         server.metrics.requests.labels(str(status)).inc()
@@ -235,9 +272,8 @@ async def _wait_for_result(
         if result.done():
             return _get_result(server, future)
         if disconnection.done():
-            raise ApiError(499, "the client has closed the connection", "client_disconnected")
-        message = f"a request must be answered within {server.options.request_timeout_s:g} s: send a shorter file"
-        raise ApiError(504, message, "timeout")
+            raise build_disconnection_error()
+        raise build_timeout_error(server.options)
     finally:
         result.cancel()
         disconnection.cancel()
@@ -267,8 +303,59 @@ async def _wait_for_disconnection(request: Request) -> None:
         pass
 
 
-async def _stream_events(
-    request: Request, server: TranscriptionServer, parameters: TranscriptionRequest
+def build_timeout_error(options: ServerOptions) -> ApiError:
+    """Build the error of a result that takes too long."""
+    message = f"a request must be answered within {options.request_timeout_s:g} s: send a shorter file"
+    return ApiError(504, message, "timeout")
+
+
+class UpdateQueue:
+    """The texts of the windows of a recording, from the thread of the model to the thread of the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._updates: asyncio.Queue[tuple[str, dict[str, Any]] | None] = asyncio.Queue()
+        self._words: list[str] = []
+
+    def get_callbacks(self, parameters: TranscriptionRequest) -> dict[str, Any]:
+        """Return the arguments of `TranscriptionServer.submit` by which it adds updates.
+
+        Args:
+            parameters: the parameters of the request.
+        """
+        is_verbose = parameters.response_format == "verbose_json"
+        return {"on_words": self.add_words} if is_verbose else {"on_text": self.add_text}
+
+    def add_text(self, text: str) -> None:
+        """Add the text so far; may be called in any thread."""
+        # the last word of a window can change with the next window
+        self._add((text.rpartition(" ")[0], {}))
+
+    def add_words(self, words: tuple[TimedText, ...], seconds: float) -> None:
+        """Add new words and the number of seconds decoded so far; may be called in any thread."""
+        self._words.extend(word.text for word in words)
+        self._add((" ".join(self._words), {"words": [build_word(word) for word in words], "seconds": seconds}))
+
+    def close(self) -> None:
+        """Add the end of the updates; may be called in any thread."""
+        self._add(None)
+
+    def _add(self, update: tuple[str, dict[str, Any]] | None) -> None:
+        """Add an update."""
+        # the loop can be closed while the server stops
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._updates.put_nowait, update)
+
+    async def get(self) -> tuple[str, dict[str, Any]] | None:
+        """Wait for the next update: the text so far and the fields of its event; `None` after the last update."""
+        return await self._updates.get()
+
+
+def _stream_events(
+    server: TranscriptionServer,
+    parameters: TranscriptionRequest,
+    future: Future[TranscriptionResult],
+    updates: UpdateQueue,
 ) -> StreamingResponse:
     """Answer with server-sent events: the text of each window as a delta, and the whole text at the end.
 
@@ -276,66 +363,39 @@ async def _stream_events(
     decoded so far, and the last event has the fields of verbose JSON.
 
     Args:
-        request: the request.
-        server: the server.
-        parameters: the parameters of the request.
-    """
-    loop = asyncio.get_running_loop()
-    updates: asyncio.Queue[tuple[str, dict[str, Any]] | None] = asyncio.Queue()
-    all_words: list[str] = []
-
-    def add_text(text: str) -> None:
-        """Add a text in the thread of the event loop."""
-        # the last word of a window can change with the next window
-        loop.call_soon_threadsafe(updates.put_nowait, (text.rpartition(" ")[0], {}))
-
-    def add_words(words: tuple[TimedText, ...], seconds: float) -> None:
-        """Add words in the thread of the event loop."""
-        all_words.extend(word.text for word in words)
-        fields = {"words": [build_word(word) for word in words], "seconds": seconds}
-        loop.call_soon_threadsafe(updates.put_nowait, (" ".join(all_words), fields))
-
-    is_verbose = parameters.response_format == "verbose_json"
-    callbacks = {"on_words": add_words} if is_verbose else {"on_text": add_text}
-    future = await server.submit(parameters, **callbacks)
-    future.add_done_callback(lambda _: loop.call_soon_threadsafe(updates.put_nowait, None))
-
-    return StreamingResponse(_iterate_events(server, parameters, future, updates), media_type="text/event-stream")
-
-
-async def _iterate_events(
-    server: TranscriptionServer,
-    parameters: TranscriptionRequest,
-    future: Future[TranscriptionResult],
-    updates: asyncio.Queue[tuple[str, dict[str, Any]] | None],
-) -> AsyncIterator[str]:
-    """Yield the events of a stream. If the client disconnects, the framework ends the iteration.
-
-    Args:
         server: the server.
         parameters: the parameters of the request.
         future: the future of the result.
-        updates: the text so far and the additional fields of each delta; `None` after the last one.
+        updates: the texts of the windows.
     """
-    sent, timeout_s = "", server.options.request_timeout_s
-    try:
-        while (update := await asyncio.wait_for(updates.get(), timeout_s)) is not None:
-            text, fields = update
-            delta = text[len(sent) :] if text.startswith(sent) else ""
-            if delta or fields:
-                yield build_event({"type": "transcript.text.delta", "delta": delta, **fields})
-                sent += delta
-        result = _get_result(server, future)
-        if result.text.startswith(sent) and result.text != sent:
-            yield build_event({"type": "transcript.text.delta", "delta": result.text[len(sent) :]})
-        yield build_event(_build_last_event(result, parameters))
-    except asyncio.TimeoutError:
-        message = f"the next text must be ready within {timeout_s:g} s: send a shorter file"
-        yield build_event({"type": "error", **ApiError(504, message, "timeout").to_body()})
-    except ApiError as error:
-        yield build_event({"type": "error", **error.to_body()})
-    finally:
-        future.cancel()
+    future.add_done_callback(lambda _: updates.close())
+
+    async def iterate_events() -> AsyncIterator[str]:
+        """Yield the events. If the client disconnects, the framework ends the iteration."""
+        sent = ""
+        try:
+            while (update := await asyncio.wait_for(updates.get(), server.options.request_timeout_s)) is not None:
+                text, fields = update
+                delta = text[len(sent) :] if text.startswith(sent) else ""
+                if delta or fields:
+                    yield build_event({"type": "transcript.text.delta", "delta": delta, **fields})
+                    sent += delta
+            result = _get_result(server, future)
+            if result.text.startswith(sent) and result.text != sent:
+                yield build_event({"type": "transcript.text.delta", "delta": result.text[len(sent) :]})
+            yield build_event(_build_last_event(result, parameters))
+        except ApiError as error:
+            yield build_event({"type": "error", **error.to_body()})
+        except asyncio.TimeoutError:
+            yield build_event({"type": "error", **build_timeout_error(server.options).to_body()})
+        # the status of the response is already sent, so the framework cannot answer with an error
+        except Exception:
+            logger.exception("a stream of events failed")
+            yield build_event({"type": "error", **ApiError(500, INTERNAL_MESSAGE, "internal_error").to_body()})
+        finally:
+            future.cancel()
+
+    return StreamingResponse(iterate_events(), media_type="text/event-stream")
 
 
 def _build_last_event(result: TranscriptionResult, parameters: TranscriptionRequest) -> dict[str, Any]:

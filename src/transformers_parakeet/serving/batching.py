@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from bisect import bisect_left
@@ -57,6 +58,7 @@ class Job:
         num_reported_frames: number of encoder frames whose words `on_words` received.
         arrival: time of the submission in seconds, on the clock `time.monotonic`.
         next_window: the next window; `None` until it is read.
+        total_samples: number of samples of the recording.
     """
 
     recording: RecordingState
@@ -67,6 +69,7 @@ class Job:
     num_reported_frames: int = 0
     arrival: float = field(default_factory=time.monotonic)
     next_window: WindowInput | None = None
+    total_samples: int = 0
 
     @property
     def num_samples(self) -> int:
@@ -137,6 +140,7 @@ class ModelWorker:
         options: decoder, windows, batches and search of all requests.
         max_waiting: maximum number of jobs that are not finished.
         batch_wait_s: seconds for which the first job of a batch waits for other jobs.
+        max_waiting_samples: maximum number of samples of the jobs that are not finished; a single job can have more.
         live: work on live streams; `None` for none.
         on_batch: called after each batch with the number of windows and the seconds that it took; `None` for no call.
     """
@@ -147,11 +151,13 @@ class ModelWorker:
         options: TranscriptionOptions,
         max_waiting: int,
         batch_wait_s: float,
+        max_waiting_samples: float = math.inf,
         live: LiveWork | None = None,
         on_batch: Callable[[int, float], None] | None = None,
     ) -> None:
         self.pipeline, self.live, self.on_batch = pipeline, live, on_batch
         self.max_waiting, self.batch_wait_s = max_waiting, batch_wait_s
+        self.max_waiting_samples = max_waiting_samples
         self.run = prepare_run(pipeline, options)
         self.max_windows = options.batch_size or MAX_BATCH_SIZE
         check = create_batch_check(pipeline, options.memory_budget)
@@ -192,17 +198,21 @@ class ModelWorker:
             The future of the `TranscriptionResult`. If it is cancelled, the remaining windows are not decoded.
 
         Raises:
-            QueueFullError: `max_waiting` jobs are not finished.
+            QueueFullError: `max_waiting` jobs are not finished, or they have `max_waiting_samples` samples.
             WorkerClosedError: the worker is closed.
         """
         recording = RecordingState(None, boosting=boosting)
         windows = self.pipeline.preprocess(samples, **self.run.preprocess_arguments)
-        job = Job(recording, ((recording, window) for window in windows), on_text=on_text, on_words=on_words)
+        inputs = ((recording, window) for window in windows)
+        job = Job(recording, inputs, on_text=on_text, on_words=on_words, total_samples=len(samples))
         with self._condition:
             if self._is_closing:
                 raise WorkerClosedError("the worker must be open, but it is closed: create a new worker")
             if len(self._jobs) >= self.max_waiting:
                 raise QueueFullError(f"at most {self.max_waiting} recordings can wait: try again later")
+            num_samples = sum(waiting.total_samples for waiting in self._jobs)
+            if self._jobs and num_samples + job.total_samples > self.max_waiting_samples:
+                raise QueueFullError(f"at most {self.max_waiting_samples} samples can wait: try again later")
             self._jobs.append(job)
             self._condition.notify()
         return job.future
@@ -301,13 +311,18 @@ class ModelWorker:
         """
         if job.on_text is None and job.on_words is None:
             return
-        emitted_tokens = self.pipeline.merge_outputs(job.recording.outputs)
-        if job.on_text is not None:
-            job.on_text(self.pipeline.processor.to_text(emitted_tokens))
-        if job.on_words is not None:
-            words = self._build_new_words(job, emitted_tokens)
-            sampling_rate = self.pipeline.processor.feature_extractor.sampling_rate
-            job.on_words(words, job.recording.outputs[-1]["window"].stop / sampling_rate)
+        try:
+            emitted_tokens = self.pipeline.merge_outputs(job.recording.outputs)
+            if job.on_text is not None:
+                job.on_text(self.pipeline.processor.to_text(emitted_tokens))
+            if job.on_words is not None:
+                words = self._build_new_words(job, emitted_tokens)
+                sampling_rate = self.pipeline.processor.feature_extractor.sampling_rate
+                job.on_words(words, job.recording.outputs[-1]["window"].stop / sampling_rate)
+        # no error in one recording may end the thread
+        except Exception as error:
+            logger.exception("a text could not be reported")
+            job.recording.error = error
 
     def _build_new_words(self, job: Job, emitted_tokens: EmittedTokens) -> tuple[TimedText, ...]:
         """Build the words that were not reported, except the last one, which the next window can change.

@@ -97,8 +97,6 @@ class RequestLimits:
         except ApiError as error:
             if has_started:
                 raise
-            # the rest of the body is not read, so the connection cannot be used again
-            error.headers = {**error.headers, "Connection": "close"}
             await send_error(send, error)
 
 
@@ -142,7 +140,7 @@ class LimitedBody:
         except asyncio.TimeoutError:
             rate = self.options.min_upload_rate
             message_text = f"an upload must have at least {rate:g} bytes per second: use a faster connection"
-            raise ApiError(408, message_text, "upload_too_slow", headers={"Connection": "close"}) from None
+            raise ApiError(408, message_text, "upload_too_slow") from None
         if message["type"] == "http.request":
             self.num_bytes += len(message.get("body", b""))
             self.check_size(self.num_bytes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,41 +37,44 @@ class _Slot:
 
     Args:
         on_update: receives the updates; `None` if the place is free, or if its connection is closed.
-        blocks: samples that are not yet decoded.
-        is_ending: whether the recording ends after these samples.
+        blocks: samples that are not yet decoded; `None` is the end of a recording.
         is_closed: whether the connection is closed, so that the place becomes free.
     """
 
     on_update: OnUpdate | None = None
-    blocks: list[FloatArray] = field(default_factory=list)
-    is_ending: bool = False
+    blocks: deque[FloatArray | None] = field(default_factory=deque)
     is_closed: bool = False
 
     @property
     def has_work(self) -> bool:
         """Whether the next step has something to do for this place."""
-        return bool(self.blocks) or self.is_ending or self.is_closed
+        return bool(self.blocks) or self.is_closed
 
     @property
     def num_samples(self) -> int:
         """Number of samples that are not yet decoded."""
-        return sum(map(len, self.blocks))
+        return sum(len(block) for block in self.blocks if block is not None)
 
-    def take(self, max_samples: int) -> FloatArray | None:
-        """Remove the first samples.
+    def take(self, max_samples: int) -> tuple[FloatArray | None, bool]:
+        """Remove the first samples, at most to the end of the recording.
 
         Args:
             max_samples: maximum number of samples.
 
         Returns:
-            (S,) samples; `None` if there are none.
+            (S,) samples, `None` if there are none; and whether the recording ends after them.
         """
-        if not self.blocks:
-            return None
-        samples = np.concatenate(self.blocks)
-        rest = samples[max_samples:]
-        self.blocks = [rest] if len(rest) else []
-        return samples[:max_samples]
+        taken: list[FloatArray] = []
+        num_missing = max_samples
+        while self.blocks and num_missing > 0:
+            block = self.blocks.popleft()
+            if block is None:
+                return (np.concatenate(taken) if taken else None), True
+            taken.append(block[:num_missing])
+            if len(block) > num_missing:
+                self.blocks.appendleft(block[num_missing:])
+            num_missing -= len(taken[-1])
+        return (np.concatenate(taken) if taken else None), False
 
 
 class LiveStreams:
@@ -144,7 +148,7 @@ class LiveStreams:
             index: index of the stream.
         """
         with self._lock:
-            self._slots[index].is_ending = True
+            self._slots[index].blocks.append(None)
         self.notify()
 
     def close(self, index: int) -> None:
@@ -155,7 +159,7 @@ class LiveStreams:
         """
         with self._lock:
             slot = self._slots[index]
-            slot.on_update, slot.blocks, slot.is_ending, slot.is_closed = None, [], False, True
+            slot.on_update, slot.blocks, slot.is_closed = None, deque(), True
         self.notify()
 
     def has_input(self) -> bool:
@@ -168,10 +172,9 @@ class LiveStreams:
         with self._lock:
             callbacks = [slot.on_update for slot in self._slots]
             closed = [index for index, slot in enumerate(self._slots) if slot.is_closed]
-            samples = [slot.take(max_samples) for slot in self._slots]
-            ending = [index for index, slot in enumerate(self._slots) if slot.is_ending and not slot.blocks]
-            for index in ending:
-                self._slots[index].is_ending = False
+            taken = [slot.take(max_samples) for slot in self._slots]
+        samples = [block for block, _ in taken]
+        ending = [index for index, (_, is_end) in enumerate(taken) if is_end]
         # for each stream with an update: the update or an exception, and whether it is the last one
         updates: list[tuple[int, StreamUpdate | Exception, bool]] = []
         try:

@@ -24,7 +24,10 @@ class ServerOptions:
             `https://example.org`.
         max_upload_bytes: maximum size of a request in bytes.
         max_duration_s: maximum duration of a recording in seconds.
-        max_waiting: maximum number of requests that wait for the model; further requests get the status 429.
+        max_waiting: maximum number of requests that are received, decoded or wait for the model; further requests get
+            the status 429.
+        max_waiting_audio_s: maximum number of seconds of audio that wait for the model; further requests get the status
+            429. One recording is always accepted.
         max_streams: maximum number of live streams at a time.
         batch_wait_s: seconds for which the first request of a batch waits for other requests.
         upload_grace_s: seconds after which an upload must have sent `min_upload_rate` bytes per second on average.
@@ -45,6 +48,8 @@ class ServerOptions:
     max_upload_bytes: int = 100 * 1024**2
     max_duration_s: float = 2 * 3600.0
     max_waiting: int = 256
+    # 1.8 GB of samples
+    max_waiting_audio_s: float = 8 * 3600.0
     max_streams: int = 32
     batch_wait_s: float = 0.008
     upload_grace_s: float = 4.0
@@ -58,7 +63,8 @@ class ServerOptions:
         for name in ("max_upload_bytes", "max_waiting", "max_streams", "num_decoders"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}: raise it")
-        for name in ("max_duration_s", "upload_grace_s", "min_upload_rate", "decoding_timeout_s", "request_timeout_s"):
+        positive = ("max_duration_s", "max_waiting_audio_s", "upload_grace_s", "min_upload_rate", "decoding_timeout_s")
+        for name in (*positive, "request_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)}: raise it")
         if not 0 <= self.batch_wait_s <= 1:

@@ -23,7 +23,7 @@ class TranscriptionRequest:
     """The parameters of a transcription request.
 
     Args:
-        content: content of the audio file.
+        file: the audio file, an object with an asynchronous method `read`; it must be read while the form is open.
         file_name: name of the file.
         response_format: one of `MEDIA_TYPES`.
         granularities: what verbose JSON contains: `"segment"`, `"word"`.
@@ -32,7 +32,7 @@ class TranscriptionRequest:
         is_streamed: whether the response is a stream of events.
     """
 
-    content: bytes
+    file: Any
     file_name: str
     response_format: str = "json"
     granularities: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class TranscriptionRequest:
     is_streamed: bool = False
 
 
-async def read_parameters(form: Any, model_name: str, file_class: type) -> TranscriptionRequest:
+def read_parameters(form: Any, model_name: str, file_class: type) -> TranscriptionRequest:
     """Read the parameters from a form and check them.
 
     Args:
@@ -81,8 +81,7 @@ async def read_parameters(form: Any, model_name: str, file_class: type) -> Trans
         )
         raise ApiError(400, message, "invalid_value", "response_format")
     return TranscriptionRequest(
-        # the attribute `file` of the object is synchronous; `read` reads large files in a thread
-        content=await file.read(),  # type: ignore[attr-defined]
+        file=file,
         file_name=clean_file_name(file.filename),  # type: ignore[attr-defined]
         response_format=response_format,
         granularities=granularities,

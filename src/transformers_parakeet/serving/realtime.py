@@ -113,6 +113,7 @@ class Connection:
         self.websocket, self.live, self.model_name = websocket, live, model_name
         self.reader = Pcm16Reader(DEFAULT_RATE, live.sampling_rate)
         self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        # the item of the next update of the stream
         self.item_id = make_id("item")
         self.previous_item_id: str | None = None
         # committed words of the present item
@@ -169,19 +170,27 @@ class Connection:
         """Receive and process events until the connection is closed."""
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):
             while True:
-                text = await self.websocket.receive_text()
-                client_event_id = None
-                try:
-                    event = json.loads(text)
-                    if not isinstance(event, dict):
-                        raise EventError("an event must be a JSON object: correct it")
-                    client_event_id = event.get("event_id")
-                    self.process_event(event)
-                except (json.JSONDecodeError, EventError) as error:
-                    self.send(build_error(str(error), "invalid_event", client_event_id))
+                message = await self.websocket.receive()
+                if message["type"] == "websocket.disconnect":
+                    return
+                self.process_message(message.get("text"))
                 # not reading further slows down a client that sends faster than the model decodes
                 while self.live.get_waiting_s(self.stream_index) > MAX_WAITING_S:
                     await asyncio.sleep(WAIT_STEP_S)
+
+    def process_message(self, text: str | None) -> None:
+        """Process a message of the client. A wrong message is answered with an error event.
+
+        Args:
+            text: the text of the message; `None` for a binary message.
+        """
+        client_event_id = None
+        try:
+            event = parse_event(text)
+            client_event_id = event.get("event_id")
+            self.process_event(event)
+        except EventError as error:
+            self.send(build_error(str(error), "invalid_event", client_event_id))
 
     def process_event(self, event: dict[str, Any]) -> None:
         """Process an event of the client.
@@ -201,14 +210,8 @@ class Connection:
                 raise EventError("the audio buffer must not be empty when it is committed: append audio first")
             self.has_audio = False
             self.live.feed(self.stream_index, self.reader.finish())
+            # the stream answers with the last update of the recording
             self.live.finish(self.stream_index)
-            self.send(
-                {
-                    "type": "input_audio_buffer.committed",
-                    "item_id": self.item_id,
-                    "previous_item_id": self.previous_item_id,
-                }
-            )
         elif kind in ("session.update", "transcription_session.update"):
             self.update_session(event.get("session"))
             self.send({"type": "session.updated", "session": self.describe_session()})
@@ -228,10 +231,11 @@ class Connection:
         Raises:
             EventError: the format is not supported, or audio was already received.
         """
-        if not isinstance(session, dict):
-            raise EventError("`session` must be an object: add it")
-        audio_input = (session.get("audio") or {}).get("input") or {}
-        audio_format = audio_input.get("format") or {}
+        audio_format = session
+        for name in ("audio", "input", "format"):
+            audio_format = audio_format.get(name) or {} if isinstance(audio_format, dict) else None
+        if not isinstance(session, dict) or not isinstance(audio_format, dict):
+            raise EventError("`session`, and in it `audio`, `input` and `format`, must be objects: correct it")
         kind, rate = audio_format.get("type", "audio/pcm"), audio_format.get("rate", self.reader.rate)
         earlier_format = session.get("input_audio_format", "pcm16")
         if kind != "audio/pcm" or earlier_format != "pcm16":
@@ -264,6 +268,10 @@ class Connection:
             self.send(build_error(f"the recording cannot be transcribed ({update})", "transcription_failed"))
             self._start_item()
             return
+        if is_last:
+            # the item of the end of a recording is known only now, because each `<EOU>` before it ends an item
+            ids = {"item_id": self.item_id, "previous_item_id": self.previous_item_id}
+            self.send({"type": "input_audio_buffer.committed", **ids})
         is_utterance_end = is_last or any(event.name == "<EOU>" for event in update.events)
         if update.committed or update.tentative:
             before = join_stream_words(self.words)
@@ -288,8 +296,6 @@ class Connection:
                     "content_index": 0,
                     "transcript": join_stream_words(self.words),
                     "usage": {"type": "duration", "seconds": round(duration, 3)},
-                    # an addition to OpenAI's fields: whether the recording ends, not only an utterance
-                    "is_last": is_last,
                 }
             )
             self._start_item()
@@ -297,6 +303,25 @@ class Connection:
     def _start_item(self) -> None:
         """Start a new item of the conversation."""
         self.previous_item_id, self.item_id, self.words = self.item_id, make_id("item"), []
+
+
+def parse_event(text: str | None) -> dict[str, Any]:
+    """Parse an event of a client.
+
+    Args:
+        text: the text of a message; `None` for a binary message.
+
+    Raises:
+        EventError: it is not a JSON object.
+    """
+    try:
+        # JSON that is nested too deeply is a RecursionError
+        event = json.loads(text or "")
+    except (ValueError, RecursionError) as error:
+        raise EventError(f"an event must be a text message with a JSON object ({error}): correct it") from error
+    if not isinstance(event, dict):
+        raise EventError("an event must be a JSON object: correct it")
+    return event
 
 
 def build_error(message: str, code: str, client_event_id: Any = None) -> dict[str, Any]:

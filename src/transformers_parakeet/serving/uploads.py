@@ -20,6 +20,12 @@ from .errors import ApiError
 MAX_DECODER_MEMORY = 4 * 1024**3
 # number of files that one process decodes before it is replaced, so that a leak in a decoder cannot fill the memory
 MAX_FILES_PER_PROCESS = 1000
+# bytes before the first chunk of a WAV file, and of the head of a chunk
+RIFF_HEADER_BYTES, CHUNK_HEADER_BYTES = 12, 8
+# programs that write a WAV file to a pipe state a length from this number of bytes on, because they do not know it
+MIN_PLACEHOLDER_BYTES = 0x7FFFF000
+# fraction of the bytes in the header that a WAV file must have; the length in the header can be a bit too large
+MIN_PRESENT_FRACTION = 0.9
 
 
 def limit_memory() -> None:
@@ -33,6 +39,35 @@ def limit_memory() -> None:
     limit = num_pages * os.sysconf("SC_PAGE_SIZE") + MAX_DECODER_MEMORY
     hard_limit = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard_limit))
+
+
+def check_wav_length(content: bytes, name: str) -> None:
+    """Check that a WAV file has the samples that its header states.
+
+    The decoders read a truncated WAV file without an error.
+
+    Args:
+        content: the content of a file.
+        name: name of the file, used in the error message.
+
+    Raises:
+        ValueError: the file is a WAV file with fewer samples.
+    """
+    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
+        return
+    position = RIFF_HEADER_BYTES
+    while position + CHUNK_HEADER_BYTES <= len(content):
+        num_bytes = int.from_bytes(content[position + 4 : position + CHUNK_HEADER_BYTES], "little")
+        if content[position : position + 4] == b"data":
+            num_present = len(content) - position - CHUNK_HEADER_BYTES
+            if num_bytes < MIN_PLACEHOLDER_BYTES and num_present < MIN_PRESENT_FRACTION * num_bytes:
+                raise ValueError(
+                    f"{name} must have {num_bytes} bytes of samples, as its header states, got {num_present}: send the "
+                    "complete file"
+                )
+            return
+        # chunks start at even positions
+        position += CHUNK_HEADER_BYTES + num_bytes + num_bytes % 2
 
 
 def decode_upload(content: bytes, name: str, sampling_rate: int, max_duration_s: float) -> FloatArray:
@@ -51,6 +86,7 @@ def decode_upload(content: bytes, name: str, sampling_rate: int, max_duration_s:
         AudioTooLongError: the recording is longer than `max_duration_s`.
         ValueError: the file cannot be read as audio, is damaged, or has samples that are not finite.
     """
+    check_wav_length(content, name)
     with warnings.catch_warnings():
         # a damaged file is a warning; a request must not get the text of half of its recording
         warnings.simplefilter("error", UserWarning)

@@ -36,6 +36,8 @@ export class LiveSession {
     this.socket = null;
     this.isFinished = false;
     this.rate = 0;
+    /** id of the last item of the recording; empty until the server has sent it */
+    this.lastItem = "";
     /** @type {() => void} */
     this.onEnd = () => {};
   }
@@ -125,9 +127,12 @@ export class LiveSession {
       this.onWords(event.words, event.tentative);
     } else if (event.type === "conversation.item.input_audio_transcription.completed") {
       this.onWords([], []);
-      if (event.is_last) {
+      // an utterance of a recording also ends with this event, but without the one below
+      if (event.item_id === this.lastItem) {
         this.onEnd();
       }
+    } else if (event.type === "input_audio_buffer.committed") {
+      this.lastItem = event.item_id;
     } else if (event.type === "error") {
       this.fail(event.error.message);
     }
