@@ -10,9 +10,7 @@ import itertools
 import json
 import re
 import shutil
-import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,15 +22,13 @@ import pytest
 import soundfile
 import soxr
 import srt
-import uvicorn
 import webvtt
 from conftest import TESTS
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
+from serving_helpers import start_app
 
 import transformers_parakeet as tp
-from transformers_parakeet.serving import ServerOptions, create_app
-from transformers_parakeet.transcription import load_pipeline
 
 CLIPS = tp.demo_model_path() / "clips"
 RATE = 16000
@@ -66,33 +62,9 @@ def to_wav(samples, rate=RATE):
 
 
 @pytest.fixture(scope="module")
-def pipeline():
-    return load_pipeline("demo", dtype="float32")
-
-
-@contextmanager
-def run_server(pipeline, **options):
-    """Run a server in a thread; yield its URL."""
-    config = uvicorn.Config(create_app(pipeline, ServerOptions(num_decoders=1, **options)), port=0, log_level="warning")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        deadline = time.monotonic() + 120
-        while not server.started:
-            assert thread.is_alive()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def url(pipeline):
-    with run_server(pipeline) as address:
-        yield address
+def url():
+    with start_app() as (address, _):
+        yield f"{address}/"
 
 
 @pytest.fixture(scope="module")
@@ -504,9 +476,9 @@ def test_stop_ends_the_request(page, url):
     assert get_words(page) == ["one", "two", "three"]
 
 
-def test_a_server_with_keys_asks_for_one(pipeline, open_page, recorder):
+def test_a_server_with_keys_asks_for_one(open_page, recorder):
     recorder.expected_error = "status of 401"
-    with run_server(pipeline, api_keys=(KEY,)) as address:
+    with start_app(api_keys=(KEY,)) as (address, _):
         page = open_page(address)
         field = page.get_by_label("API key of this server")
         expect(field).to_be_focused()

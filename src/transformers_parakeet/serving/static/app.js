@@ -1,42 +1,25 @@
 // Connects the parts of the page: its states, the files, the microphone, the player, the transcript and the downloads.
 
 import { getModel, ServerError, transcribeFile } from "./api.js";
+import { announce, getElement, watchDrops } from "./dom.js";
+import { saveTranscript } from "./downloads.js";
 import { LiveSession } from "./live.js";
 import { explainMicrophoneError, Microphone } from "./microphone.js";
 import { computePeaks, PEAKS_PER_S, Player } from "./player.js";
-import { toJson, toSrt, toTxt, toVtt } from "./subtitles.js";
 import { Transcript } from "./transcript.js";
 import { appendLiveWords, appendWords, applyCorrection, formatTime, readWord, toText } from "./words.js";
 
 /** @typedef {import("./words.js").Word} Word */
 /** @typedef {"locked" | "start" | "sending" | "live" | "finishing" | "done"} State */
 
-/** Number of messages that the log for screen readers keeps. */
-const MAX_LOG = 20;
 /** Milliseconds for which a button shows that it has worked. */
 const CONFIRMATION_MS = 1500;
-
-/**
- * Return an element of the page.
- * @template {HTMLElement} T
- * @param {string} id
- * @param {new (...args: any[]) => T} type
- * @returns {T}
- */
-function getElement(id, type) {
-  const element = document.getElementById(id);
-  if (!(element instanceof type)) {
-    throw new TypeError(`the page must have an element ${id} of the type ${type.name}`);
-  }
-  return element;
-}
 
 const title = getElement("title", HTMLElement);
 const errorText = getElement("error", HTMLElement);
 const statusText = getElement("status", HTMLElement);
 const progress = getElement("progress", HTMLProgressElement);
 const emptyText = getElement("empty", HTMLElement);
-const log = getElement("log", HTMLElement);
 const fileInput = getElement("file", HTMLInputElement);
 const chooseButton = getElement("choose", HTMLButtonElement);
 const speakButton = getElement("speak", HTMLButtonElement);
@@ -136,21 +119,6 @@ function showServerError(error) {
  */
 function announceWords(words) {
   announce(words.map((word) => (word.word ?? word.text ?? "").trim()).join(" "));
-}
-
-/**
- * Announce a text to screen readers.
- * @param {string} text
- */
-function announce(text) {
-  if (text !== "") {
-    const line = document.createElement("p");
-    line.textContent = text;
-    log.append(line);
-    while (log.childElementCount > MAX_LOG) {
-      log.firstElementChild?.remove();
-    }
-  }
 }
 
 /**
@@ -294,41 +262,34 @@ async function startLive() {
     return;
   }
   const request = new AbortController();
-  const name = `Recording of ${new Date().toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" })}`;
-  startRecording(name, "live");
+  const time = new Date().toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
+  startRecording(`Recording of ${time}`, "live");
   page.request = request;
   stopButton.focus();
   statusText.textContent = "Opening the microphone";
   player.startLive();
-  /** @type {Microphone} */
-  let microphone;
   try {
-    microphone = await Microphone.open();
-  } catch (error) {
+    const microphone = await Microphone.open();
     if (request.signal.aborted) {
-      return;
+      await microphone.stop();
+    } else {
+      await connectMicrophone(microphone);
     }
-    setState("start");
-    showError(explainMicrophoneError(error));
-    speakButton.focus();
-    return;
+  } catch (error) {
+    if (!request.signal.aborted) {
+      setState("start");
+      showError(explainMicrophoneError(error));
+      speakButton.focus();
+    }
   }
-  if (request.signal.aborted) {
-    await microphone.stop();
-    return;
-  }
-  const session = new LiveSession({
-    onWords: (words, tentative) => {
-      appendLiveWords(page.words, words);
-      transcript.followNewWords(page.words);
-      transcript.setTentative(tentative);
-      announceWords(words);
-    },
-    onError: (message) => {
-      showError(message);
-      void stopLive();
-    },
-  });
+}
+
+/**
+ * Send what the microphone records to the server.
+ * @param {Microphone} microphone
+ */
+async function connectMicrophone(microphone) {
+  const session = createLiveSession();
   page.live = { microphone, session };
   microphone.stream.getAudioTracks()[0].addEventListener("ended", () => void stopLive());
   try {
@@ -344,16 +305,37 @@ async function startLive() {
   if (page.live?.session !== session) {
     return;
   }
-  statusText.textContent = "Listening";
   /** @param {Int16Array<ArrayBuffer>} block */
   const addBlock = (block) => {
     session.append(block);
     player.addPeaks(computePeaks(block, Math.round(microphone.rate / PEAKS_PER_S), 32768));
-    statusText.textContent = session.isLate ? "Listening; the words come late" : "Listening";
+    const status = session.isLate ? "Listening; the words come late" : "Listening";
+    // a screen reader announces each change
+    if (statusText.textContent !== status) {
+      statusText.textContent = status;
+    }
   };
   // the blocks that were recorded while the connection was opened
   microphone.blocks.forEach(addBlock);
   microphone.onBlock = addBlock;
+}
+
+/**
+ * Create the live session, which shows its words and errors.
+ */
+function createLiveSession() {
+  return new LiveSession({
+    onWords: (words, tentative) => {
+      appendLiveWords(page.words, words);
+      transcript.followNewWords(page.words);
+      transcript.setTentative(tentative);
+      announceWords(words);
+    },
+    onError: (message) => {
+      showError(message);
+      void stopLive();
+    },
+  });
 }
 
 /**
@@ -435,21 +417,7 @@ function stopEditing() {
  */
 function download(format) {
   stopEditing();
-  const { words, duration, name, model } = page;
-  /** @type {Record<string, [string, () => string]>} */
-  const writers = {
-    txt: ["text/plain", () => toTxt(words)],
-    srt: ["application/x-subrip", () => toSrt(words, duration)],
-    vtt: ["text/vtt", () => toVtt(words, duration)],
-    json: ["application/json", () => toJson(words, duration, name, model)],
-  };
-  const [type, write] = writers[format];
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([write()], { type: `${type};charset=utf-8` }));
-  // no colon or slash, which file names cannot contain on all systems
-  link.download = `${name.replace(/\.[^.]{1,5}$/, "").replaceAll(/[\\/:*?"<>|]+/g, "-")}.${format}`;
-  link.click();
-  URL.revokeObjectURL(link.href);
+  saveTranscript(format, page);
   page.hasUnsavedCorrections = false;
 }
 
@@ -514,22 +482,7 @@ function addListeners() {
       event.preventDefault();
     }
   });
-  addDropListeners();
-}
-
-function addDropListeners() {
-  /** @param {boolean} isDragging */
-  const show = (isDragging) => document.body.classList.toggle("is-dragging", isDragging);
-  addEventListener("dragover", (event) => {
-    event.preventDefault();
-    show(true);
-  });
-  addEventListener("dragleave", (event) => show(event.relatedTarget !== null));
-  addEventListener("drop", (event) => {
-    event.preventDefault();
-    show(false);
-    useFiles(event.dataTransfer?.files);
-  });
+  watchDrops(useFiles);
 }
 
 addListeners();
