@@ -12,6 +12,7 @@ KERNEL_PACKAGE = "transformers_parakeet.losses.transducer_kernel"
 DATA_PACKAGES = {
     "transformers_parakeet.demo_model",
     "transformers_parakeet.demo_model.clips",
+    "transformers_parakeet.serving.static",
     "transformers_parakeet.verification.clip",
 }
 

@@ -22,8 +22,8 @@ from .long_audio import InputOptions
 from .nemo import DEMO_MODEL, load_nemo, resolve_model_name
 from .pipeline_parakeet import ParakeetASRPipeline
 from .quantization_parakeet import check_int8_device
-from .results import TranscriptionResult, get_version, to_timed_texts
-from .timestamps import DEFAULT_AGGREGATION
+from .results import TimedText, TranscriptionResult, get_version, to_timed_texts
+from .timestamps import DEFAULT_AGGREGATION, EmittedTokens
 from .window_batches import (
     RecordingState,
     batch_windows,
@@ -378,11 +378,9 @@ def build_entry(
         return FailedFile(recording.file, recording.error)
 
     aggregation = run.postprocess_arguments.get("confidence_aggregation", DEFAULT_AGGREGATION)
-    head_type = run.postprocess_arguments.get("head_type")
     emitted_tokens = pipeline.merge_outputs(recording.outputs)
     words, segments, tokens = (
-        to_timed_texts(pipeline.build_chunks(emitted_tokens, level, aggregation, head_type))
-        for level in ("word", "segment", "char")
+        build_timed_texts(pipeline, emitted_tokens, level, run) for level in ("word", "segment", "char")
     )
     return TranscriptionResult(
         text=pipeline.processor.to_text(emitted_tokens),
@@ -396,6 +394,22 @@ def build_entry(
         settings=run.settings,
         version=get_version(),
     )
+
+
+def build_timed_texts(
+    pipeline: ParakeetASRPipeline, emitted_tokens: EmittedTokens, level: str, run: PreparedRun
+) -> tuple[TimedText, ...]:
+    """Build the timed tokens, words or segments of a recording.
+
+    Args:
+        pipeline: the pipeline.
+        emitted_tokens: the tokens of the recording, or of a part of it.
+        level: `"char"`, `"word"` or `"segment"`.
+        run: the arguments with which the recording was decoded.
+    """
+    aggregation = run.postprocess_arguments.get("confidence_aggregation", DEFAULT_AGGREGATION)
+    head_type = run.postprocess_arguments.get("head_type")
+    return to_timed_texts(pipeline.build_chunks(emitted_tokens, level, aggregation, head_type))
 
 
 def _describe_settings(
@@ -435,6 +449,7 @@ __all__ = [
     "PreparedRun",
     "TranscriptionOptions",
     "build_entry",
+    "build_timed_texts",
     "load_pipeline",
     "prepare_run",
     "set_attention",

@@ -14,32 +14,30 @@ import wave
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from ..results import TranscriptionResult, get_version
-from .batching import ModelWorker, QueueFullError, WorkerClosedError
+from ..results import TimedText, TranscriptionResult, get_version
+from .batching import ModelWorker, OnText, OnWords, QueueFullError, WorkerClosedError
 from .errors import ApiError
-from .formats import MEDIA_TYPES, build_body, build_event, build_usage
+from .formats import MEDIA_TYPES, build_body, build_details, build_event, build_usage, build_word
 from .limits import RequestLimits
 from .live import LiveStreams
 from .monitoring import ServerMetrics
 from .options import ServerOptions
+from .page import PageFiles
 from .parameters import TranscriptionRequest, read_parameters
 from .realtime import add_realtime_route
 from .uploads import UploadDecoder
 
 logger = logging.getLogger(__name__)
 
-STATIC_FOLDER = Path(__file__).parent / "static"
 # number of files per decoder process whose contents are in memory, so that the process never waits for the next one
 CONTENTS_PER_DECODER = 2
 # seconds after which a client may try again when the queue is full
@@ -112,12 +110,15 @@ class TranscriptionServer:
         finally:
             self._num_received -= 1
 
-    async def submit(self, parameters: TranscriptionRequest, on_text: Any = None) -> Future[TranscriptionResult]:
+    async def submit(
+        self, parameters: TranscriptionRequest, on_text: OnText | None = None, on_words: OnWords | None = None
+    ) -> Future[TranscriptionResult]:
         """Decode the file of a request, and submit its samples to the model.
 
         Args:
             parameters: the parameters of the request.
             on_text: called in the thread of the model with the text so far; `None` for no call.
+            on_words: called in the thread of the model with the new words; `None` for no call.
 
         Raises:
             ApiError: the file cannot be decoded, the queue is full, or the server is stopping.
@@ -128,7 +129,7 @@ class TranscriptionServer:
         if parameters.phrases:
             boosting = await asyncio.to_thread(self.pipeline.processor.boosting_tree, parameters.phrases)
         try:
-            return self.worker.submit(samples, boosting, on_text)
+            return self.worker.submit(samples, boosting, on_text, on_words)
         except QueueFullError:
             raise self._build_full_error() from None
         except WorkerClosedError:
@@ -177,7 +178,7 @@ def create_app(pipeline: Any, options: ServerOptions | None = None) -> FastAPI:
     app.add_api_route("/ready", get_readiness, methods=["GET"])
     app.add_api_route("/metrics", get_metrics, methods=["GET"])
     add_realtime_route(app)
-    app.mount("/", StaticFiles(directory=STATIC_FOLDER, html=True))
+    app.mount("/", PageFiles())
     app.add_middleware(RequestLimits, options=options)
     if options.allowed_origins:
         app.add_middleware(
@@ -220,13 +221,14 @@ async def transcribe(request: Request) -> Response:
     start, status = time.monotonic(), 500
     response: Response
     try:
-        texts = TextQueue()
+        updates = UpdateQueue()
         with server.receive_request():
             async with request.form(max_files=1, max_fields=32) as form:
                 parameters = read_parameters(form, server.model_name, UploadFile)
-                future = await server.submit(parameters, texts.add if parameters.is_streamed else None)
+                callbacks = updates.get_callbacks(parameters) if parameters.is_streamed else {}
+                future = await server.submit(parameters, **callbacks)
         if parameters.is_streamed:
-            response = _stream_events(server, future, texts)
+            response = _stream_events(server, parameters, future, updates)
         else:
             result = await _wait_for_result(request, server, future)
             body = build_body(result, parameters.response_format, parameters.granularities, parameters.language)
@@ -311,55 +313,81 @@ def build_timeout_error(options: ServerOptions) -> ApiError:
     return ApiError(504, message, "timeout")
 
 
-class TextQueue:
+class UpdateQueue:
     """The texts of the windows of a recording, from the thread of the model to the thread of the event loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._texts: asyncio.Queue[str | None] = asyncio.Queue()
+        self._updates: asyncio.Queue[tuple[str, dict[str, Any]] | None] = asyncio.Queue()
+        self._words: list[str] = []
 
-    def add(self, text: str | None) -> None:
-        """Add a text; may be called in any thread.
+    def get_callbacks(self, parameters: TranscriptionRequest) -> dict[str, Any]:
+        """Return the arguments of `TranscriptionServer.submit` by which it adds updates.
 
         Args:
-            text: the text so far; `None` after the last text.
+            parameters: the parameters of the request.
         """
+        is_verbose = parameters.response_format == "verbose_json"
+        return {"on_words": self.add_words} if is_verbose else {"on_text": self.add_text}
+
+    def add_text(self, text: str) -> None:
+        """Add the text so far; may be called in any thread."""
+        # the last word of a window can change with the next window
+        self._add((text.rpartition(" ")[0], {}))
+
+    def add_words(self, words: tuple[TimedText, ...], seconds: float) -> None:
+        """Add new words and the number of seconds decoded so far; may be called in any thread."""
+        self._words.extend(word.text for word in words)
+        self._add((" ".join(self._words), {"words": [build_word(word) for word in words], "seconds": seconds}))
+
+    def close(self) -> None:
+        """Add the end of the updates; may be called in any thread."""
+        self._add(None)
+
+    def _add(self, update: tuple[str, dict[str, Any]] | None) -> None:
+        """Add an update."""
         # the loop can be closed while the server stops
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._texts.put_nowait, text)
+            self._loop.call_soon_threadsafe(self._updates.put_nowait, update)
 
-    async def get(self) -> str | None:
-        """Wait for the next text; `None` after the last text."""
-        return await self._texts.get()
+    async def get(self) -> tuple[str, dict[str, Any]] | None:
+        """Wait for the next update: the text so far and the fields of its event; `None` after the last update."""
+        return await self._updates.get()
 
 
 def _stream_events(
-    server: TranscriptionServer, future: Future[TranscriptionResult], texts: TextQueue
+    server: TranscriptionServer,
+    parameters: TranscriptionRequest,
+    future: Future[TranscriptionResult],
+    updates: UpdateQueue,
 ) -> StreamingResponse:
     """Answer with server-sent events: the text of each window as a delta, and the whole text at the end.
 
+    With verbose JSON, which is an addition to OpenAI's API, a delta also has the new words and the number of seconds
+    decoded so far, and the last event has the fields of verbose JSON.
+
     Args:
         server: the server.
+        parameters: the parameters of the request.
         future: the future of the result.
-        texts: the texts of the windows.
+        updates: the texts of the windows.
     """
-    future.add_done_callback(lambda _: texts.add(None))
+    future.add_done_callback(lambda _: updates.close())
 
     async def iterate_events() -> AsyncIterator[str]:
         """Yield the events. If the client disconnects, the framework ends the iteration."""
         sent = ""
         try:
-            while (text := await asyncio.wait_for(texts.get(), server.options.request_timeout_s)) is not None:
-                # the last word of a window can change with the next window
-                stable, _, _ = text.rpartition(" ")
-                if stable.startswith(sent) and stable != sent:
-                    yield build_event({"type": "transcript.text.delta", "delta": stable[len(sent) :]})
-                    sent = stable
+            while (update := await asyncio.wait_for(updates.get(), server.options.request_timeout_s)) is not None:
+                text, fields = update
+                delta = text[len(sent) :] if text.startswith(sent) else ""
+                if delta or fields:
+                    yield build_event({"type": "transcript.text.delta", "delta": delta, **fields})
+                    sent += delta
             result = _get_result(server, future)
             if result.text.startswith(sent) and result.text != sent:
                 yield build_event({"type": "transcript.text.delta", "delta": result.text[len(sent) :]})
-            usage = build_usage(result.duration)
-            yield build_event({"type": "transcript.text.done", "text": result.text, "usage": usage})
+            yield build_event(_build_last_event(result, parameters))
         except ApiError as error:
             yield build_event({"type": "error", **error.to_body()})
         except asyncio.TimeoutError:
@@ -372,6 +400,19 @@ def _stream_events(
             future.cancel()
 
     return StreamingResponse(iterate_events(), media_type="text/event-stream")
+
+
+def _build_last_event(result: TranscriptionResult, parameters: TranscriptionRequest) -> dict[str, Any]:
+    """Build the event that ends a stream of events.
+
+    Args:
+        result: the result of the recording.
+        parameters: the parameters of the request.
+    """
+    fields: dict[str, Any] = {"text": result.text, "usage": build_usage(result.duration)}
+    if parameters.response_format == "verbose_json":
+        fields |= build_details(result, parameters.granularities, parameters.language)
+    return {"type": "transcript.text.done", **fields}
 
 
 async def list_models(request: Request) -> dict[str, Any]:

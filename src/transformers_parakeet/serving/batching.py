@@ -10,13 +10,16 @@ import logging
 import math
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..transcription import FailedFile, TranscriptionOptions, build_entry, prepare_run
+from ..results import TimedText
+from ..timestamps import EmittedTokens
+from ..transcription import FailedFile, TranscriptionOptions, build_entry, build_timed_texts, prepare_run
 from ..window_batches import MAX_BATCH_SIZE, RecordingState, WindowInput, create_batch_check, decode_batch
 
 logger = logging.getLogger(__name__)
@@ -24,9 +27,14 @@ logger = logging.getLogger(__name__)
 # The shortest window of a batch has at least this fraction of the length of the longest one. Shorter windows wait for
 # another batch, because most of their rows would be padding.
 MIN_LENGTH_RATIO = 0.5
+# first character of the vocabulary entry of a token that starts a word
+WORD_START = "\u2581"
 
 # function that is called in the thread of the model with the text of the windows decoded so far
 OnText = Callable[[str], None]
+# function that is called in the thread of the model with the words that are new since the last call, and with the
+# number of seconds decoded so far
+OnWords = Callable[[tuple[TimedText, ...], float], None]
 
 
 class QueueFullError(Exception):
@@ -46,6 +54,8 @@ class Job:
         windows: the windows that are not yet decoded.
         future: receives the `TranscriptionResult` or the exception. A job whose future is cancelled is dropped.
         on_text: called after each window with the text so far; `None` for no call.
+        on_words: called after each window with the new words; `None` for no call.
+        num_reported_frames: number of encoder frames whose words `on_words` received.
         arrival: time of the submission in seconds, on the clock `time.monotonic`.
         next_window: the next window; `None` until it is read.
         total_samples: number of samples of the recording.
@@ -55,6 +65,8 @@ class Job:
     windows: Iterator[WindowInput]
     future: Future[Any] = field(default_factory=Future)
     on_text: OnText | None = None
+    on_words: OnWords | None = None
+    num_reported_frames: int = 0
     arrival: float = field(default_factory=time.monotonic)
     next_window: WindowInput | None = None
     total_samples: int = 0
@@ -101,6 +113,23 @@ def choose_batch(jobs: Sequence[Job], max_windows: int, fits: Callable[[int, int
             batch.append(job)
             shortest, longest = new_shortest, new_longest
     return batch
+
+
+def slice_tokens(emitted_tokens: EmittedTokens, start: int, stop: int) -> EmittedTokens:
+    """Return some of the tokens of a clip.
+
+    Args:
+        emitted_tokens: the tokens of the clip.
+        start: index of the first token.
+        stop: index after the last token.
+    """
+    confidence = emitted_tokens.confidence
+    return EmittedTokens(
+        emitted_tokens.tokens[start:stop],
+        emitted_tokens.frames[start:stop],
+        emitted_tokens.durations[start:stop],
+        None if confidence is None else confidence[start:stop],
+    )
 
 
 class ModelWorker:
@@ -150,13 +179,20 @@ class ModelWorker:
         """Whether the thread runs and accepts jobs."""
         return self._thread.is_alive() and not self._is_closing
 
-    def submit(self, samples: Any, boosting: Any = None, on_text: OnText | None = None) -> Future[Any]:
+    def submit(
+        self,
+        samples: Any,
+        boosting: Any = None,
+        on_text: OnText | None = None,
+        on_words: OnWords | None = None,
+    ) -> Future[Any]:
         """Submit a recording.
 
         Args:
             samples: (S,) float32 samples at the sampling rate of the model.
             boosting: boosting tree for this recording; `None` for the boosting of all recordings.
             on_text: called in the thread of the model after each window with the text so far; it must return at once.
+            on_words: called in the thread of the model after each window with the new words; it must return at once.
 
         Returns:
             The future of the `TranscriptionResult`. If it is cancelled, the remaining windows are not decoded.
@@ -168,7 +204,7 @@ class ModelWorker:
         recording = RecordingState(None, boosting=boosting)
         windows = self.pipeline.preprocess(samples, **self.run.preprocess_arguments)
         inputs = ((recording, window) for window in windows)
-        job = Job(recording, inputs, on_text=on_text, total_samples=len(samples))
+        job = Job(recording, inputs, on_text=on_text, on_words=on_words, total_samples=len(samples))
         with self._condition:
             if self._is_closing:
                 raise WorkerClosedError("the worker must be open, but it is closed: create a new worker")
@@ -237,8 +273,8 @@ class ModelWorker:
             job.next_window = None
             if job.recording.error is not None or job.recording.is_decoded:
                 finished.add(job)
-            elif job.on_text is not None:
-                self._report_text(job, job.on_text)
+            else:
+                self._report(job)
         with self._condition:
             # the jobs of the batch have their next turn after the others
             waiting = [job for job in self._jobs if job not in finished]
@@ -267,19 +303,43 @@ class ModelWorker:
                 return False
         return True
 
-    def _report_text(self, job: Job, on_text: OnText) -> None:
-        """Report the text of the windows of a job that are decoded so far.
+    def _report(self, job: Job) -> None:
+        """Report the text and the new words of the windows of a job that are decoded so far.
 
         Args:
             job: the job, which has a decoded window.
-            on_text: the function that receives the text.
         """
+        if job.on_text is None and job.on_words is None:
+            return
         try:
-            on_text(self.pipeline.processor.to_text(self.pipeline.merge_outputs(job.recording.outputs)))
+            emitted_tokens = self.pipeline.merge_outputs(job.recording.outputs)
+            if job.on_text is not None:
+                job.on_text(self.pipeline.processor.to_text(emitted_tokens))
+            if job.on_words is not None:
+                words = self._build_new_words(job, emitted_tokens)
+                sampling_rate = self.pipeline.processor.feature_extractor.sampling_rate
+                job.on_words(words, job.recording.outputs[-1]["window"].stop / sampling_rate)
         # no error in one recording may end the thread
         except Exception as error:
             logger.exception("a text could not be reported")
             job.recording.error = error
+
+    def _build_new_words(self, job: Job, emitted_tokens: EmittedTokens) -> tuple[TimedText, ...]:
+        """Build the words that were not reported, except the last one, which the next window can change.
+
+        Only the tokens of these words are converted, so that the cost of all reports grows linearly with the recording.
+
+        Args:
+            job: the job; its `num_reported_frames` is changed.
+            emitted_tokens: the tokens of all decoded windows.
+        """
+        start = bisect_left(emitted_tokens.frames, job.num_reported_frames)
+        pieces = self.pipeline.processor.tokenizer.convert_ids_to_tokens(emitted_tokens.tokens[start:])
+        word_starts = [start + index for index, piece in enumerate(pieces) if piece.startswith(WORD_START)]
+        if len(word_starts) < 2:
+            return ()
+        job.num_reported_frames = emitted_tokens.frames[word_starts[-1]]
+        return build_timed_texts(self.pipeline, slice_tokens(emitted_tokens, start, word_starts[-1]), "word", self.run)
 
     def _answer(self, job: Job) -> None:
         """Set the result or the exception of a job, unless it is cancelled.

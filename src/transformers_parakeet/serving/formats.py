@@ -51,17 +51,30 @@ def build_body(
         return to_vtt(result)
     fields: dict[str, Any] = {"text": result.text, "usage": build_usage(result.duration)}
     if response_format == "verbose_json":
-        fields = {
-            "task": "transcribe",
-            "language": language or UNKNOWN_LANGUAGE,
-            "duration": result.duration,
-            **fields,
-        }
-        if "word" in granularities:
-            fields["words"] = [build_word(word) for word in result.words]
-        if "segment" in granularities or not granularities:
-            fields["segments"] = [build_segment(index, segment) for index, segment in enumerate(result.segments)]
+        fields |= build_details(result, granularities, language)
     return json.dumps(fields, ensure_ascii=False)
+
+
+def build_details(
+    result: TranscriptionResult, granularities: Sequence[str] = (), language: str | None = None
+) -> dict[str, Any]:
+    """Build the fields that verbose JSON has in addition to those of JSON.
+
+    Args:
+        result: the result of the recording.
+        granularities: `"segment"`, `"word"`; empty for segments.
+        language: language of the request; `None` for none.
+    """
+    fields: dict[str, Any] = {
+        "task": "transcribe",
+        "language": language or UNKNOWN_LANGUAGE,
+        "duration": result.duration,
+    }
+    if "word" in granularities:
+        fields["words"] = [build_word(word) for word in result.words]
+    if "segment" in granularities or not granularities:
+        fields["segments"] = [build_segment(index, segment) for index, segment in enumerate(result.segments)]
+    return fields
 
 
 def build_word(word: TimedText) -> dict[str, Any]:
@@ -107,4 +120,4 @@ def build_event(fields: dict[str, Any]) -> str:
     return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"
 
 
-__all__ = ["GRANULARITIES", "MEDIA_TYPES", "build_body", "build_event", "build_usage"]
+__all__ = ["GRANULARITIES", "MEDIA_TYPES", "build_body", "build_details", "build_event", "build_usage", "build_word"]

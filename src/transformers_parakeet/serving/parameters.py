@@ -12,6 +12,8 @@ from .formats import GRANULARITIES, MEDIA_TYPES
 # parameters of OpenAI's API that have no meaning for these models; they are accepted and ignored
 IGNORED = ("temperature", "chunking_strategy")
 KNOWN = ("file", "model", "language", "prompt", "response_format", "stream", "timestamp_granularities[]", *IGNORED)
+# formats that a stream of events can have; verbose JSON, whose events have words, is an addition to OpenAI's API
+STREAMED_FORMATS = ("json", "text", "verbose_json")
 # maximum number of phrases in a prompt
 MAX_PHRASES = 1000
 
@@ -72,8 +74,11 @@ def read_parameters(form: Any, model_name: str, file_class: type) -> Transcripti
             )
             raise ApiError(400, message, "invalid_value", "timestamp_granularities[]")
     is_streamed = _get_choice(form, "stream", ("true", "false"), "false") == "true"
-    if is_streamed and response_format not in ("json", "text"):
-        message = f"`response_format` must be json or text with `stream`, got {response_format!r}: correct it"
+    if is_streamed and response_format not in STREAMED_FORMATS:
+        message = (
+            f"`response_format` must be one of {', '.join(STREAMED_FORMATS)} with `stream`, got {response_format!r}: "
+            "correct it"
+        )
         raise ApiError(400, message, "invalid_value", "response_format")
     return TranscriptionRequest(
         file=file,
