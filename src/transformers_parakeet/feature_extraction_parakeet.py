@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import BatchFeature, SequenceFeatureExtractor
 from transformers.utils import TensorType, logging
 
-from .audio import MAX_CHANNELS, load_audio
+from .audio_arrays import MAX_CHANNELS
 
 logger = logging.get_logger(__name__)
 
@@ -115,6 +115,9 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
             ValueError: `sampling_rate` is not the sampling rate of the model, a sample is not finite, or
                 `padding_side` is not "right".
         """
+        # imported where files are read, because the rest of this module needs no audio files
+        from .audio import load_audio
+
         self._check_sampling_rate(sampling_rate)
         clips = [
             load_audio(clip, self.sampling_rate, target_rate=self.sampling_rate) for clip in split_batch(raw_speech)

@@ -23,7 +23,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from ..results import TimedText, TranscriptionResult, get_version
+from ..results import TimedText, TranscriptionResult
 from .batching import ModelWorker, OnText, OnWords, QueueFullError, WorkerClosedError
 from .errors import ApiError
 from .formats import MEDIA_TYPES, build_body, build_details, build_event, build_usage, build_word
@@ -331,12 +331,21 @@ class UpdateQueue:
         return {"on_words": self.add_words} if is_verbose else {"on_text": self.add_text}
 
     def add_text(self, text: str) -> None:
-        """Add the text so far; may be called in any thread."""
+        """Add the text so far; may be called in any thread.
+
+        Args:
+            text: the text.
+        """
         # the last word of a window can change with the next window
         self._add((text.rpartition(" ")[0], {}))
 
     def add_words(self, words: tuple[TimedText, ...], seconds: float) -> None:
-        """Add new words and the number of seconds decoded so far; may be called in any thread."""
+        """Add new words; may be called in any thread.
+
+        Args:
+            words: the new words.
+            seconds: number of seconds that are decoded so far.
+        """
         self._words.extend(word.text for word in words)
         self._add((" ".join(self._words), {"words": [build_word(word) for word in words], "seconds": seconds}))
 
