@@ -166,10 +166,10 @@ def test_the_words_of_the_prompt_are_boosted(monkeypatch):
     with start_app() as (url, server):
         submit = server.worker.submit
 
-        def submit_and_note(samples, boosting, on_text):
+        def submit_and_note(samples, boosting, *callbacks):
             """Submit a recording, and note its boosting tree."""
             submitted.append(boosting)
-            return submit(samples, boosting, on_text)
+            return submit(samples, boosting, *callbacks)
 
         monkeypatch.setattr(server.worker, "submit", submit_and_note)
         client = create_client(url)
