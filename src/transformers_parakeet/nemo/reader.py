@@ -20,7 +20,13 @@ from ..configuration_parakeet import get_head_type
 from ..feature_extraction_parakeet import ParakeetFeatureExtractor
 from ..modeling_parakeet import ParakeetForCTC, ParakeetForRNNT, ParakeetForTDT, ParakeetPreTrainedModel
 from ..processing_parakeet import ParakeetProcessor
-from ..quantization_parakeet import ParakeetInt8Config, check_quantization, has_int8_weights, quantize_model
+from ..quantization_parakeet import (
+    ParakeetInt8Config,
+    check_quantization,
+    has_int8_weights,
+    quantize_model,
+    release_file_pages,
+)
 from ..tokenization_parakeet import ParakeetTokenizer
 from .archive import SETTINGS_FILE, Archive, NemoError
 from .fields import VOCABULARY_LISTS, read_config_fields, read_extractor_fields
@@ -186,9 +192,34 @@ def load_folder(
     quantization = {"quantization_config": ParakeetInt8Config()} if quantizes else {}
     # "auto" keeps the dtype in the files
     model: ParakeetPreTrainedModel = model_class.from_pretrained(
-        source, config=config, dtype=dtype or "auto", **quantization, **hub
+        source, config=config, dtype=dtype if quantizes and dtype else "auto", **quantization, **hub
     )
+    if dtype is not None:
+        convert_weights(model, dtype)
     return model.eval(), ParakeetProcessor.from_pretrained(source, **hub)
+
+
+def convert_weights(model: ParakeetPreTrainedModel, dtype: torch.dtype) -> None:
+    """Convert the weights of a model that was just loaded, one after another, to another dtype.
+
+    `from_pretrained(..., dtype=dtype)` gives the same weights, but keeps the whole mapped file in memory beside them.
+
+    Args:
+        model: model whose weights are mapped from a file; changed in place.
+        dtype: dtype of the weights.
+    """
+    for parameter in model.parameters():
+        weight = parameter.data
+        # int8 weights keep their dtype
+        if weight.is_floating_point() and weight.dtype != dtype:
+            parameter.data = weight.to(dtype)
+            # each release reads the list of mapped files; vectors are less than 1 % of the memory
+            if weight.ndim > 1:
+                release_file_pages(weight)
+    # the buffers
+    model.to(dtype)
+    for config in (model.config, model.config.encoder_config):
+        config.dtype = dtype
 
 
 def load_archive(
