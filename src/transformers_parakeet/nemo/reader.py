@@ -25,7 +25,6 @@ from ..quantization_parakeet import (
     check_quantization,
     has_int8_weights,
     quantize_model,
-    release_file_pages,
 )
 from ..tokenization_parakeet import ParakeetTokenizer
 from .archive import SETTINGS_FILE, Archive, NemoError
@@ -34,7 +33,7 @@ from .hub import find_checkpoint
 from .keys import SECTIONS, check_section, check_settings, check_vocabulary, detect_head_type, has_ctc_head
 from .sentencepiece import build_tokenizer, strip_duplicate_suffixes
 from .settings import Settings, dump_settings, parse_settings, resolve_interpolations
-from .weights import FEATURE_BUFFER_KEYS, convert_nemo_name, fill_missing_sizes
+from .weights import FEATURE_BUFFER_KEYS, convert_nemo_name, convert_weights, fill_missing_sizes
 
 logger = logging.get_logger(__name__)
 
@@ -197,29 +196,6 @@ def load_folder(
     if dtype is not None:
         convert_weights(model, dtype)
     return model.eval(), ParakeetProcessor.from_pretrained(source, **hub)
-
-
-def convert_weights(model: ParakeetPreTrainedModel, dtype: torch.dtype) -> None:
-    """Convert the weights of a model that was just loaded, one after another, to another dtype.
-
-    `from_pretrained(..., dtype=dtype)` gives the same weights, but keeps the whole mapped file in memory beside them.
-
-    Args:
-        model: model whose weights are mapped from a file; changed in place.
-        dtype: dtype of the weights.
-    """
-    for parameter in model.parameters():
-        weight = parameter.data
-        # int8 weights keep their dtype
-        if weight.is_floating_point() and weight.dtype != dtype:
-            parameter.data = weight.to(dtype)
-            # each release reads the list of mapped files; vectors are less than 1 % of the memory
-            if weight.ndim > 1:
-                release_file_pages(weight)
-    # the buffers
-    model.to(dtype)
-    for config in (model.config, model.config.encoder_config):
-        config.dtype = dtype
 
 
 def load_archive(

@@ -29,44 +29,11 @@ from .attention_layout import (
     build_context_mask,
     choose_block_layout,
     choose_query_groups,
+    get_masked_score,
+    mask_scores,
     relative_shift,
 )
 from .fast_linear import is_unmodified
-
-
-def get_masked_score(dtype: torch.dtype) -> float:
-    """Return the score bias of a masked key: half the lowest number that is finite in both `dtype` and float32.
-
-    A finite score avoids NaN for a query without visible keys, even if the softmax is computed in float32. The other
-    half is for the dot product of query and key, which is added to the bias; in float16 the sum could become infinite.
-
-    Args:
-        dtype: dtype of the attention scores.
-    """
-    return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min) / 2
-
-
-def mask_scores(scores: Tensor, visible_mask: Tensor) -> Tensor:
-    """Set the scores of masked keys to the masked score.
-
-    Without gradients on a CPU, a mask of padding frames is applied in place and only to the scores of the padding
-    frames, because most keys are visible.
-
-    Args:
-        scores: (M, heads, c, K) scores; may be overwritten.
-        visible_mask: boolean mask that broadcasts to the shape of `scores`, False for masked keys.
-
-    Returns:
-        (M, heads, c, K) scores.
-    """
-    masked_score = get_masked_score(scores.dtype)
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or scores.device.type != "cpu":
-        return scores.masked_fill(~visible_mask, masked_score)
-    if visible_mask.ndim < 4 or visible_mask.shape[2] > 1:
-        return scores.masked_fill_(~visible_mask, masked_score)
-    for block_scores, block_mask in zip(scores, visible_mask[:, 0, 0], strict=True):
-        block_scores.index_fill_(-1, (~block_mask).nonzero()[:, 0], masked_score)
-    return scores
 
 
 def eager_attention_forward(

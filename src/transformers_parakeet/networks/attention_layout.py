@@ -22,12 +22,13 @@ ATTENTION_WORKSPACE_BYTES = 64 * 2**20
 
 # largest number of queries, of all clips of a group together, whose attention is computed at once outside training on a
 # CPU. A group reads only the relative positions between its queries and the keys, and its scores stay in the cache.
-# Measured with one thread and 8 heads of width 128, all queries / groups of 384 queries: 57 / 43 ms for 751 frames in
-# float32, 199 / 157 ms for 1500 frames in float32, 85 / 52 ms for 1500 frames in bfloat16.
+# Fastest of 12 calls with one thread and 8 heads of width 128, all queries / groups of 384 queries: 57 / 43 ms for 751
+# frames in float32, 199 / 157 ms for 1500 frames in float32, 85 / 52 ms for 1500 frames in bfloat16.
 MAX_GROUP_QUERIES = 384
 
-# the number of position keys in a product is rounded up to a multiple of this number, 64 bytes of 16-bit numbers. With
-# 1501 positions the bfloat16 product takes 15 ms, with 1504 positions 2 ms.
+# the number of position keys in a product is rounded up to a multiple of this number, 64 bytes of 16-bit numbers.
+# Measured with one thread in bfloat16, 8 heads and 751 queries: 15 ms with 1501 position keys that are not contiguous,
+# 13 ms with 1504 that are not contiguous, 2 ms with 1504 that are contiguous.
 POSITION_MULTIPLE = 32
 
 # bytes of the attention scores of one encoder block, up to which training stores them for the backward pass. A batch of
@@ -365,3 +366,38 @@ def relative_shift(scores: Tensor, num_keys: int) -> Tensor:
     first_column, row_stride = num_queries - 1, num_positions - 1
     shifted = scores.flatten(-2)[..., first_column : first_column + num_queries * row_stride]
     return shifted.unflatten(-1, (num_queries, row_stride))[..., :num_keys]
+
+
+def get_masked_score(dtype: torch.dtype) -> float:
+    """Return the score bias of a masked key: half the lowest number that is finite in both `dtype` and float32.
+
+    A finite score avoids NaN for a query without visible keys, even if the softmax is computed in float32. The other
+    half is for the dot product of query and key, which is added to the bias; in float16 the sum could become infinite.
+
+    Args:
+        dtype: dtype of the attention scores.
+    """
+    return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min) / 2
+
+
+def mask_scores(scores: Tensor, visible_mask: Tensor) -> Tensor:
+    """Set the scores of masked keys to the masked score.
+
+    Without gradients on a CPU, a mask of padding frames is applied in place and only to the scores of the padding
+    frames, because most keys are visible.
+
+    Args:
+        scores: (M, heads, c, K) scores; may be overwritten.
+        visible_mask: boolean mask that broadcasts to the shape of `scores`, False for masked keys.
+
+    Returns:
+        (M, heads, c, K) scores.
+    """
+    masked_score = get_masked_score(scores.dtype)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or scores.device.type != "cpu":
+        return scores.masked_fill(~visible_mask, masked_score)
+    if visible_mask.ndim < 4 or visible_mask.shape[2] > 1:
+        return scores.masked_fill_(~visible_mask, masked_score)
+    for block_scores, block_mask in zip(scores, visible_mask[:, 0, 0], strict=True):
+        block_scores.index_fill_(-1, (~block_mask).nonzero()[:, 0], masked_score)
+    return scores
