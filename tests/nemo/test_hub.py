@@ -276,3 +276,18 @@ def test_folders_and_files_are_loaded_and_missing_ones_are_named(tmp_path, caplo
     for missing in ("none.nemo", "a/b.nemo", os.path.join(tmp_path, "none")):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             load_nemo(missing)
+
+
+def test_a_folder_in_another_dtype_equals_from_pretrained(tmp_path):
+    model, processor = load_nemo(CTC)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, expected = (
+        load_nemo(tmp_path, dtype=torch.bfloat16)[0],
+        tp.ParakeetForCTC.from_pretrained(tmp_path, dtype=torch.bfloat16),
+    )
+    assert same_weights(loaded, expected)
+    assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in expected.state_dict().items()
+    }
+    assert (loaded.config.dtype, loaded.config.encoder_config.dtype) == (torch.bfloat16, torch.bfloat16)

@@ -15,6 +15,7 @@ from transformers_parakeet.networks.attention_layout import (
     build_context_mask,
     choose_block_layout,
     map_to_nemo_local_positions,
+    split_range,
 )
 from transformers_parakeet.networks.conformer import ParakeetEncoderRelPositionalEncoding
 
@@ -236,6 +237,16 @@ def test_every_context_in_groups_equals_attention_at_once(style, context, num_sc
     assert computed.isfinite().all()
 
 
+@pytest.mark.parametrize("frames", [1, 31, 32, 33, 63, 500])
+def test_attention_without_gradients_equals_attention_with_gradients(frames):
+    module = attention(config_of("regular", [-1, -1]))
+    hidden = torch.randn(3, frames, 32, dtype=torch.float64)
+    valid = torch.arange(frames) < torch.tensor([frames, frames // 2 + 1, 1])[:, None]
+    # with gradients all queries form one group, and the mask is not applied in place
+    expected = output_and_gradients(module, hidden, valid)[0]
+    torch.testing.assert_close(attend(module, hidden, valid)[valid], expected, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_queries_without_visible_keys_give_finite_output(dtype, implementation):
@@ -335,6 +346,21 @@ def test_no_tensor_is_larger_than_the_workspace(context, monkeypatch):
     assert both_passes.num_bytes <= 2**18
     # at most 8 tensors of the size of the frames: queries, keys, values, outputs of groups
     assert sum(stored.values()) <= 8 * 800 * 32 * 4
+
+
+@pytest.mark.parametrize("mask", [[True, True, False], [False, True, True], [False, True, False], [True] * 3])
+def test_a_padding_mask_in_place_equals_masked_fill(mask):
+    scores, visible_mask = torch.randn(2, 4, 5, 3), torch.tensor([mask, mask[::-1]])[:, None, None]
+    expected = scores.masked_fill(~visible_mask, attention_file.get_masked_score(scores.dtype))
+    with torch.no_grad():
+        assert torch.equal(attention_file.mask_scores(scores, visible_mask), expected)
+
+
+@pytest.mark.parametrize(("length", "max_length", "lengths"), [(10, 4, [4, 4, 2]), (9, 4, [3] * 3), (5, 0, [1] * 5)])
+def test_ranges_have_about_the_same_length(length, max_length, lengths):
+    ranges = split_range(length, max_length)
+    assert [len(part) for part in ranges] == lengths
+    assert [index for part in ranges for index in part] == list(range(length))
 
 
 def test_positions_of_an_uneven_local_context():

@@ -52,8 +52,9 @@ def test_the_subsampling_equals_its_layers_called_in_turn(frames, is_causal):
 
 @pytest.fixture
 def short_chunks(monkeypatch):
-    """Reduce the chunks to 40 feature frames, 5 encoder frames."""
+    """Reduce the chunks to 40 feature frames, 5 encoder frames, and projections to 80 feature frames."""
     monkeypatch.setattr(subsampling, "FRAMES_PER_CHUNK", 40)
+    monkeypatch.setattr(subsampling, "FRAMES_PER_PROJECTION", 80)
 
 
 def random_subsampling(**fields):
@@ -112,3 +113,17 @@ def test_the_margins_are_the_frames_that_zeros_at_the_ends_change(is_causal, mar
     whole, chunk = module(features)[0, 10:20], module(features[:, 80:160])[0, :10]
     is_equal = torch.isclose(whole, chunk, rtol=0, atol=1e-12).all(-1)
     assert is_equal.tolist() == [False] * margins[0] + [True] * (10 - margins[0])
+
+
+def test_padding_frames_are_not_read_for_any_dtype_of_the_lengths():
+    module = random_subsampling()
+    features = torch.randn(2, 100, 80, dtype=torch.float64)
+    with torch.no_grad():
+        alone = module(features[:1, :61])
+    features[0, 61:] = 1e9
+    for dtype in (torch.long, torch.int32, torch.float32):
+        with torch.no_grad():
+            padded = module(features, torch.tensor([61, 100]).to(dtype))
+        torch.testing.assert_close(padded[0, :8], alone[0], **EXACT)
+        # a padding frame is the bias of the projection
+        torch.testing.assert_close(padded[0, 8:], module.linear.bias.expand(5, -1), **EXACT)

@@ -20,7 +20,12 @@ from ..configuration_parakeet import get_head_type
 from ..feature_extraction_parakeet import ParakeetFeatureExtractor
 from ..modeling_parakeet import ParakeetForCTC, ParakeetForRNNT, ParakeetForTDT, ParakeetPreTrainedModel
 from ..processing_parakeet import ParakeetProcessor
-from ..quantization_parakeet import ParakeetInt8Config, check_quantization, has_int8_weights, quantize_model
+from ..quantization_parakeet import (
+    ParakeetInt8Config,
+    check_quantization,
+    has_int8_weights,
+    quantize_model,
+)
 from ..tokenization_parakeet import ParakeetTokenizer
 from .archive import SETTINGS_FILE, Archive, NemoError
 from .fields import VOCABULARY_LISTS, read_config_fields, read_extractor_fields
@@ -28,7 +33,7 @@ from .hub import find_checkpoint
 from .keys import SECTIONS, check_section, check_settings, check_vocabulary, detect_head_type, has_ctc_head
 from .sentencepiece import build_tokenizer, strip_duplicate_suffixes
 from .settings import Settings, dump_settings, parse_settings, resolve_interpolations
-from .weights import FEATURE_BUFFER_KEYS, convert_nemo_name, fill_missing_sizes
+from .weights import FEATURE_BUFFER_KEYS, convert_nemo_name, convert_weights, fill_missing_sizes
 
 logger = logging.get_logger(__name__)
 
@@ -186,8 +191,10 @@ def load_folder(
     quantization = {"quantization_config": ParakeetInt8Config()} if quantizes else {}
     # "auto" keeps the dtype in the files
     model: ParakeetPreTrainedModel = model_class.from_pretrained(
-        source, config=config, dtype=dtype or "auto", **quantization, **hub
+        source, config=config, dtype=dtype if quantizes and dtype else "auto", **quantization, **hub
     )
+    if dtype is not None:
+        convert_weights(model, dtype)
     return model.eval(), ParakeetProcessor.from_pretrained(source, **hub)
 
 

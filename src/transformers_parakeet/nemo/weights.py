@@ -1,4 +1,4 @@
-"""Translates names of weights between NeMo and this package, and infers missing sizes from the shapes of the weights.
+"""Translates names of weights, infers missing sizes from the shapes of the weights, and converts the dtype of weights.
 
 `archive.py` reads the weights, and `reader.py` loads them into a model.
 """
@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import torch
+
+from ..quantization_parakeet import release_file_pages
 from .archive import SETTINGS_FILE, NemoError
 from .fields import MULTI_TALKER_MODEL, NEEDS_NEMO, PROMPT_MODEL
 from .settings import Settings, find_setting
@@ -175,3 +178,26 @@ def infer_sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
         layer_indices = {match[1] for weight_name in shapes if (match := re.fullmatch(pattern, weight_name))}
         sizes[setting] = len(layer_indices)
     return sizes
+
+
+def convert_weights(model: Any, dtype: torch.dtype) -> None:
+    """Convert the weights of a model that was just loaded, one after another, to another dtype.
+
+    `from_pretrained(..., dtype=dtype)` gives the same weights, but keeps the whole mapped file in memory beside them.
+
+    Args:
+        model: model whose weights are mapped from a file; changed in place.
+        dtype: dtype of the weights.
+    """
+    for parameter in model.parameters():
+        weight = parameter.data
+        # int8 weights keep their dtype
+        if weight.is_floating_point() and weight.dtype != dtype:
+            parameter.data = weight.to(dtype)
+            # each release reads the list of mapped files; vectors are less than 1 % of the memory
+            if weight.ndim > 1:
+                release_file_pages(weight)
+    # the buffers
+    model.to(dtype)
+    for config in (model.config, model.config.encoder_config):
+        config.dtype = dtype

@@ -20,6 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..configuration_parakeet import ParakeetEncoderConfig
 from .attention_layout import (
     ATTENTION_WORKSPACE_BYTES,
+    MAX_GROUP_QUERIES,
+    POSITION_MULTIPLE,
     SCORE_TENSORS,
     STORED_SCORE_BYTES,
     BlockLayout,
@@ -27,21 +29,11 @@ from .attention_layout import (
     build_context_mask,
     choose_block_layout,
     choose_query_groups,
+    get_masked_score,
+    mask_scores,
     relative_shift,
 )
 from .fast_linear import is_unmodified
-
-
-def get_masked_score(dtype: torch.dtype) -> float:
-    """Return the score bias of a masked key: half the lowest number that is finite in both `dtype` and float32.
-
-    A finite score avoids NaN for a query without visible keys, even if the softmax is computed in float32. The other
-    half is for the dot product of query and key, which is added to the bias; in float16 the sum could become infinite.
-
-    Args:
-        dtype: dtype of the attention scores.
-    """
-    return max(torch.finfo(dtype).min, torch.finfo(torch.float32).min) / 2
 
 
 def eager_attention_forward(
@@ -120,7 +112,7 @@ class ClipProjections:
         query: (B, N, heads, head_dim) queries.
         key: (B, N, heads, head_dim) keys.
         value: (B, N, heads, head_dim) values.
-        position_keys: (heads, head_dim, K + c - 1) keys of the relative positions in a block of c queries and K keys,
+        position_keys: (heads, K + c - 1, head_dim) keys of the relative positions in a block of c queries and K keys,
             in decreasing order of the position.
         attention_mask: (B, N) boolean mask, True on non-padding frames; `None` if there is no padding.
         global_tokens: the global tokens; `None` if the model has none.
@@ -189,8 +181,8 @@ class ParakeetEncoderAttention(nn.Module):
         config = self.config
         layout = choose_block_layout(config.attention_context_style, config.attention_context_size, hidden.shape[1])
         query, key, value = (self._split_heads(project(hidden)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        # (K + c - 1, H) -> (heads, head_dim, K + c - 1)
-        position_keys = self._split_heads(self.relative_k_proj(position_embeddings)).permute(1, 2, 0)
+        # (K + c - 1, H) -> (heads, K + c - 1, head_dim)
+        position_keys = self._split_heads(self.relative_k_proj(position_embeddings)).transpose(0, 1)
         global_tokens = self._get_global_tokens(hidden, query, key, value)
         projections = ClipProjections(query, key, value, position_keys, attention_mask, global_tokens)
         groups = self._choose_query_groups(query, layout, kwargs)
@@ -227,9 +219,10 @@ class ParakeetEncoderAttention(nn.Module):
         # gradient checkpointing); the same groups are necessary for the same dropout
         stores_scores = self.training or torch.is_grad_enabled()
         bytes_per_query = SCORE_TENSORS * self.num_heads * layout.num_keys * query.element_size()
-        return choose_query_groups(
-            layout, len(query), bytes_per_query, STORED_SCORE_BYTES if stores_scores else ATTENTION_WORKSPACE_BYTES
-        )
+        max_queries = max(1, (STORED_SCORE_BYTES if stores_scores else ATTENTION_WORKSPACE_BYTES) // bytes_per_query)
+        if query.device.type == "cpu" and not stores_scores:
+            max_queries = min(max_queries, MAX_GROUP_QUERIES)
+        return choose_query_groups(layout, len(query), max_queries)
 
     def _attend_in_groups(
         self,
@@ -290,7 +283,7 @@ class ParakeetEncoderAttention(nn.Module):
         bias = self._compute_position_scores(queries, projections.position_keys, layout, group)
         visible_mask = self._build_visible_mask(projections, layout, group)
         if visible_mask is not None:
-            bias = bias.masked_fill(~visible_mask, get_masked_score(bias.dtype))
+            bias = mask_scores(bias, visible_mask)
         inputs = AttentionInputs(queries, keys, values, bias)
         tokens = projections.global_tokens
         if tokens is not None:
@@ -309,7 +302,7 @@ class ParakeetEncoderAttention(nn.Module):
 
         Args:
             queries: (M, c, heads, head_dim) queries of M blocks.
-            position_keys: (heads, head_dim, K + c - 1) keys of the relative positions, in decreasing order of the
+            position_keys: (heads, K + c - 1, head_dim) keys of the relative positions, in decreasing order of the
                 position, for K keys per block.
             layout: block layout of the queries and keys.
             group: the group of queries that `queries` contains; `None` for all queries.
@@ -320,14 +313,18 @@ class ParakeetEncoderAttention(nn.Module):
         if group is not None:
             # query i and key j have the position key c - 1 - i + j
             first_position = layout.block_size - group.queries.stop
-            position_keys = position_keys[..., first_position:][..., : layout.num_keys + len(group.queries) - 1]
-        elif torch.compiler.is_compiling():
-            # one more column makes the shift the same for a single query as for several ones; otherwise the graph would
-            # depend on whether a clip has one frame
-            position_keys = F.pad(position_keys, (0, 1))
-        # one matrix product per head for all clips: (heads, all queries, head_dim) x (heads, head_dim, K + c - 1)
-        flat_queries = ((queries + self.bias_v) * self.scaling).flatten(0, 1).transpose(0, 1)
-        scores = torch.bmm(flat_queries, position_keys).unflatten(1, queries.shape[:2]).transpose(0, 1)
+            position_keys = position_keys[:, first_position:][:, : layout.num_keys + len(group.queries) - 1]
+        # at least one position is added: the shift is then the same for a single query as for several ones, and a
+        # compiled graph does not depend on whether a clip has one frame
+        num_added = POSITION_MULTIPLE - position_keys.shape[1] % POSITION_MULTIPLE
+        if torch.compiler.is_compiling():
+            # one position, because the graph should not depend on a remainder
+            num_added = 1
+        # (heads, head_dim, positions)
+        padded_keys = F.pad(position_keys, (0, 0, 0, num_added)).transpose(1, 2)
+        # one matrix product per head for all clips: (heads, all queries, head_dim) x (heads, head_dim, positions)
+        flat_queries = ((queries + self.bias_v) * self.scaling).flatten(0, 1).transpose(0, 1).contiguous()
+        scores = torch.bmm(flat_queries, padded_keys).unflatten(1, queries.shape[:2]).transpose(0, 1)
         return relative_shift(scores, layout.num_keys)
 
     def _build_visible_mask(
@@ -376,7 +373,8 @@ class ParakeetEncoderAttention(nn.Module):
         bias_arguments: dict[str, Tensor | None] = {"attention_mask": inputs.bias}
         if implementation == "flex_attention":
             # flex attention would apply the mask of the first head to all heads, but position scores differ by head
-            bias_arguments = {"attention_mask": None, "position_bias": inputs.bias}
+            # contiguous, because its compiled code is wrong for a memory layout that varies
+            bias_arguments = {"attention_mask": None, "position_bias": inputs.bias.contiguous()}
         output, weights = attention_function(
             self,
             query=(inputs.queries + self.bias_u).transpose(1, 2),

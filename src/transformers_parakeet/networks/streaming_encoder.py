@@ -248,8 +248,8 @@ def attend_to_cache(attention: ParakeetEncoderAttention, inputs: Tensor, context
         query=split_heads(attention.q_proj(inputs[:, context.layout.keys_before :])),
         key=split_heads(attention.k_proj(inputs)),
         value=split_heads(attention.v_proj(inputs)),
-        # (K + N - 1, H) -> (heads, head_dim, K + N - 1)
-        position_keys=split_heads(attention.relative_k_proj(context.position_embeddings)).permute(1, 2, 0),
+        # (K + N - 1, H) -> (heads, K + N - 1, head_dim)
+        position_keys=split_heads(attention.relative_k_proj(context.position_embeddings)).transpose(0, 1),
         attention_mask=context.is_valid,
         global_tokens=None,
     )
