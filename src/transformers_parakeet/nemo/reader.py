@@ -20,12 +20,7 @@ from ..configuration_parakeet import get_head_type
 from ..feature_extraction_parakeet import ParakeetFeatureExtractor
 from ..modeling_parakeet import ParakeetForCTC, ParakeetForRNNT, ParakeetForTDT, ParakeetPreTrainedModel
 from ..processing_parakeet import ParakeetProcessor
-from ..quantization_parakeet import (
-    ParakeetInt8Config,
-    check_quantization,
-    has_int8_weights,
-    quantize_model,
-)
+from ..quantization_parakeet import ParakeetInt8Config, check_quantization, has_int8_weights, quantize_model
 from ..tokenization_parakeet import ParakeetTokenizer
 from .archive import SETTINGS_FILE, Archive, NemoError
 from .fields import VOCABULARY_LISTS, read_config_fields, read_extractor_fields
