@@ -20,8 +20,9 @@ from transformers_parakeet.decoding import (
 
 # model, decoder
 CASES = [("streaming_ctc", None), ("streaming_transducer", None), ("tdt_v3", None), ("streaming_hybrid", "ctc")]
-# confidence of the same scores, computed in batches of different sizes; measured: 1.8e-7
-CONFIDENCE_TOLERANCE = 1e-6
+# error of the confidence of the whole clip in float32 against float64; measured: 4.5e-6. The stream computes the same
+# scores in products of other sizes; measured: 1.1e-6
+CONFIDENCE_TOLERANCE = 5e-6
 
 
 def draw_scorer(seed, num_labels):
