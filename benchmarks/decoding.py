@@ -2,7 +2,7 @@
 
     python benchmarks/decoding.py [--rounds 5]
 
-The weights are random. The output biases are shifted until 25 to 45 % of the decoding steps emit labels, as in speech.
+The weights are random. The output biases are shifted until 20 to 45 % of the decoding steps emit labels, as in speech.
 In float32, the benchmark first checks that both sides emit the same tokens on the same frames. In bfloat16 the order of
 sums changes tokens, so the benchmark checks only the share of labels.
 """
@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16")
 # share of frames on which the blank has the highest score, for the first predictor state
 BLANK_SHARE = 0.72
 # range of the share of decoding steps that emit a label
-LABEL_SHARE_RANGE = (0.25, 0.45)
+LABEL_SHARE_RANGE = (0.2, 0.45)
 
 
 def randomise_weights(model: torch.nn.Module) -> None:

@@ -133,7 +133,7 @@ def test_rows_that_are_not_finite(value: float, num_outputs: int):
 def test_the_search_is_used_for_large_weights_on_a_cpu_with_int8_products(monkeypatch):
     assert int8_search.MIN_SEARCH_WEIGHTS == 2048 * 512
     assert Int8Search.is_faster(torch.zeros(2048, 512))
-    assert Int8Search.is_faster(torch.zeros(2048, 512, dtype=torch.bfloat16))
+    assert not Int8Search.is_faster(torch.zeros(2048, 512, dtype=torch.bfloat16))
     assert not Int8Search.is_faster(torch.zeros(2047, 512))
     assert not Int8Search.is_faster(torch.zeros(2048, 512, dtype=torch.float64))
     assert not Int8Search.is_faster(torch.zeros(2048, 512, device="meta"))
@@ -141,16 +141,6 @@ def test_the_search_is_used_for_large_weights_on_a_cpu_with_int8_products(monkey
         assert not Int8Search.is_faster(torch.zeros(2048, 512))
     monkeypatch.setattr(int8_search, "has_int8_products", lambda: False)
     assert not Int8Search.is_faster(torch.zeros(2048, 512))
-
-
-@pytest.mark.parametrize("num_outputs", [37, 1025, 8193])
-def test_bfloat16_weights_give_the_first_largest_output_in_bfloat16(num_outputs: int):
-    for seed in range(5):
-        weight, bias, hidden = (tensor.bfloat16() for tensor in random_layer(num_outputs, 640, seed))
-        scores = F.linear(hidden.double(), weight.double(), bias.double())
-        # float64 sums that are rounded once, as a product in bfloat16 does; `max` returns the first index
-        expected = scores.bfloat16().max(-1).indices
-        assert torch.equal(search_argmax(weight, bias, hidden), expected)
 
 
 @pytest.mark.parametrize("activation", [torch.tanh, torch.sigmoid, torch.relu, torch.neg, torch.zeros_like])

@@ -30,9 +30,6 @@ MAX_UINT8 = 255
 # the error bound is enlarged by 5 % to include the rounding of the float32 sums
 ERROR_MARGIN = 1.05
 
-# largest relative difference of two numbers that are equal after rounding to bfloat16, which has 8 significant bits
-BFLOAT16_SPACING = 2.0**-7
-
 # outputs per group: computing the maximum of each group is faster than `topk` over all outputs
 GROUP_SIZE = 64
 
@@ -54,7 +51,7 @@ class Int8Search:
     copy of the weight, but no reference to the weight itself, so it does not keep a deleted model in memory.
 
     Args:
-        weight: (V, J) float32 or bfloat16 weight of the layer.
+        weight: (V, J) float32 weight of the layer.
         bias: (V,) bias of the layer.
     """
 
@@ -78,14 +75,15 @@ class Int8Search:
     def is_faster(weight: Tensor) -> bool:
         """Return whether the search is faster than the product of a small batch with this weight.
 
-        This requires a large weight in float32 or bfloat16, on a CPU with int8 instructions (VNNI or AMX).
+        This requires a large float32 weight, on a CPU with int8 instructions (VNNI or AMX). For a bfloat16 weight the
+        product itself was faster.
 
         Args:
             weight: (outputs, inputs) weight of the layer.
         """
         return (
             weight.device.type == "cpu"
-            and weight.dtype in (torch.float32, torch.bfloat16)
+            and weight.dtype == torch.float32
             and weight.numel() >= MIN_SEARCH_WEIGHTS
             # an inference tensor has no version counter, so an outdated rounded copy could not be detected
             and not weight.is_inference()
@@ -113,14 +111,14 @@ class Int8Search:
         """Find the index of the largest output of the linear layer in each row, as `full_argmax` does.
 
         Args:
-            hidden: (R, J) batch of R rows in the dtype of the weight.
+            hidden: (R, J) float32 batch of R rows.
             weight: (V, J) weight of the layer. This object holds only an int8 copy of it.
             bias: (V,) bias of the layer.
 
         Returns:
-            (R,) indices; the first index if several outputs are equal in the dtype of the weight.
+            (R,) indices; the first index if several outputs are equal.
         """
-        rough_scores = self._score(hidden.float())
+        rough_scores = self._score(hidden)
         best_outputs = self._select_best(rough_scores, hidden, weight, bias)[0]
         return full_argmax(hidden, weight, bias) if best_outputs is None else best_outputs
 
@@ -153,9 +151,6 @@ class Int8Search:
             largest outputs if the candidates are too many, or a row has none with a finite score.
         """
         thresholds = rough_scores.group_maxima.amax(1)
-        if weight.dtype == torch.bfloat16:
-            # a smaller output can be equal to the largest one after rounding
-            thresholds -= BFLOAT16_SPACING * (thresholds.abs() + rough_scores.errors)
         # the best score may be too high and the score of a candidate too low, each by the error bound
         thresholds = torch.sub(thresholds, rough_scores.errors, alpha=2)
         # comparisons with NaN are false
@@ -164,8 +159,7 @@ class Int8Search:
         if not len(hidden) <= len(rows) <= MAX_CANDIDATES_PER_ROW * len(hidden):
             return None, (rows, outputs, rows)
         scores = score_outputs(hidden, weight, bias, rows, outputs)
-        rounded_scores = scores.to(weight.dtype).tolist()
-        best = select_best_candidates(rows.tolist(), outputs.tolist(), rounded_scores, len(hidden))
+        best = select_best_candidates(rows.tolist(), outputs.tolist(), scores.tolist(), len(hidden))
         return None if best is None else torch.tensor(best), (rows, outputs, scores)
 
     def _score(self, hidden: Tensor) -> RoughScores:

@@ -53,11 +53,11 @@ def find_outputs(rough_scores: RoughScores, thresholds: Tensor) -> tuple[Tensor,
 
 
 def score_outputs(hidden: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, outputs: Tensor) -> Tensor:
-    """Compute some outputs of a linear layer in float32.
+    """Compute some outputs of a linear layer.
 
     Args:
-        hidden: (R, J) inputs, in float32 or bfloat16.
-        weight: (V, J) weight, in the same dtype.
+        hidden: (R, J) inputs.
+        weight: (V, J) weight.
         bias: (V,) bias.
         rows: (P,) row of each output.
         outputs: (P,) output indices.
@@ -65,8 +65,8 @@ def score_outputs(hidden: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, ou
     Returns:
         (P,) scores.
     """
-    selected_weights, selected_inputs = weight.index_select(0, outputs), hidden.index_select(0, rows)
-    return torch.linalg.vecdot(selected_weights.float(), selected_inputs.float()) + bias.index_select(0, outputs)
+    products = torch.linalg.vecdot(weight.index_select(0, outputs), hidden.index_select(0, rows))
+    return products + bias.index_select(0, outputs)
 
 
 @dataclass(frozen=True)

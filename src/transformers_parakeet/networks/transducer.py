@@ -222,5 +222,4 @@ class ParakeetRNNTJointNetwork(nn.Module):
         find_durations = find_best_durations if len(weight) > vocab_size else None
         if not Int8Search.is_faster(weight):
             return find_durations, None, None
-        # the rough scores bound the logits of float32, and not those of bfloat16, which are rounded
-        return find_durations, find_best_tokens, search_tokens if weight.dtype == torch.float32 else None
+        return find_durations, find_best_tokens, search_tokens
