@@ -36,7 +36,7 @@ PROBE_SCALE = 256.0
 # largest number of rows for which `small_batch_linear` does not simply call `F.linear`
 MAX_SMALL_BATCH = 64
 
-# numbers of rows for which the products are measured; the next larger one decides for other numbers of rows. The time of
+# numbers of rows for which the products are measured; the next larger one decides for others. The time of
 # `F.linear` does not always grow with the rows: on an Intel Xeon ten float32 rows took longer than sixteen.
 MEASURED_ROWS = (*range(1, 17), 32, MAX_SMALL_BATCH)
 
