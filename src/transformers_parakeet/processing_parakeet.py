@@ -72,8 +72,6 @@ class ParakeetProcessor(ProcessorMixin, SearchInputsMixin):
     """
 
     valid_processor_kwargs = ParakeetProcessorKwargs
-    # only another factor is an attribute of the object, so that the saved file is that of stock transformers
-    subsampling_factor: int = SUBSAMPLING_FACTOR
 
     def __init__(
         self,
@@ -86,16 +84,15 @@ class ParakeetProcessor(ProcessorMixin, SearchInputsMixin):
         self.blank_token = blank_token
         self.blank_token_id = find_blank_id(tokenizer, blank_token)
         self.decoder_type = decoder_type
-        if subsampling_factor not in (None, SUBSAMPLING_FACTOR):
-            self.subsampling_factor = subsampling_factor
+        self.subsampling_factor = subsampling_factor or SUBSAMPLING_FACTOR
         super().__init__(feature_extractor, tokenizer)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a processor from a folder or the Hub.
 
-        If the processor config has no `decoder_type` or no `subsampling_factor`, take it from the model config in the
-        same folder.
+        If the processor config has no `decoder_type`, or no `subsampling_factor` other than 8, take it from the model
+        config in the same folder.
 
         Args:
             pretrained_model_name_or_path: a folder, or the id of a repository on the Hub.
@@ -109,12 +106,18 @@ class ParakeetProcessor(ProcessorMixin, SearchInputsMixin):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         # with `return_unused_kwargs=True`, `loaded` is a tuple
         processor = loaded[0] if isinstance(loaded, tuple) else loaded
-        if processor.decoder_type is None or "subsampling_factor" not in vars(processor):
+        if processor.decoder_type is None or processor.subsampling_factor == SUBSAMPLING_FACTOR:
             decoder_type, factor = read_model_config(pretrained_model_name_or_path, kwargs)
             processor.decoder_type = processor.decoder_type or decoder_type
-            if factor not in (None, processor.subsampling_factor):
-                processor.subsampling_factor = factor
+            processor.subsampling_factor = factor or processor.subsampling_factor
         return loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields of the processor config; a usual subsampling factor is none, as in stock transformers."""
+        fields = super().to_dict()
+        if fields.get("subsampling_factor") == SUBSAMPLING_FACTOR:
+            del fields["subsampling_factor"]
+        return fields
 
     @property
     def _decoder_type(self) -> str:
