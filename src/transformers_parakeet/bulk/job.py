@@ -169,9 +169,10 @@ class BulkJob:
         """Run the shards, and again those whose worker ended; write error rows for recordings that end every worker."""
         with ExitStack() as stack:
             ray = stack.enter_context(connect(self.options.ray)) if self.options.engine == "ray" else None
+            is_any_done = False
             for attempt in range(MAX_TRIES):
                 done = set()
-                for report in self._run_once(ray, shards, is_careful=attempt >= 2):
+                for report in self._run_once(ray, shards, is_careful=attempt >= 1):
                     done.add(report.name)
                     yield report
                 for report in self._read_unreported(shards, done):
@@ -180,7 +181,8 @@ class BulkJob:
                 missing = [shard for shard in shards if shard.name not in done]
                 if not missing:
                     return
-                if attempt == 0 and not done:
+                is_any_done = is_any_done or bool(done)
+                if attempt == 1 and not is_any_done:
                     raise ChildProcessError(
                         f"all workers ended before one of {len(shards)} shards was written: check their memory, for "
                         "example with fewer workers, and try a few recordings with `--engine local`"
