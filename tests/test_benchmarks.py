@@ -83,9 +83,10 @@ def test_a_run_with_a_tiny_model(tmp_path):
         assert min(parts[:3]) > 0
         # the stages are parts of the run; numbers are rounded to 0.1 ms
         assert sum(parts) <= float(row["whole_s"]) + 0.001
-        # 3.5 labels per second
+        # 3.5 labels per second; in bfloat16, rounding changes which labels a model with random weights emits
         seconds = {"10 s": 10, "8 x 15 s": 120}[row["case"]]
-        assert 2.5 * seconds < int(row["labels"]) < 4.5 * seconds
+        lowest, highest = (2.5, 4.5) if row["dtype"] == "float32" else (1.5, 5.5)
+        assert lowest * seconds < int(row["labels"]) < highest * seconds
         assert float(row["peak_mib"]) > 200
         if row["engine"] == "ours" and row["dtype"] == "float32":
             assert float(row["token_error_rate"]) == 0
