@@ -256,14 +256,24 @@ def create_model(tokenizer: ParakeetTokenizer, recipe: Recipe, head: str, encode
             "layerdrop": 0.0,
         }
     model = create_head(head, tokenizer, recipe.width, encoder_config)
-    # transformers initialises weights with standard deviation 0.02, which suits 1024 channels; a narrow model would
-    # attenuate its input to almost zero, so layers are initialised with the defaults of torch
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv1d | torch.nn.Conv2d):
-            module.reset_parameters()
+    initialise_layers(model)
     if trained_encoder is not None:
         model.encoder.load_state_dict(trained_encoder.state_dict())
     return model
+
+
+def initialise_layers(model: Any) -> None:
+    """Initialise linear layers and convolutions with the defaults of torch.
+
+    transformers initialises weights with standard deviation 0.02, which suits 1024 channels; a narrow model would
+    attenuate its input to almost zero.
+
+    Args:
+        model: the model; changed in place.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv1d | torch.nn.Conv2d):
+            module.reset_parameters()
 
 
 def create_head(head: str, tokenizer: ParakeetTokenizer, width: int, encoder_config: dict[str, Any]) -> Any:

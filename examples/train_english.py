@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from cached_speech import CachedSpeech
-from from_scratch import create_head, train_tokenizer
+from from_scratch import create_head, initialise_layers, train_tokenizer
 from packed_speech import ConcatenatedSpeech, PackedSpeech
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -128,13 +128,11 @@ class Regularisation(TrainerCallback):
                     module.dropout = DROPOUT
 
 
-def load_data(folder: Path, processor: Any, cache: Path) -> tuple[CachedSpeech, dict[str, CachedSpeech]]:
-    """Load the training clips of all corpora that the folder has, and the dev clips of each corpus.
+def open_corpora(folder: Path) -> tuple[ConcatenatedSpeech, dict[str, PackedSpeech]]:
+    """Open the training clips of all corpora that the folder has, and the dev clips of each corpus.
 
     Args:
         folder: folder with packed speech.
-        processor: processor of the model.
-        cache: folder of the features.
 
     Raises:
         SystemExit: the folder has none of the corpora.
@@ -143,11 +141,7 @@ def load_data(folder: Path, processor: Any, cache: Path) -> tuple[CachedSpeech, 
     if not corpora:
         raise SystemExit(f"--data must name a folder with packed speech ({', '.join(CORPORA)}), got {folder}")
     train = ConcatenatedSpeech([PackedSpeech(folder / corpus, "train") for corpus in corpora])
-    dev = {
-        corpus: CachedSpeech(PackedSpeech(folder / corpus, "dev"), processor, cache, f"{corpus}-dev")
-        for corpus in corpora
-    }
-    return CachedSpeech(train, processor, cache, "train", changes_tempo=True), dev
+    return train, {corpus: PackedSpeech(folder / corpus, "dev") for corpus in corpora}
 
 
 def create_model(head: str, texts: Sequence[str], encoder: Path | None) -> tuple[Any, ParakeetProcessor]:
@@ -160,9 +154,7 @@ def create_model(head: str, texts: Sequence[str], encoder: Path | None) -> tuple
     """
     tokenizer = train_tokenizer(texts, CHARACTER_VOCABULARY, head)
     model = create_head(head, tokenizer, ENCODER["hidden_size"], dict(ENCODER))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv1d | torch.nn.Conv2d):
-            module.reset_parameters()
+    initialise_layers(model)
     if encoder is not None:
         model.encoder.load_state_dict(load_nemo(str(encoder))[0].encoder.state_dict())
     processor = ParakeetProcessor(
@@ -237,10 +229,11 @@ def main() -> None:
     options = parse_options()
     torch.set_num_threads(options.threads)
     set_seed(options.seed)
-    corpora = [corpus for corpus in CORPORA if (options.data / corpus / "manifest.jsonl").exists()]
-    texts = [text for corpus in corpora for text in PackedSpeech(options.data / corpus, "train").texts]
-    model, processor = create_model(options.head, texts, options.encoder)
-    train, dev = load_data(options.data, processor, options.cache or options.output / "features")
+    train_speech, dev_speech = open_corpora(options.data)
+    model, processor = create_model(options.head, train_speech.texts, options.encoder)
+    cache = options.cache or options.output / "features"
+    train = CachedSpeech(train_speech, processor, cache, "train", changes_tempo=True)
+    dev = {name: CachedSpeech(speech, processor, cache, f"{name}-dev") for name, speech in dev_speech.items()}
     print(f"{model.num_parameters():,} parameters, {sum(train.durations) / 3600:.1f} h of speech", flush=True)
     # an encoder that is already trained needs no short clips
     schedule = Schedule(options.updates) if options.encoder is None else Schedule(options.updates, first_limit_s=17.0)

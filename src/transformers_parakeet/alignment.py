@@ -147,7 +147,7 @@ def align_labels(
     # (N, H)
     hidden = outputs.last_hidden_state[0, :num_frames]
     if head_type == "ctc":
-        logits = model.ctc_head(hidden.T[None])[0].T.float()
+        logits = model.ctc_logits(hidden[None])[0].float()
         return align_ctc(logits.log_softmax(-1).cpu().numpy(), labels, get_blank_id(model.config))
     scores = score_nodes(model, model.encoder_projector(hidden), labels)
     durations = model.config.durations if head_type == "tdt" else None

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from training_helpers import HEADS, compute_features, create_model, record_warnings, sentence_rows
 
 import transformers_parakeet as tp
+from transformers_parakeet.decoding import count_ctc_frames
 from transformers_parakeet.training import SpeechCollator
-from transformers_parakeet.training.collator import count_required_ctc_frames
 
 ROWS = sentence_rows()
 
@@ -177,7 +177,7 @@ def test_a_transcript_too_long_for_ctc_is_named_and_counted(head, warnings):
 
 @pytest.mark.parametrize(("labels", "frames"), [([], 0), ([3], 1), ([3, 4, 3], 3), ([3, 3, 3, 4, 4], 8)])
 def test_ctc_needs_a_frame_per_label_and_one_between_equal_labels(labels, frames):
-    assert count_required_ctc_frames(torch.tensor(labels, dtype=torch.long)) == frames
+    assert count_ctc_frames(labels) == frames
 
 
 def test_the_first_transcript_with_unknown_characters_is_named(processor, warnings):

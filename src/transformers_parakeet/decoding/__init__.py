@@ -1,6 +1,6 @@
 """Greedy decoding and beam search of CTC and transducer scores, language models, phrase boosting, and confidence."""
 
-from .alignment import LabelAlignment, NodeScores, align_ctc, align_transducer
+from .alignment import LabelAlignment, NodeScores, align_ctc, align_transducer, count_ctc_frames
 from .automaton import BackoffAutomaton, stack_automata
 from .beam import beam_decode_transducer
 from .beam_reference import ReferenceHypothesis, beam_decode_clip_reference
@@ -54,6 +54,7 @@ __all__ = [
     "check_confidence_method",
     "collapse_ctc",
     "compute_token_confidence",
+    "count_ctc_frames",
     "finish_ctc",
     "greedy_decode_ctc",
     "greedy_decode_transducer",

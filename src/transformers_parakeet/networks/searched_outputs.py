@@ -105,6 +105,7 @@ class SearchedOutputs:
             self.hidden.index_select(0, indices),
             (clips[selected], outputs[selected], scores[selected]),
             self.rough_scores.scores.index_select(0, indices),
+            self.rough_scores.group_maxima.index_select(0, indices),
             self.rough_scores.errors.numpy()[rows],
         )
 
@@ -122,6 +123,7 @@ class SelectedOutputs:
         best_labels: (P,) clip, ascending, (P,) label and (P,) float32 score of the labels that could be the largest
             output of their row.
         scores: (N, GROUP_SIZE, num_groups) rough scores, see `RoughScores`.
+        group_maxima: (N, num_groups) largest rough score of each group.
         errors: (N,) error bounds, see `RoughScores`.
     """
 
@@ -129,6 +131,7 @@ class SelectedOutputs:
     hidden: Tensor
     best_labels: tuple[Array, Array, Array]
     scores: Tensor
+    group_maxima: Tensor
     errors: Array
 
     def join(self, others: Sequence[SelectedOutputs]) -> SelectedOutputs:
@@ -150,6 +153,7 @@ class SelectedOutputs:
             torch.cat([part.hidden for part in parts]),
             (clips, labels, scores),
             torch.cat([part.scores for part in parts]),
+            torch.cat([part.group_maxima for part in parts]),
             np.concatenate([part.errors for part in parts]),
         )
 
@@ -166,7 +170,7 @@ class SelectedOutputs:
         # a score may be too low by its error bound
         thresholds = thresholds - self.errors
         # first the groups with labels above the threshold, then the labels
-        group_maxima = self.scores.amax(1).numpy()
+        group_maxima = self.group_maxima.numpy()
         group_clips, groups = (group_maxima >= thresholds[:, None]).nonzero()
         members = self.scores[torch.from_numpy(group_clips), :, torch.from_numpy(groups)].numpy()
         selected, positions = (members >= thresholds[group_clips, None]).nonzero()

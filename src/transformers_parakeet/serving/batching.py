@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from ..results import TimedText
 from ..timestamps import EmittedTokens
+from ..tokenization_parakeet import WORD_START
 from ..transcription import FailedFile, TranscriptionOptions, build_entry, build_timed_texts, prepare_run
 from ..window_batches import MAX_BATCH_SIZE, RecordingState, WindowInput, create_batch_check, decode_batch
 
@@ -27,8 +28,6 @@ logger = logging.getLogger(__name__)
 # The shortest window of a batch has at least this fraction of the length of the longest one. Shorter windows wait for
 # another batch, because most of their rows would be padding.
 MIN_LENGTH_RATIO = 0.5
-# first character of the vocabulary entry of a token that starts a word
-WORD_START = "\u2581"
 
 # function that is called in the thread of the model with the text of the windows decoded so far
 OnText = Callable[[str], None]

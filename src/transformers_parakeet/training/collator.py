@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..audio import AudioError
 from ..augmentation import dither
+from ..decoding import count_ctc_frames
 from .clips import get_clip_name, read_clip
 
 logger = logging.get_logger(__name__)
@@ -263,7 +264,7 @@ class SpeechCollator:
             has_ctc_loss = self.processor._decoder_type == "ctc"
         if not has_ctc_loss or example.labels is None:
             return
-        required_frames = count_required_ctc_frames(example.labels)
+        required_frames = count_ctc_frames(example.labels.tolist())
         encoder_frames = -(-len(example.features) // self.processor.subsampling_factor)
         if required_frames > encoder_frames:
             num_too_long = increment(self.counts.transcripts_too_long)
@@ -297,18 +298,6 @@ def get_transcript(row: Mapping[str, Any], position: int) -> str | None:
             f"{name}: `text` must be a string, got {type(transcript).__name__}: correct or remove the row"
         )
     return transcript
-
-
-def count_required_ctc_frames(labels: Tensor) -> int:
-    """Return the minimum number of frames that a CTC alignment of the labels needs.
-
-    CTC needs one frame per label, and one frame for the blank between two equal neighbouring labels.
-
-    Args:
-        labels: (U,) token ids.
-    """
-    num_repetitions = int((labels[1:] == labels[:-1]).sum())
-    return len(labels) + num_repetitions
 
 
 def pad_examples(examples: Sequence[Example]) -> dict[str, Tensor]:
