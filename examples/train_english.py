@@ -202,6 +202,7 @@ def create_arguments(options: argparse.Namespace) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
+        bf16=options.bfloat16,
         seed=options.seed,
     )
 
@@ -218,6 +219,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate; 2e-3 diverges")
     parser.add_argument("--regularise-from", type=float, default=0.4, help="fraction of the updates without dropout")
     parser.add_argument("--averaged", type=int, default=4, help="number of checkpoints that are averaged")
+    parser.add_argument("--bfloat16", action="store_true", help="multiply in bfloat16; faster on CPUs with AMX")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the output folder")

@@ -168,25 +168,27 @@ class BackoffAutomaton:
 
     def _step_on_cpu(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Compute `step` with NumPy, whose operations take less time than those of PyTorch for few states."""
-        all_keys, chain, token_array = self.arc_keys.numpy(), states.numpy(), tokens.numpy()
+        token_array, all_keys = tokens.numpy(), self.arc_keys.numpy()
         backoff_states, backoff_scores = self.backoff_states.numpy(), self.backoff_scores.numpy()
-        chain_scores, levels = np.zeros(len(chain), np.float32), []
-        for _ in range(self.max_backoffs):
-            keys = chain * self.num_labels + token_array
-            arcs = all_keys.searchsorted(keys)
-            if len(all_keys):
-                rows = (all_keys.take(arcs, mode="clip") == keys).nonzero()[0]
-                levels.append((rows, arcs[rows], chain_scores))
-            chain_scores = chain_scores + backoff_scores.take(chain)
-            chain = backoff_states.take(chain).astype(np.int64)
+        # (max_backoffs + 1, N) states and sums of back-off scores for 0, 1, ... back-offs
+        chains = np.empty((self.max_backoffs + 1, len(token_array)), np.int64)
+        chain_scores = np.zeros(chains.shape, np.float32)
+        chains[0] = states.numpy()
+        for level in range(self.max_backoffs):
+            chain_scores[level + 1] = chain_scores[level] + backoff_scores.take(chains[level])
+            chains[level + 1] = backoff_states.take(chains[level])
         root_indices = 0 if len(self.roots) == 1 else self._index_roots(states).numpy()
-        scores = self.root_scores.numpy()[root_indices, token_array] + chain_scores
+        scores = self.root_scores.numpy()[root_indices, token_array] + chain_scores[-1]
         targets = self.root_targets.numpy()[root_indices, token_array].astype(np.int64)
-        # the arcs of longer states replace the scores of shorter states
-        for rows, arcs, level_scores in reversed(levels):
-            if len(rows):
-                scores[rows] = level_scores[rows] + self.arc_scores.numpy()[arcs]
-                targets[rows] = self.arc_targets.numpy()[arcs]
+        if len(all_keys):
+            keys = chains[:-1] * self.num_labels + token_array
+            arcs = all_keys.searchsorted(keys)
+            levels, rows = (all_keys.take(arcs, mode="clip") == keys).nonzero()
+            # the arcs of longer states come first, and the last value that is written to a row remains
+            levels, rows = levels[::-1], rows[::-1]
+            arcs = arcs[levels, rows]
+            scores[rows] = chain_scores[levels, rows] + self.arc_scores.numpy()[arcs]
+            targets[rows] = self.arc_targets.numpy()[arcs]
         return torch.from_numpy(scores), torch.from_numpy(targets)
 
     def _index_roots(self, states: Tensor) -> Tensor:

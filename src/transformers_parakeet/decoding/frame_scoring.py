@@ -31,9 +31,9 @@ class Shortcuts:
         find_best_durations: returns the index of the best duration output. With it, the search predicts which frames a
             clip visits while it emits blanks, and scores only these. `None` for RNN-T or if it is not available.
         find_best_tokens: returns the best token. It is used if no scores are needed. `None` if it is not available.
-        search_tokens: returns the best token and rough scores of R * K frames, or `None` if the joint network must
-            compute all scores. It replaces `find_best_tokens` if a fusion chooses the labels. `None` if it is not
-            available.
+        search_tokens: decides on R * K frames whether the blank is the best token, and returns rough scores, or `None`
+            if the joint network must compute all scores. It replaces `find_best_tokens` if a fusion chooses the labels.
+            `None` if it is not available.
     """
 
     find_best_durations: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -63,7 +63,7 @@ class FrameScores:
     """The best outputs of the joint network on the frames of a `FramePlan`: K frames of each of R clips.
 
     Args:
-        tokens: best token of each frame.
+        tokens: best token of each frame; if `searched_tokens` is set, the blank or any label.
         durations: predicted duration of each frame; for RNN-T 1 for a blank and 0 for a label.
         logits: (R, K, V + D) scores; `None` if a shortcut for tokens was used.
         searched_tokens: the result of the shortcut for a fusion; `None` if it was not used.

@@ -88,28 +88,31 @@ def choose_few(fusion: Fusion, states: Array, scores: LabelScores) -> tuple[Arra
     if min(fusion.weights) < 0:
         return None
     # the best sum of some labels is a lower bound of the best sum
-    clips, labels, logits = scores.list_best()
+    clips, labels, logits = scores.list_good()
     label_scores, next_states = fusion.score_labels(states[clips], labels)
     sums = logits + label_scores
     best = select_best(clips, labels, sums, len(states))
     if best is None:
         return None
-    best_sums, bounds = sums[best], fusion.bound_scores(states)
-    thresholds = best_sums - bounds - SUM_ERROR * (np.abs(best_sums) + np.abs(bounds))
-    all_clips, all_labels, logit_bounds = scores.list_above(thresholds)
+    errors, bounds = scores.errors, fusion.bound_scores(states)
+    rounding = SUM_ERROR * (np.abs(logits[best]) + np.abs(label_scores[best]) + np.abs(bounds))
+    good_sums = sums[best] - rounding - errors
+    clips, all_labels, logits = scores.list_above(good_sums - bounds)
     if len(all_labels) > MAX_LABELS_PER_CLIP * len(states):
         return None
     # the list contains the best label of every clip so far; other labels must be compared with it
-    if len(all_labels) > len(states):
-        label_scores, next_states = fusion.score_labels(states[all_clips], all_labels)
-        possible = (logit_bounds + label_scores >= best_sums[all_clips]).nonzero()[0]
-        clips, labels = all_clips[possible], all_labels[possible]
+    if len(all_labels) == len(states):
+        return labels[best], next_states[best]
+    label_scores, next_states = fusion.score_labels(states[clips], all_labels)
+    possible = (logits + label_scores >= good_sums[clips]).nonzero()[0]
+    clips, labels = clips[possible], all_labels[possible]
+    if len(labels) > len(states):
         sums = scores.compute_logits(clips, labels) + label_scores[possible]
         best = select_best(clips, labels, sums, len(states))
         if best is None:
             return None
-        return labels[best], next_states[possible[best]]
-    return labels[best], next_states[best]
+        labels, possible = labels[best], possible[best]
+    return labels, next_states[possible]
 
 
 def select_best(indices: Array, labels: Array, sums: Array, num_clips: int) -> Array | None:

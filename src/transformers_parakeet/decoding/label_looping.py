@@ -310,6 +310,7 @@ class FrameScorer:
     def score(self, plan: FramePlan) -> FrameScores:
         """Find the best token and the best duration of every planned frame.
 
+        If `self.search_tokens` is set, a token that is not the blank need not be the best, because a fusion chooses it.
         If `self.find_best_tokens` or `self.search_tokens` is set, it replaces the call of the joint network.
 
         Args:
@@ -323,7 +324,7 @@ class FrameScorer:
         logits, inputs = None, (encoder_states, plan.predictor_states)
         searched_tokens = None if self.search_tokens is None else self.search_tokens(*inputs)
         if searched_tokens is not None:
-            tokens = searched_tokens.best_tokens.view(encoder_states.shape[:2]).tolist()
+            tokens = searched_tokens.tokens.reshape(encoder_states.shape[:2]).tolist()
         elif self.find_best_tokens is not None:
             tokens = self.find_best_tokens(*inputs).tolist()
         else:

@@ -23,6 +23,10 @@ class LabelScores(Protocol):
     (P,) labels and (P,) values.
     """
 
+    @property
+    def errors(self) -> Array:
+        """(N,) upper bound of the difference between a rough score and the logit, for each clip."""
+
     def join(self, others: Sequence[Any]) -> LabelScores:
         """Append the clips of other scores of the same class.
 
@@ -30,11 +34,11 @@ class LabelScores(Protocol):
             others: the other scores.
         """
 
-    def list_best(self) -> tuple[Array, Array, Array]:
-        """List some labels with a large logit and their logits, among them the best label if it is the best token."""
+    def list_good(self) -> tuple[Array, Array, Array]:
+        """List at least one label with a large logit of each clip, and the logits."""
 
     def list_above(self, thresholds: Array) -> tuple[Array, Array, Array]:
-        """List all labels whose logit may be at least the threshold, and upper bounds of their logits.
+        """List all labels whose rough score is at least the threshold, and their rough scores.
 
         Args:
             thresholds: (N,) threshold of each clip; no label of a clip is listed if it is NaN.
@@ -53,11 +57,11 @@ class LabelScores(Protocol):
 
 
 class SearchedTokens(Protocol):
-    """The best tokens on R frames, from a search that does not compute all scores."""
+    """Whether the blank is the best token on R frames, from a search that does not compute all scores."""
 
     @property
-    def best_tokens(self) -> Tensor:
-        """(R,) the token with the largest logit on each frame."""
+    def tokens(self) -> Array:
+        """(R,) the blank on each frame where it has the largest logit, and any label on all other frames."""
 
     def select(self, rows: Sequence[int]) -> LabelScores:
         """Select the scores of N frames, each a new label of a clip.
@@ -80,6 +84,7 @@ class KnownLogits:
         # NumPy has no bfloat16
         is_16_bit = logits.dtype.itemsize == 2
         self.array: Array = (logits.float() if is_16_bit else logits).detach().numpy()
+        self.errors: Array = np.zeros(len(self.array), self.array.dtype)
 
     def join(self, others: Sequence[KnownLogits]) -> KnownLogits:
         """Append the clips of other scores.
@@ -90,7 +95,7 @@ class KnownLogits:
         parts = [self, *others]
         return KnownLogits(torch.cat([part.logits for part in parts]), [i for part in parts for i in part.best_labels])
 
-    def list_best(self) -> tuple[Array, Array, Array]:
+    def list_good(self) -> tuple[Array, Array, Array]:
         """List the best label of each clip, see `LabelScores`."""
         clips = np.arange(len(self.array))
         return clips, self.best_labels, self.array[clips, self.best_labels]

@@ -17,6 +17,7 @@ import math
 import threading
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -56,9 +57,9 @@ class Int8Search:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        num_outputs = len(weight)
-        # outputs with the score -inf fill the last group; output i * num_groups + g is member i of group g
-        num_padding = -num_outputs % GROUP_SIZE
+        self.num_outputs = len(weight)
+        # outputs with the score -inf fill the last group; output g * GROUP_SIZE + i is member i of group g
+        num_padding = -self.num_outputs % GROUP_SIZE
         values, scales = quantize_rows(weight)
         rounding = (values * scales).sub_(weight)
         self.packed_weight = pack_weight(nn.functional.pad(values, (0, 0, 0, num_padding)))
@@ -118,12 +119,11 @@ class Int8Search:
         Returns:
             (R,) indices; the first index if several outputs are equal.
         """
-        rough_scores = self._score(hidden)
-        best_outputs = self._select_best(rough_scores, hidden, weight, bias)[0]
+        best_outputs = self._select_best(self._score(hidden), hidden, weight, bias)
         return full_argmax(hidden, weight, bias) if best_outputs is None else best_outputs
 
     def search(self, hidden: Tensor, weight: Tensor, bias: Tensor) -> SearchedOutputs | None:
-        """Find the largest output of the linear layer in each row, and keep the int8 scores of all outputs.
+        """Decide in each row whether the last output, the blank, is the largest, and keep the scores of all outputs.
 
         Args:
             hidden, weight, bias: see `argmax`, in float32.
@@ -131,15 +131,25 @@ class Int8Search:
         Returns:
             The scores; `None` if a row has infinite or NaN scores, or too many outputs that could be the largest.
         """
-        rough_scores = self._score(hidden)
-        best_outputs, candidates = self._select_best(rough_scores, hidden, weight, bias)
-        if best_outputs is None:
+        blank_scores = torch.addmv(bias[-1], hidden, weight[-1]).numpy()
+        rough_scores = self._score(hidden, has_blank=False)
+        errors = rough_scores.errors.numpy()
+        if not (np.isfinite(blank_scores) & np.isfinite(errors)).all():
             return None
-        return SearchedOutputs((weight, bias), hidden, best_outputs, candidates, rough_scores)
+        differences = rough_scores.group_maxima.numpy().max(1) - blank_scores
+        is_blank = differences < errors
+        open_rows = is_blank & (differences >= -errors)
+        if open_rows.any():
+            # labels that could have a larger score than the blank
+            thresholds = np.where(open_rows, blank_scores - errors, np.nan)
+            rows, outputs = find_outputs(rough_scores, torch.from_numpy(thresholds))
+            if len(rows) > MAX_CANDIDATES_PER_ROW * len(hidden):
+                return None
+            scores = score_outputs(hidden, weight, bias, rows, outputs).numpy()
+            is_blank[rows.numpy()[scores >= blank_scores[rows.numpy()]]] = False
+        return SearchedOutputs((weight, bias), hidden, is_blank, rough_scores)
 
-    def _select_best(
-        self, rough_scores: RoughScores, hidden: Tensor, weight: Tensor, bias: Tensor
-    ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]]:
+    def _select_best(self, rough_scores: RoughScores, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
         """Score the outputs that could be the largest of their row exactly, and select the largest.
 
         Args:
@@ -147,8 +157,7 @@ class Int8Search:
             hidden, weight, bias: see `argmax`.
 
         Returns:
-            The (R,) largest outputs, and row, output and float32 score of each candidate. `None` in place of the
-            largest outputs if the candidates are too many, or a row has none with a finite score.
+            The (R,) largest outputs; `None` if the candidates are too many, or a row has none with a finite score.
         """
         thresholds = rough_scores.group_maxima.amax(1)
         # the best score may be too high and the score of a candidate too low, each by the error bound
@@ -157,18 +166,19 @@ class Int8Search:
         thresholds.nan_to_num_(torch.nan, torch.nan, torch.nan)
         rows, outputs = find_outputs(rough_scores, thresholds)
         if not len(hidden) <= len(rows) <= MAX_CANDIDATES_PER_ROW * len(hidden):
-            return None, (rows, outputs, rows)
+            return None
         scores = score_outputs(hidden, weight, bias, rows, outputs)
         best = select_best_candidates(rows.tolist(), outputs.tolist(), scores.tolist(), len(hidden))
-        return None if best is None else torch.tensor(best), (rows, outputs, scores)
+        return None if best is None else torch.tensor(best)
 
-    def _score(self, hidden: Tensor) -> RoughScores:
+    def _score(self, hidden: Tensor, has_blank: bool = True) -> RoughScores:
         """Compute int8 scores of all outputs, with bounds of their errors by the Cauchy-Schwarz inequality.
 
         The bound of a row is not finite if the row is not.
 
         Args:
             hidden: (R, J) float32 batch of R rows.
+            has_blank: whether the last output has a score; otherwise its score is -inf.
         """
         low, high = (float(bound) for bound in hidden.aminmax())
         scale, zero_point = choose_scale(low, high)
@@ -186,8 +196,10 @@ class Int8Search:
             values.to(torch.uint8), scale, zero_point, self.packed_weight, self.scales, self.weight_zero_points,
             self.bias, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
-        scores = scores.unflatten(1, (GROUP_SIZE, -1))
-        return RoughScores(scores, scores.amax(1), error_bounds)
+        if not has_blank:
+            scores[:, self.num_outputs - 1] = -torch.inf
+        scores = scores.unflatten(1, (-1, GROUP_SIZE))
+        return RoughScores(scores, scores.amax(2), error_bounds)
 
 
 def choose_scale(low: float, high: float) -> tuple[float, int]:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,16 @@ from torch.nn import functional as F
 
 Array = NDArray[Any]
 
+# number of labels per clip that are scored first, because the best label is often among them
+NUM_GOOD_LABELS = 4
+
 
 @dataclass(frozen=True)
 class RoughScores:
     """Scores of all outputs of a linear layer in R rows, with a bound of their errors.
 
     Args:
-        scores: (R, GROUP_SIZE, num_groups) scores: output i * num_groups + g is member i of group g.
+        scores: (R, num_groups, GROUP_SIZE) scores: output g * GROUP_SIZE + i is member i of group g.
         group_maxima: (R, num_groups) largest score of each group.
         errors: (R,) float32 bound of the error of the scores of each row.
     """
@@ -46,9 +50,9 @@ def find_outputs(rough_scores: RoughScores, thresholds: Tensor) -> tuple[Tensor,
     scores, group_maxima = rough_scores.scores, rough_scores.group_maxima
     # first select the groups with such outputs, then the outputs in these groups
     group_rows, groups = (group_maxima >= thresholds[:, None]).nonzero(as_tuple=True)
-    is_found = scores[group_rows, :, groups] >= thresholds.index_select(0, group_rows)[:, None]
+    is_found = scores[group_rows, groups] >= thresholds.index_select(0, group_rows)[:, None]
     selected, members = is_found.nonzero(as_tuple=True)
-    outputs = torch.add(groups.index_select(0, selected), members, alpha=scores.shape[2])
+    outputs = torch.add(members, groups.index_select(0, selected), alpha=scores.shape[2])
     return group_rows.index_select(0, selected), outputs
 
 
@@ -71,68 +75,53 @@ def score_outputs(hidden: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, ou
 
 @dataclass(frozen=True)
 class SearchedOutputs:
-    """The largest output of a linear layer in R rows, and rough scores of all outputs.
+    """Where the last output of a linear layer, the blank, is the largest in R rows, and rough scores of all outputs.
 
     Args:
         layer: (V, J) float32 weight and (V,) float32 bias of the layer.
         hidden: (R, J) float32 inputs of the layer.
-        best_tokens: (R,) output with the largest float32 score of each row.
-        candidates: (P,) row, ascending, (P,) output and (P,) float32 score of each output that could be the largest of
-            its row.
-        rough_scores: the rough scores of all outputs.
+        is_blank: (R,) whether the blank is the largest output.
+        rough_scores: the rough scores of all outputs; -inf for the blank.
     """
 
     layer: tuple[Tensor, Tensor]
     hidden: Tensor
-    best_tokens: Tensor
-    candidates: tuple[Tensor, Tensor, Tensor]
+    is_blank: Array
     rough_scores: RoughScores
 
+    @property
+    def tokens(self) -> Array:
+        """(R,) the blank where it is the largest output, and label 0 in all other rows."""
+        return np.where(self.is_blank, len(self.layer[1]) - 1, 0)
+
     def select(self, rows: Sequence[int]) -> SelectedOutputs:
-        """Select N rows, so that the memory of the other rows becomes free.
+        """Select N rows in which the blank is not the largest output.
 
         Args:
             rows: the rows, ascending.
         """
-        indices = torch.tensor(rows)
-        clip_of_row = np.full(len(self.hidden), -1)
-        clip_of_row[rows] = np.arange(len(rows))
-        candidate_rows, outputs, scores = (tensor.numpy() for tensor in self.candidates)
-        clips = clip_of_row[candidate_rows]
-        selected = ((clips >= 0) & (outputs < len(self.layer[1]) - 1)).nonzero()[0]
-        return SelectedOutputs(
-            self.layer,
-            self.hidden.index_select(0, indices),
-            (clips[selected], outputs[selected], scores[selected]),
-            self.rough_scores.scores.index_select(0, indices),
-            self.rough_scores.group_maxima.index_select(0, indices),
-            self.rough_scores.errors.numpy()[rows],
-        )
+        return SelectedOutputs(((self, np.array(rows)),))
 
 
 @dataclass(frozen=True)
 class SelectedOutputs:
-    """Rough scores of the outputs of a linear layer in N rows, one per clip.
-
-    The last output is the blank. The other outputs are the labels. The class implements `LabelScores` of the
-    sub-package `decoding`.
+    """Rough scores of the labels in N rows, one row per clip. It implements `LabelScores` of `decoding`.
 
     Args:
-        layer: (V, J) float32 weight and (V,) float32 bias of the layer.
-        hidden: (N, J) float32 inputs of the layer.
-        best_labels: (P,) clip, ascending, (P,) label and (P,) float32 score of the labels that could be the largest
-            output of their row.
-        scores: (N, GROUP_SIZE, num_groups) rough scores, see `RoughScores`.
-        group_maxima: (N, num_groups) largest rough score of each group.
-        errors: (N,) error bounds, see `RoughScores`.
+        parts: searched outputs of the same layer, and the rows of each.
     """
 
-    layer: tuple[Tensor, Tensor]
-    hidden: Tensor
-    best_labels: tuple[Array, Array, Array]
-    scores: Tensor
-    group_maxima: Tensor
-    errors: Array
+    parts: tuple[tuple[SearchedOutputs, Array], ...]
+
+    @cached_property
+    def group_maxima(self) -> Array:
+        """(N, num_groups) largest rough score of each group."""
+        return self._join(lambda outputs, rows: outputs.rough_scores.group_maxima.numpy()[rows])
+
+    @cached_property
+    def errors(self) -> Array:
+        """(N,) error bounds of the rough scores."""
+        return self._join(lambda outputs, rows: outputs.rough_scores.errors.numpy()[rows])
 
     def join(self, others: Sequence[SelectedOutputs]) -> SelectedOutputs:
         """Append the clips of other selections of the same layer.
@@ -140,45 +129,32 @@ class SelectedOutputs:
         Args:
             others: the other selections.
         """
-        if not others:
-            return self
-        parts, first_clip, best_labels = [self, *others], 0, []
-        for part in parts:
-            clips, labels, scores = part.best_labels
-            best_labels.append((clips + first_clip, labels, scores))
-            first_clip += len(part.hidden)
-        clips, labels, scores = (np.concatenate(arrays) for arrays in zip(*best_labels, strict=True))
-        return SelectedOutputs(
-            self.layer,
-            torch.cat([part.hidden for part in parts]),
-            (clips, labels, scores),
-            torch.cat([part.scores for part in parts]),
-            torch.cat([part.group_maxima for part in parts]),
-            np.concatenate([part.errors for part in parts]),
-        )
+        return SelectedOutputs(sum((other.parts for other in others), self.parts))
 
-    def list_best(self) -> tuple[Array, Array, Array]:
-        """List the labels that could be the largest output of their row, see `LabelScores`."""
-        return self.best_labels
+    def list_good(self) -> tuple[Array, Array, Array]:
+        """List a few labels of each clip with large rough scores, and their float32 scores, see `LabelScores`."""
+        group_maxima = self.group_maxima
+        num_clips, num_groups = group_maxima.shape
+        # the group of the blank may have no label, so at least one group is left out
+        num_good = max(1, min(NUM_GOOD_LABELS, num_groups - 1))
+        groups = group_maxima.argpartition(-num_good, axis=1)[:, -num_good:].ravel()
+        clips = np.arange(num_clips).repeat(num_good)
+        members = self._gather_groups(clips, groups)
+        labels = groups * members.shape[1] + members.argmax(1)
+        return clips, labels, self.compute_logits(clips, labels)
 
     def list_above(self, thresholds: Array) -> tuple[Array, Array, Array]:
-        """List all labels whose float32 score may be at least a threshold, see `LabelScores`.
+        """List all labels whose rough score is at least a threshold, see `LabelScores`.
 
         Args:
             thresholds: (N,) thresholds.
         """
-        # a score may be too low by its error bound
-        thresholds = thresholds - self.errors
         # first the groups with labels above the threshold, then the labels
-        group_maxima = self.group_maxima.numpy()
-        group_clips, groups = (group_maxima >= thresholds[:, None]).nonzero()
-        members = self.scores[torch.from_numpy(group_clips), :, torch.from_numpy(groups)].numpy()
+        group_clips, groups = (self.group_maxima >= thresholds[:, None]).nonzero()
+        members = self._gather_groups(group_clips, groups)
         selected, positions = (members >= thresholds[group_clips, None]).nonzero()
-        outputs = positions * group_maxima.shape[1] + groups[selected]
-        is_label = (outputs < len(self.layer[1]) - 1).nonzero()[0]
-        selected, outputs = selected[is_label], outputs[is_label]
-        scores, clips = members[selected, positions[is_label]], group_clips[selected]
-        return clips, outputs, scores + self.errors[clips]
+        outputs = groups[selected] * members.shape[1] + positions
+        return group_clips[selected], outputs, members[selected, positions]
 
     def compute_logits(self, clips: Array, labels: Array) -> Array:
         """Compute the (P,) float32 scores of (P,) labels of (P,) clips.
@@ -187,11 +163,30 @@ class SelectedOutputs:
             clips: (P,) clips, ascending.
             labels: (P,) labels.
         """
-        rows, outputs = torch.from_numpy(clips), torch.from_numpy(labels)
-        scores: Array = score_outputs(self.hidden, *self.layer, rows, outputs).numpy()
+        hidden, (weight, bias) = self._join_hidden(), self.parts[0][0].layer
+        scores: Array = score_outputs(hidden, weight, bias, torch.from_numpy(clips), torch.from_numpy(labels)).numpy()
         return scores
 
     def compute_all_logits(self) -> Tensor:
         """Compute the (N, V - 1) float32 scores of all labels."""
-        weight, bias = self.layer
-        return F.linear(self.hidden, weight[:-1], bias[:-1])
+        weight, bias = self.parts[0][0].layer
+        return F.linear(self._join_hidden(), weight[:-1], bias[:-1])
+
+    def _join(self, get_values: Callable[[SearchedOutputs, Array], Array]) -> Array:
+        """Join values of the rows of all parts, which a function returns for each part."""
+        values = [get_values(outputs, rows) for outputs, rows in self.parts]
+        return values[0] if len(values) == 1 else np.concatenate(values)
+
+    def _join_hidden(self) -> Tensor:
+        """Return the (N, J) inputs of the layer."""
+        return torch.cat([outputs.hidden.index_select(0, torch.from_numpy(rows)) for outputs, rows in self.parts])
+
+    def _gather_groups(self, clips: Array, groups: Array) -> Array:
+        """Return the (P, GROUP_SIZE) rough scores of (P,) groups of (P,) clips, ascending."""
+        ends = clips.searchsorted(np.cumsum([0] + [len(rows) for _, rows in self.parts]))
+        members, first_clip = [], 0
+        for (outputs, rows), start, end in zip(self.parts, ends[:-1], ends[1:], strict=True):
+            part_rows = rows[clips[start:end] - first_clip]
+            members.append(outputs.rough_scores.scores.numpy()[part_rows, groups[start:end]])
+            first_clip += len(rows)
+        return members[0] if len(members) == 1 else np.concatenate(members)

@@ -22,7 +22,8 @@ LstmState = tuple[Tensor, Tensor]
 # maps encoder states (R, num_frames, J) and predictor states (R, 1, J) of R hypotheses to the (R, num_frames) indices
 # of the best outputs
 ArgmaxFunction = Callable[[Tensor, Tensor], Tensor]
-# maps the same states to the best tokens and rough scores of R * num_frames frames; `None` if all must be computed
+# decides for the same states where the blank is the best token, and returns rough scores of R * num_frames frames;
+# `None` if all scores must be computed
 SearchFunction = Callable[[Tensor, Tensor], SearchedOutputs | None]
 
 
@@ -189,10 +190,10 @@ class ParakeetRNNTJointNetwork(nn.Module):
 
         Returns:
             A function that finds the best durations (`None` for RNN-T), a function that finds the best tokens, and a
-            function that also returns rough scores of all tokens (`None` on a device without fast int8 products).
-            All are `None` if the output layer is wrapped, for example by LoRA. The functions take encoder states
-            (R, num_frames, J) and predictor states (R, 1, J) of R hypotheses. The first two return (R, num_frames)
-            indices.
+            function that decides where the blank is the best token and returns rough scores. The last two are `None`
+            on a device without fast int8 products. All are `None` if the output layer is wrapped, for example by LoRA.
+            The functions take encoder states (R, num_frames, J) and predictor states (R, 1, J) of R hypotheses. The
+            first two return (R, num_frames) indices.
         """
         if not is_unmodified(self.head, nn.Linear):
             return None, None, None
@@ -215,7 +216,7 @@ class ParakeetRNNTJointNetwork(nn.Module):
             return best_tokens.unflatten(0, hidden.shape[:2])
 
         def search_tokens(encoder_states: Tensor, predictor_states: Tensor) -> SearchedOutputs | None:
-            """Return the best tokens and rough scores; `None` if these scores do not suffice."""
+            """Decide where the blank is the best token, with rough scores; `None` if these scores do not suffice."""
             rows = self._combine(encoder_states, predictor_states).flatten(0, 1)
             return get_search().search(rows, weight[:vocab_size], bias[:vocab_size])
 
