@@ -189,8 +189,9 @@ class ParakeetFeatureExtractor(SequenceFeatureExtractor):
             center=False,
             return_complex=True,
         )
-        # (B, n_fft / 2 + 1, K) -> (B, K, n_fft / 2 + 1)
-        power = torch.view_as_real(spectrum).square().sum(-1).transpose(1, 2)
+        squares = torch.view_as_real(spectrum).square_()
+        # a sum over the last axis, which has only two elements, takes five times as long
+        power = (squares[..., 0] + squares[..., 1]).transpose(1, 2)
         return torch.matmul(power, self.mel_filters.to(samples).T).add_(LOG_ZERO_GUARD).log_()
 
     def _compute_log_mel(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
