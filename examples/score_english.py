@@ -1,9 +1,10 @@
 """Score a model on packed speech: greedy decoding, beam search, and beam search with a language model.
 
-    python examples/train_ngram.py texts.txt words.arpa.gz --order 3 --units words
+    python examples/train_ngram.py sentences.txt words.arpa.gz --order 3 --unknown -12
     python examples/score_english.py --model english-tdt --data FOLDER --language-model words.arpa.gz
 
-Each row has the word and character error rates with 95 % intervals.
+Each row has the word and character error rates with 95 % intervals. Choose the weight of the language model and the label
+bonus on dev clips. The beam search of a transducer has no label bonus.
 """
 
 import argparse
@@ -27,8 +28,9 @@ def list_searches(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, 
     if options.beams > 1:
         yield f"beam {options.beams}", {"num_beams": options.beams}
     if options.language_model is not None:
-        search = {"num_beams": options.beams, "language_model": str(options.language_model)}
-        yield f"beam {options.beams} + language model", {**search, "generate_kwargs": {"lm_weight": options.lm_weight}}
+        weights = {"lm_weight": options.lm_weight, "label_bonus": options.label_bonus}
+        search = {"num_beams": options.beams, "language_model": str(options.language_model), "generate_kwargs": weights}
+        yield f"beam {options.beams} + language model", search
 
 
 def parse_options() -> argparse.Namespace:
@@ -39,7 +41,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--beams", type=int, default=8)
     parser.add_argument("--language-model", type=Path, help="ARPA file")
     parser.add_argument("--lm-weight", type=float, default=0.3)
+    parser.add_argument("--label-bonus", type=float, default=0.0, help="score for each label, with the language model")
     parser.add_argument("--decoder", help="ctc for the CTC head of a hybrid")
+    parser.add_argument("--splits", nargs="*", help="such as english-dev; default: all")
     parser.add_argument("--limit", type=int, help="number of clips per split; default: all")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -52,6 +56,8 @@ def main() -> None:
     model, processor = load_nemo(options.model, dtype=torch.float32)
     print("| split | decoding | WER % | 95 % interval | CER % |\n| --- | --- | --- | --- | --- |")
     for corpus, split in SPLITS:
+        if options.splits and f"{corpus}-{split}" not in options.splits:
+            continue
         if not (options.data / corpus / "manifest.jsonl").exists():
             continue
         speech = PackedSpeech(options.data / corpus, split)

@@ -181,7 +181,7 @@ def average_checkpoints(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def create_arguments(options: argparse.Namespace) -> TrainingArguments:
-    """Create the training arguments: AdamW, a cosine schedule, and 20 evaluations and checkpoints."""
+    """Create the training arguments: AdamW, a cosine schedule, 10 evaluations and 20 checkpoints."""
     interval = max(1, options.updates // 20)
     return TrainingArguments(
         output_dir=str(options.output),
@@ -194,7 +194,7 @@ def create_arguments(options: argparse.Namespace) -> TrainingArguments:
         max_grad_norm=1.0,
         per_device_eval_batch_size=16,
         eval_strategy="steps",
-        eval_steps=interval,
+        eval_steps=2 * interval,
         save_strategy="steps",
         save_steps=interval,
         save_total_limit=options.averaged,

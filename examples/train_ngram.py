@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--order", type=int, default=3, help="largest number of words or tokens of an n-gram")
     parser.add_argument("--units", choices=("words", "pieces"), default="words", help="words, or tokens of --model")
     parser.add_argument("--model", help="folder of the speech model, for --units pieces")
+    parser.add_argument("--unknown", type=float, help="log10 probability of unknown words; default: from the text")
     options = parser.parse_args()
     if options.order < 1:
         parser.error(f"--order must be at least 1, got {options.order}")
@@ -205,6 +206,8 @@ def main() -> None:
         parser.error("--units pieces needs the folder of the speech model: add --model FOLDER")
     split = load_tokenize(options.model) if options.units == "pieces" else str.split
     model = train(split_lines(options.text, split), options.order)
+    if options.unknown is not None:
+        model.probabilities[0][(UNKNOWN,)] = 10**options.unknown
     write_arpa(model, options.arpa)
     counts = ", ".join(f"{len(order)} {n}-grams" for n, order in enumerate(model.probabilities, start=1))
     print(f"{options.arpa}: {counts}")

@@ -1,5 +1,6 @@
 """Tests of examples/train_ngram.py against counts by hand, and of the sums of its probabilities."""
 
+import gzip
 import importlib.util
 import math
 import random
@@ -122,9 +123,15 @@ def test_word_models_are_written_and_loaded(tmp_path, monkeypatch, capsys):
     )
     pieces = [f"▁w{i}" for i in range(12)]
     scorer = load_language_model(path, pieces, units="words")
-    states = scorer.step(scorer.start(1), torch.tensor([0]))[1]
-    score, _ = scorer.step(states, torch.tensor([1]))
-    assert score.item() == pytest.approx(math.log(model.probabilities[1][("<s>", "w0")]), abs=1e-6)
+    first_score, states = scorer.step(scorer.start(1), torch.tensor([0]))
+    second_score, _ = scorer.step(states, torch.tensor([1]))
+    # the score of the first word, and the estimate for the second one
+    expected = model.probabilities[1][("<s>", "w0")] * model.probabilities[0][("w1",)]
+    assert (first_score + second_score).item() == pytest.approx(math.log(expected), abs=1e-6)
+    # the log probability of unknown words can be set
+    monkeypatch.setattr(sys, "argv", ["train_ngram.py", str(text), str(path), "--unknown", "-12"])
+    train_ngram.main()
+    assert "-12.0000000\t<unk>" in gzip.decompress(path.read_bytes()).decode().splitlines()
 
 
 def test_piece_models_use_the_tokens_of_a_model(tmp_path, monkeypatch):

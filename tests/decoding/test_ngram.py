@@ -11,7 +11,7 @@ import torch
 from ngram_helpers import draw_orders, score_word, write_arpa
 
 import transformers_parakeet as tp
-from transformers_parakeet.decoding import ngram
+from transformers_parakeet.decoding import ngram, word_scorer
 from transformers_parakeet.decoding.automaton import BackoffAutomaton
 from transformers_parakeet.decoding.ngram import detect_units, load_language_model
 from transformers_parakeet.decoding.word_scorer import WordScorer
@@ -118,6 +118,13 @@ def test_word_models_equal_a_scorer_of_whole_words(tmp_path, order):
     assert texts_with_unknown_words > 5
 
 
+@pytest.fixture
+def no_estimates(monkeypatch):
+    """Treat the vocabulary of a test as a large one, for which incomplete words have no estimate."""
+    monkeypatch.setattr(word_scorer, "MAX_ESTIMATED_TOKENS", 0)
+
+
+@pytest.mark.usefixtures("no_estimates")
 def test_a_word_gets_its_score_from_the_token_that_starts_the_next_word(tmp_path):
     orders = draw_orders(random.Random(7), WORDS, 2)
     scorer = load_language_model(write_arpa(tmp_path / "lm.arpa", orders), PIECES)
@@ -136,6 +143,40 @@ def test_a_word_gets_its_score_from_the_token_that_starts_the_next_word(tmp_path
     assert scores == pytest.approx([0, cat + score_word(orders, ["<s>", "cat"], "b")], abs=1e-5)
 
 
+def test_an_incomplete_word_has_the_score_of_its_most_probable_word(tmp_path):
+    orders = draw_orders(random.Random(11), WORDS, 2)
+    scorer = load_language_model(write_arpa(tmp_path / "lm.arpa", orders), PIECES)
+    letters = {piece: token for token, piece in enumerate(PIECES) if piece.isalpha()}
+    rng, num_known = random.Random(12), 0
+    for _ in range(40):
+        parts = [rng.choice([*letters]) for _ in range(rng.randint(1, 3))]
+        tokens = [PIECES.index("▁"), *(letters[part] for part in parts)]
+        prefix = "".join(parts)
+        longer = [word for word in WORDS if word.startswith(prefix)] or ["<unk>"]
+        num_known += longer != ["<unk>"]
+        scores, end_score = score_tokens(scorer, tokens)
+        best = max(orders[0][(word,)][0] * LN10 for word in longer)
+        assert sum(scores) == pytest.approx(best, abs=1e-5)
+        word = prefix if prefix in WORDS else "<unk>"
+        expected = score_word(orders, ["<s>"], word) + score_word(orders, ["<s>", word], "</s>")
+        assert sum(scores) + end_score == pytest.approx(expected, abs=1e-5)
+    assert num_known > 5
+
+
+@pytest.mark.parametrize("num_clips", [1, 7])
+def test_bounds_of_word_models(tmp_path, num_clips, request):
+    rng = random.Random(13)
+    for is_large in (False, True):
+        if is_large:
+            request.getfixturevalue("no_estimates")
+        scorer = load_language_model(write_arpa(tmp_path / "lm.arpa", draw_orders(rng, WORDS, 2)), PIECES)
+        states = scorer.start(num_clips)
+        for _ in range(8):
+            states = scorer.step(states, torch.tensor([rng.randrange(len(PIECES)) for _ in range(num_clips)]))[1]
+            assert (scorer.bound_scores(states) >= scorer.score(states).amax(1)).all()
+
+
+@pytest.mark.usefixtures("no_estimates")
 def test_word_models_with_upper_case_letters_keep_the_case(tmp_path):
     words = {("X",): (-1, None), ("<s>",): (-9, None), ("</s>",): (-2, None), ("<unk>",): (-4, None)}
     scorer = load_language_model(write_arpa(tmp_path / "lm.arpa", [words]), ["▁X", "▁x"])

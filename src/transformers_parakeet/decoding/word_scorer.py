@@ -1,4 +1,7 @@
-"""Scores tokens with a language model over words: a word gets its score when the next word starts.
+"""Scores tokens with a language model over words.
+
+A word gets its score when the next word starts. For small vocabularies, such as characters, an incomplete word has an
+estimate of this score, so a search does not prefer texts without word ends.
 
 `ngram.py` loads the language model.
 """
@@ -29,14 +32,19 @@ BYTE_OR_UNKNOWN_PATTERN = re.compile(r"<(0x[0-9A-F]{2}|unk)>")
 NUM_OTHER_SYMBOLS = 4
 # label of a word state without a word
 NO_WORD = -1
+# Largest vocabulary for which the scores of incomplete words are estimated. For all tokens of a larger vocabulary this
+# would take too long, and its words have few tokens.
+MAX_ESTIMATED_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class WordScorer:
     """Scores tokens with a language model over words. It has no state of its own, so threads share it.
 
-    A token with `▁` completes the word before it and adds the score of that word. All other tokens add 0. The last word
-    is added at the end of the clip. The result does not depend on how a word is divided into tokens.
+    A token with `▁` completes the word before it and adds the score of that word. The last word is added at the end of
+    the clip. Every token also adds the change of the estimate for the incomplete word. A complete word has no estimate,
+    so the sum over all tokens is that of the scores of the words. It does not depend on how a word is divided into
+    tokens.
 
     A state is `state of the language model * number of word states + word state`. The word state is the word so far: 0
     for no character; 1 to K - 2 for the characters of a node in the trie of all words of the model; K - 1 for
@@ -54,6 +62,8 @@ class WordScorer:
             last key is larger than every key that occurs, so a search has a result.
         edge_targets: (E,) next word state of each edge.
         word_labels: (2K,) label of the word that ends in a word state; -1 for no word.
+        word_estimates: (2K,) estimated score of the incomplete word of a word state: the score of the most probable
+            word that starts with it, without the words before it. `None` for no estimates.
         symbols: (V, L) symbols of each token; the last two symbols are a word boundary and padding.
         symbol_counts: (V,) number of symbols of each token.
         is_punctuation: (number of symbols,) whether a symbol is punctuation.
@@ -66,6 +76,7 @@ class WordScorer:
     edge_keys: Tensor
     edge_targets: Tensor
     word_labels: Tensor
+    word_estimates: Tensor | None
     symbols: Tensor
     symbol_counts: Tensor
     is_punctuation: Tensor
@@ -92,7 +103,7 @@ class WordScorer:
         moved: dict[str, Any] = {
             field.name: getattr(self, field.name).to(device)
             for field in fields(self)
-            if field.name != "boundary_positions"
+            if field.name != "boundary_positions" and getattr(self, field.name) is not None
         }
         return replace(self, **moved)
 
@@ -116,12 +127,12 @@ class WordScorer:
         Returns:
             (N, V) float32 scores.
         """
+        if self.word_estimates is not None:
+            return self._score_tokens(states, torch.arange(self.num_labels, device=states.device))
         word_scores, _ = self._complete_words(*self._split_states(states))
         scores = word_scores[:, None] * self.starts_word
-        tokens = self.inner_boundary_tokens
-        if len(tokens):
-            repeated_states = states.repeat_interleave(len(tokens))
-            scores[:, tokens] = self.step(repeated_states, tokens.repeat(len(states)))[0].view(len(states), -1)
+        if len(self.inner_boundary_tokens):
+            scores[:, self.inner_boundary_tokens] = self._score_tokens(states, self.inner_boundary_tokens)
         return scores
 
     def step(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +146,7 @@ class WordScorer:
             (N,) float32 scores and (N,) int64 next states.
         """
         model_states, word_states = self._split_states(states)
-        scores = torch.zeros_like(states, dtype=torch.float32)
+        scores = -self._estimate(word_states)
         num_positions = int(self.symbol_counts[tokens].max()) if len(tokens) else 0
         symbols = self.symbols[tokens, :num_positions]
         is_boundary, is_padding = symbols == self._boundary_symbol, symbols == self._boundary_symbol + 1
@@ -149,7 +160,7 @@ class WordScorer:
                 model_states = torch.where(ends_word, next_model_states, model_states)
                 next_word_states = next_word_states.masked_fill(ends_word, 0)
             word_states = torch.where(is_padding[:, position], word_states, next_word_states)
-        return scores, model_states * self.num_word_states + word_states
+        return scores + self._estimate(word_states), model_states * self.num_word_states + word_states
 
     def bound_scores(self, states: Tensor) -> Tensor:
         """Return an upper bound of the scores of all tokens in every state.
@@ -160,13 +171,13 @@ class WordScorer:
         Returns:
             (N,) float32 bounds.
         """
+        if self.word_estimates is not None:
+            return self.score(states).amax(1)
         word_scores, _ = self._complete_words(*self._split_states(states))
-        bounds, tokens = word_scores.clamp(min=0), self.inner_boundary_tokens
-        if not len(tokens):
+        bounds = word_scores.clamp(min=0)
+        if not len(self.inner_boundary_tokens):
             return bounds
-        repeated_states = states.repeat_interleave(len(tokens))
-        inner_scores = self.step(repeated_states, tokens.repeat(len(states)))[0].view(len(states), -1)
-        return bounds.maximum(inner_scores.amax(1))
+        return bounds.maximum(self._score_tokens(states, self.inner_boundary_tokens).amax(1))
 
     def score_end(self, states: Tensor) -> Tensor:
         """Score the last word and the end of the clip.
@@ -177,8 +188,9 @@ class WordScorer:
         Returns:
             (N,) float32 scores.
         """
-        word_scores, model_states = self._complete_words(*self._split_states(states))
-        return word_scores + self.automaton.score_end(model_states)
+        model_states, word_states = self._split_states(states)
+        word_scores, model_states = self._complete_words(model_states, word_states)
+        return word_scores + self.automaton.score_end(model_states) - self._estimate(word_states)
 
     @property
     def _boundary_symbol(self) -> int:
@@ -189,6 +201,17 @@ class WordScorer:
         """Return the (N,) states of the language model and the (N,) word states of (N,) states."""
         model_states = states.div(self.num_word_states, rounding_mode="floor")
         return model_states, states - model_states * self.num_word_states
+
+    def _score_tokens(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """Return the (N, T) float32 scores of T tokens in each of (N,) states."""
+        scores, _ = self.step(states.repeat_interleave(len(tokens)), tokens.repeat(len(states)))
+        return scores.view(len(states), -1)
+
+    def _estimate(self, word_states: Tensor) -> Tensor:
+        """Return the (N,) float32 estimates for the incomplete words of (N,) word states."""
+        if self.word_estimates is None:
+            return torch.zeros_like(word_states, dtype=torch.float32)
+        return self.word_estimates[word_states]
 
     def _complete_words(self, model_states: Tensor, word_states: Tensor) -> tuple[Tensor, Tensor]:
         """Score the words that end in word states.
@@ -274,11 +297,15 @@ def build_word_scorer(automaton: BackoffAutomaton, words: Sequence[str], pieces:
     # characters outside the trie have the label of the unknown word
     node_labels = np.append(trie.labels, automaton.num_labels - 1)
     edge_keys, edge_targets = build_edges(trie)
+    estimates = None
+    if len(pieces) <= MAX_ESTIMATED_TOKENS:
+        estimates = torch.from_numpy(estimate_scores(trie, automaton.root_scores[0].numpy()))
     return WordScorer(
         automaton=automaton,
         edge_keys=torch.from_numpy(edge_keys),
         edge_targets=torch.from_numpy(edge_targets),
         word_labels=torch.from_numpy(np.tile(node_labels, 2).astype(np.int32)),
+        word_estimates=estimates,
         symbols=torch.from_numpy(symbols),
         symbol_counts=torch.tensor([len(text) for text in texts]),
         is_punctuation=torch.tensor(is_punctuation),
@@ -309,6 +336,30 @@ def build_edges(trie: WordTrie) -> tuple[Array, Array]:
         np.concatenate([trie.edge_keys, keys_after_punctuation, [np.iinfo(np.int64).max]]),
         np.concatenate([targets, targets[:num_root_edges], [0]]),
     )
+
+
+def estimate_scores(trie: WordTrie, unigram_scores: Array) -> Array:
+    """Estimate the score of the incomplete word of every word state.
+
+    Args:
+        trie: the trie.
+        unigram_scores: (W + 1,) score of each word without the words before it; the last one is that of unknown words.
+
+    Returns:
+        (2K,) float32 estimates, see `WordScorer`; 0 without a word.
+    """
+    num_symbols = len(trie.characters) + NUM_OTHER_SYMBOLS
+    unknown_score = unigram_scores[-1]
+    # states after punctuation have no longer words
+    complete = np.append(np.where(trie.labels == NO_WORD, 0.0, unigram_scores[trie.labels]), unknown_score)
+    is_word = (trie.labels != NO_WORD) & (trie.labels != len(unigram_scores) - 1)
+    best = np.where(is_word, complete[:-1], -np.inf).tolist()
+    # the number of a node is larger than that of its parent
+    for node, key in zip(range(len(best) - 1, 0, -1), trie.edge_keys[::-1].tolist(), strict=True):
+        parent = key // num_symbols
+        best[parent] = max(best[parent], best[node])
+    best[0] = 0.0
+    return np.concatenate([best, [unknown_score], complete]).astype(np.float32)
 
 
 def build_trie(words: Sequence[str]) -> WordTrie:
