@@ -3,8 +3,8 @@
     python examples/train_ngram.py sentences.txt words.arpa.gz --order 3 --unknown -12
     python examples/score_english.py --model english-tdt --data FOLDER --language-model words.arpa.gz
 
-Each row has the word and character error rates with 95 % intervals. Choose the weight of the language model and the label
-bonus on dev clips. The beam search of a transducer has no label bonus.
+Each row has the word and character error rates with 95 % intervals. Choose the weight of the language model and the
+label bonus on dev clips. The beam search of a transducer has no label bonus.
 """
 
 import argparse

@@ -13,7 +13,7 @@ import typer
 from .messages import print_error_and_exit, print_next_command, print_note, print_rows
 from .models import load_pipeline, print_model_note
 from .threads import check_threads, read_cpu_times, set_threads
-from .transcribe import Threads
+from .transcribe import Beams, Boost, LanguageModel, LanguageModelWeight, QuantizeOption, Threads, get_value
 
 # number of clips with the most errors that are printed
 NUM_WORST_CLIPS = 3
@@ -51,8 +51,13 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Number of clips per batch.", min=1)] = 8,
     decoder: Annotated[str | None, typer.Option(help="ctc: use the CTC head of a hybrid.")] = None,
+    beams: Beams = None,
+    boost: Boost = None,
+    language_model: LanguageModel = None,
+    lm_weight: LanguageModelWeight = 0.3,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; default: cuda if there is a GPU.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    quantize: QuantizeOption = None,
     threads: Threads = None,
     report: Annotated[Path | None, typer.Option(help="HTML file with rates, diagram and worst clips.")] = None,
     output_path: Annotated[
@@ -67,21 +72,48 @@ def evaluate(
 
         normalize_text = choose_normalization(normalize, spellings)
         dataset = load_speech(data, split, name, default_split="test")
-        pipeline = load_pipeline(model, device=device, dtype=dtype)
+        search = create_search(beams, boost, language_model, lm_weight)
+        pipeline = load_pipeline(model, device=device, dtype=dtype, quantize=get_value(quantize))
         set_threads(threads, cpu_times)
         print_model_note(pipeline, is_default_dtype=False)
-        evaluation = run_evaluation(pipeline, dataset, batch_size, decoder, normalize_text)
+        evaluation = run_evaluation(pipeline, dataset, batch_size, decoder, normalize_text, search)
         # printed before files are written, because a file that cannot be written must not lose the result
         print_evaluation(evaluation)
         if output_path is not None:
             write_clips(evaluation, output_path)
         if report is not None:
             settings = {"model": model, "data": data, "normalisation": normalize.value, "decoder": decoder or "default"}
+            options = {"beams": beams, "boost": boost, "lm": language_model, "quantize": get_value(quantize)}
+            settings |= {name: str(value) for name, value in options.items() if value is not None}
             write_report(evaluation, report, f"Evaluation of {model}", settings)
     for path in filter(None, (output_path, report)):
         print_note(f"wrote {path}")
     if report is None:
         print_next_command("parakeet", "evaluate", model, data, "--report", "REPORT.html")
+
+
+def create_search(
+    beams: int | None, phrase_file: Path | None, language_model: Path | None, lm_weight: float
+) -> dict[str, Any]:
+    """Create the arguments of the pipeline for the search.
+
+    Args:
+        beams: value of the option `--beams`.
+        phrase_file: value of the option `--boost`.
+        language_model: value of the option `--lm`.
+        lm_weight: value of the option `--lm-weight`.
+
+    Raises:
+        OSError: the file of phrases cannot be read.
+    """
+    from transformers_parakeet.phrases import read_phrases
+
+    search: dict[str, Any] = {} if beams is None else {"num_beams": beams}
+    if phrase_file is not None:
+        search["boost"] = read_phrases(phrase_file)
+    if language_model is not None:
+        search.update(language_model=str(language_model), lm_weight=lm_weight)
+    return search
 
 
 def choose_normalization(normalization: Normalization, spellings: Path | None) -> Callable[[str], str]:

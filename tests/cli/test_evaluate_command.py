@@ -8,6 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 import transformers_parakeet as tp
+from transformers_parakeet.networks import has_int8_products
+from transformers_parakeet.transcription import load_pipeline
 from transformers_parakeet_cli.app import app
 
 CLIPS = tp.demo_model_path() / "clips"
@@ -92,3 +94,37 @@ def test_spellings_need_the_english_normalisation(manifest, tmp_path):
     result = run_evaluate(manifest, "--normalize", "english", "--spellings", spellings)
     assert result.exit_code == 1
     assert "the list of spellings must be a JSON object" in result.stderr
+
+
+ARPA = "\\data\\\nngram 1=4\n\n\\1-grams:\n-99\t<s>\n-1.0\t</s>\n-0.1\tnine\n-3.0\t<unk>\n\n\\end\\\n"
+
+
+@pytest.mark.parametrize("search", [{"num_beams": 3}, {"boost": ["nine"]}, {"language_model": ARPA, "num_beams": 2}])
+def test_the_search_is_that_of_the_pipeline(search, manifest, tmp_path):
+    output, phrases, arpa = tmp_path / "clips.jsonl", tmp_path / "phrases.txt", tmp_path / "words.arpa"
+    phrases.write_text("nine\n", encoding="utf-8")
+    arpa.write_text(ARPA, encoding="utf-8")
+    arguments, options = dict(search), []
+    if "num_beams" in search:
+        options += ["--beams", search["num_beams"]]
+    if "boost" in search:
+        options += ["--boost", phrases]
+    if "language_model" in search:
+        options += ["--lm", arpa, "--lm-weight", 3]
+        arguments |= {"language_model": str(arpa), "lm_weight": 3.0}
+    result = run_evaluate(manifest, "--output", output, *options)
+    assert result.exit_code == 0, result.stderr
+    pipeline = load_pipeline("demo", device="cpu", dtype="float32")
+    audio = [json.loads(line)["audio_filepath"] for line in manifest.read_text().splitlines()]
+    expected = [entry["text"] for entry in pipeline(audio, **arguments)]
+    assert read_clips(output)[1] == expected
+    if "language_model" in search:
+        assert expected != [entry["text"] for entry in pipeline(audio)]
+
+
+def test_int8_is_in_the_report(manifest, tmp_path):
+    report = tmp_path / "report.html"
+    result = run_evaluate(manifest, "--quantize", "int8", "--report", report)
+    assert result.exit_code == 0, result.stderr
+    assert "int8" in report.read_text(encoding="utf-8")
+    assert ("in int8 and float32" in result.stderr) == has_int8_products()

@@ -57,6 +57,7 @@ def run_evaluation(
     batch_size: int = 8,
     decoder: str | None = None,
     normalize: Callable[[str], str] = normalize_text,
+    search: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Transcribe every clip of a dataset, count the errors and measure the time.
 
@@ -67,6 +68,8 @@ def run_evaluation(
         decoder: `"ctc"` for the CTC head of a hybrid model; None for the default decoder of the model.
         normalize: text normalisation that is applied to references and hypotheses before scoring; for the Open ASR
             leaderboard, see `create_english_normalizer`.
+        search: arguments of the pipeline for the search, such as `num_beams`, `boost` and `language_model`; None for
+            the defaults of the pipeline.
 
     Returns:
         The errors and the speed.
@@ -87,7 +90,9 @@ def run_evaluation(
             read_rows.append((name, len(samples) / sampling_rate, row["text"]))
             yield {"raw": samples, "sampling_rate": sampling_rate}
 
-    pipeline_options = {"generate_kwargs": {"decoder": decoder}} if decoder else {}
+    pipeline_options = dict(search or {})
+    if decoder:
+        pipeline_options["generate_kwargs"] = {**pipeline_options.get("generate_kwargs", {}), "decoder": decoder}
     start = time.perf_counter()
     # without worker processes, because `read_clips` appends to a list of this process
     outputs = pipe(read_clips(), batch_size=batch_size, num_workers=0, **pipeline_options)
