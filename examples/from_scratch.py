@@ -1,13 +1,10 @@
-"""Train a small model from random weights, on a CPU in minutes or on a GPU.
+"""Train a small model of spoken digits from random weights, on a CPU in minutes or on a GPU.
 
-    python examples/from_scratch.py digits                                      # smoke test on eight bundled clips
+    python examples/from_scratch.py                                      # smoke test on eight bundled clips
     git clone https://github.com/Jakobovski/free-spoken-digit-dataset
-    python examples/from_scratch.py digits --data free-spoken-digit-dataset     # spoken digits, with held-out scores
-    python examples/from_scratch.py sentences --data FOLDER --encoder MODEL     # sentences from packed speech
+    python examples/from_scratch.py --data free-spoken-digit-dataset     # with held-out scores
 
-The speech for the recipe `sentences` is packed in tar files in the subfolders `librispeech20` and `speechocean762`;
-`packed_speech.py` describes the format. These corpora are too small to learn sentences from random weights, so use
-`--encoder` to start from the encoder of another model.
+For sentences see `train_english.py`.
 """
 
 import argparse
@@ -19,7 +16,7 @@ from typing import Any, Protocol
 
 import soundfile
 import torch
-from packed_speech import ConcatenatedSpeech, PackedSpeech
+from packed_speech import PackedSpeech
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import TrainingArguments, set_seed
 
@@ -35,7 +32,6 @@ from transformers_parakeet import (
     ParakeetTokenizer,
     demo_model_path,
     load_audio,
-    load_nemo,
 )
 from transformers_parakeet.training import ParakeetTrainer, SpeechCollator
 
@@ -50,7 +46,7 @@ SMOKE_TEST_NOTE = f"""\
 SMOKE TEST: no --data, so training and scoring use the same eight clips that come with the demo model. The scores below
 show only that training works. To train on spoken digits with held-out scores, get the Free Spoken Digit Dataset:
     git clone {DIGITS_URL}
-    python examples/from_scratch.py digits --data free-spoken-digit-dataset
+    python examples/from_scratch.py --data free-spoken-digit-dataset
 """
 
 
@@ -80,54 +76,17 @@ class SpeechData:
     test: dict[str, SpeechDataset]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Sizes and settings of a run.
-
-    Args:
-        corpora: names of the folders of packed speech.
-        vocab_size: maximum vocabulary size, with the blank.
-        width: hidden size of the encoder.
-        num_layers: number of Conformer blocks of the encoder.
-        num_channels: number of channels of the subsampling.
-        batch_duration_s: maximum duration of a batch in seconds.
-        learning_rate: peak learning rate.
-        num_steps: number of updates.
-    """
-
-    corpora: tuple[str, ...]
-    vocab_size: int
-    width: int
-    num_layers: int
-    num_channels: int
-    batch_duration_s: float
-    learning_rate: float
-    num_steps: int
-
-
-RECIPES = {
-    # with batches of more than about 12 s, a model of this size emits only blanks for a long time
-    "digits": Recipe(
-        corpora=("fsdd",),
-        vocab_size=64,
-        width=96,
-        num_layers=3,
-        num_channels=16,
-        batch_duration_s=12.0,
-        learning_rate=2e-3,
-        num_steps=1200,
-    ),
-    # sized for about one hour on one core with --encoder
-    "sentences": Recipe(
-        corpora=("librispeech20", "speechocean762"),
-        vocab_size=256,
-        width=144,
-        num_layers=6,
-        num_channels=32,
-        batch_duration_s=20.0,
-        learning_rate=1e-3,
-        num_steps=12000,
-    ),
+# maximum vocabulary size, with the blank
+VOCAB_SIZE = 64
+WIDTH = 96
+ENCODER = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 4 * WIDTH,
+    "subsampling_conv_channels": 16,
+    "attention_dropout": 0.0,
+    "layerdrop": 0.0,
 }
 
 
@@ -183,35 +142,31 @@ class DigitRecordings:
         return {"audio": str(self.paths[index]), "text": self.texts[index]}
 
 
-def load_data(folder: Path | None, recipe_name: str) -> SpeechData:
-    """Open the data of a recipe.
+def load_data(folder: Path | None) -> SpeechData:
+    """Open the data.
 
     Args:
-        folder: a clone of the Free Spoken Digit Dataset or a folder of packed speech; None for the demo clips.
-        recipe_name: `digits` or `sentences`.
+        folder: a clone of the Free Spoken Digit Dataset, or a folder with the packed speech `fsdd`; None for the demo
+            clips.
 
     Raises:
         SystemExit: the folder does not contain the data. The message describes the expected content.
     """
-    if folder is None and recipe_name == "digits":
+    if folder is None:
         print(SMOKE_TEST_NOTE, flush=True)
         clips = DemoClips()
         return SpeechData(clips, {"demo clips (trained on)": clips}, {})
-    corpora = RECIPES[recipe_name].corpora
-    if folder is not None and recipe_name == "digits" and (folder / "recordings").is_dir():
+    splits: dict[str, SpeechDataset]
+    if (folder / "recordings").is_dir():
         splits = {split: DigitRecordings(folder / "recordings", split) for split in ("train", "dev", "test")}
-        return SpeechData(splits["train"], {"fsdd_dev": splits["dev"]}, {"fsdd_test": splits["test"]})
-    if folder is None or not all((folder / corpus / "manifest.jsonl").exists() for corpus in corpora):
-        clone = f", or a clone of {DIGITS_URL}" if recipe_name == "digits" else ""
+    elif (folder / "fsdd" / "manifest.jsonl").exists():
+        splits = {split: PackedSpeech(folder / "fsdd", split) for split in ("train", "dev", "test")}
+    else:
         raise SystemExit(
-            f"--data must name a folder with the packed speech {' and '.join(corpora)} (see examples/packed_speech.py)"
-            f"{clone}, got {folder or 'nothing'}"
+            f"--data must name a clone of {DIGITS_URL}, or a folder with the packed speech fsdd (see "
+            f"examples/packed_speech.py), got {folder}"
         )
-    return SpeechData(
-        ConcatenatedSpeech([PackedSpeech(folder / corpus, "train") for corpus in corpora]),
-        {f"{corpus}_dev": PackedSpeech(folder / corpus, "dev") for corpus in corpora},
-        {f"{corpus}_test": PackedSpeech(folder / corpus, "test") for corpus in corpora},
-    )
+    return SpeechData(splits["train"], {"fsdd_dev": splits["dev"]}, {"fsdd_test": splits["test"]})
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, head: str) -> ParakeetTokenizer:
@@ -231,35 +186,6 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, head: str) -> Parakee
     backend.train_from_iterator(texts, trainer)
     backend.add_special_tokens([blank])
     return ParakeetTokenizer(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
-
-
-def create_model(tokenizer: ParakeetTokenizer, recipe: Recipe, head: str, encoder: str | None = None) -> Any:
-    """Create a model with random weights, optionally with the encoder of another model.
-
-    Args:
-        tokenizer: tokenizer whose last token is the blank.
-        recipe: sizes of the model.
-        head: one of `HEADS`.
-        encoder: Hub id, folder or `.nemo` file of the model with the trained encoder; None for a random encoder.
-    """
-    trained_encoder = load_nemo(encoder)[0].encoder if encoder else None
-    if trained_encoder is not None:
-        encoder_config = trained_encoder.config.to_dict()
-    else:
-        encoder_config = {
-            "hidden_size": recipe.width,
-            "num_hidden_layers": recipe.num_layers,
-            "num_attention_heads": 4,
-            "intermediate_size": 4 * recipe.width,
-            "subsampling_conv_channels": recipe.num_channels,
-            "attention_dropout": 0.0,
-            "layerdrop": 0.0,
-        }
-    model = create_head(head, tokenizer, recipe.width, encoder_config)
-    initialise_layers(model)
-    if trained_encoder is not None:
-        model.encoder.load_state_dict(trained_encoder.state_dict())
-    return model
 
 
 def initialise_layers(model: Any) -> None:
@@ -307,19 +233,18 @@ def create_head(head: str, tokenizer: ParakeetTokenizer, width: int, encoder_con
     return ParakeetForTDT(ParakeetTDTConfig(**fields))
 
 
-def create_arguments(options: argparse.Namespace, recipe: Recipe) -> TrainingArguments:
+def create_arguments(options: argparse.Namespace) -> TrainingArguments:
     """Create the training arguments: AdamW, a cosine schedule, and ten evaluations and checkpoints.
 
     Args:
         options: parsed command-line options.
-        recipe: default values for options that were not given.
     """
-    num_steps = options.steps or recipe.num_steps
+    num_steps = options.steps
     interval = max(1, num_steps // 10)
     return TrainingArguments(
         output_dir=str(options.output),
         max_steps=num_steps,
-        learning_rate=options.learning_rate or recipe.learning_rate,
+        learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(500, num_steps // 10),
         weight_decay=0.01,
@@ -344,16 +269,14 @@ def create_arguments(options: argparse.Namespace, recipe: Recipe) -> TrainingArg
 def parse_options() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--head", choices=HEADS, default="ctc")
-    parser.add_argument("--data", type=Path, help="folder of the speech; default: the eight demo clips (digits only)")
+    parser.add_argument("--data", type=Path, help="folder of the speech; default: the eight demo clips")
     parser.add_argument("--output", type=Path, default=Path("from-scratch"), help="folder to write the model to")
-    parser.add_argument("--steps", type=int, help="number of updates; default: set by the recipe")
-    parser.add_argument("--vocabulary", type=int, help="maximum vocabulary size; default: set by the recipe")
-    parser.add_argument("--learning-rate", type=float, help="peak learning rate; default: set by the recipe")
-    parser.add_argument("--batch-duration", type=float, help="seconds of audio per batch; default: set by the recipe")
+    parser.add_argument("--steps", type=int, default=1200, help="number of updates")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate")
+    # with more than about 12 s, a model of this size emits only blanks for a long time
+    parser.add_argument("--batch-duration", type=float, default=12.0, help="seconds of audio per batch")
     parser.add_argument("--workers", type=int, default=0, help="number of processes that decode audio")
-    parser.add_argument("--encoder", help="Hub id, folder or .nemo file of a model to take the encoder from")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 mixed precision")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the output folder")
@@ -363,24 +286,24 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     """Train a model, save it, and print its scores on all evaluation and test data."""
     options = parse_options()
-    recipe = RECIPES[options.recipe]
     # for a model of this size, the overhead of a second thread is larger than the gain
     torch.set_num_threads(1)
     set_seed(options.seed)
-    data = load_data(options.data, options.recipe)
-    tokenizer = train_tokenizer(data.train.texts, options.vocabulary or recipe.vocab_size, options.head)
-    model = create_model(tokenizer, recipe, options.head, options.encoder)
+    data = load_data(options.data)
+    tokenizer = train_tokenizer(data.train.texts, VOCAB_SIZE, options.head)
+    model = create_head(options.head, tokenizer, WIDTH, ENCODER)
+    initialise_layers(model)
     decoder_type = "tdt" if options.head == "hybrid" else options.head
     processor = ParakeetProcessor(ParakeetFeatureExtractor(), tokenizer, decoder_type=decoder_type)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
     trainer = ParakeetTrainer(
         model=model,
-        args=create_arguments(options, recipe),
+        args=create_arguments(options),
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=processor,
         data_collator=SpeechCollator(processor, seed=options.seed, ctc=options.head in ("ctc", "hybrid")),
-        batch_duration_s=options.batch_duration or recipe.batch_duration_s,
+        batch_duration_s=options.batch_duration,
     )
     trainer.train(resume_from_checkpoint=options.resume or None)
     trainer.save_model()

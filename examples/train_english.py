@@ -155,8 +155,13 @@ def create_model(head: str, texts: Sequence[str], encoder: Path | None) -> tuple
     tokenizer = train_tokenizer(texts, CHARACTER_VOCABULARY, head)
     model = create_head(head, tokenizer, ENCODER["hidden_size"], dict(ENCODER))
     initialise_layers(model)
+    if head == "hybrid":
+        # random numbers for every frame, label and unit of the joint network would take a third of the time
+        model.config.joint_dropout = model.joint.dropout = 0.0
     if encoder is not None:
-        model.encoder.load_state_dict(load_nemo(str(encoder))[0].encoder.state_dict())
+        trained = load_nemo(str(encoder))[0]
+        model.encoder.load_state_dict(trained.encoder.state_dict())
+        model.ctc_head.load_state_dict(trained.ctc_head.state_dict())
     processor = ParakeetProcessor(
         ParakeetFeatureExtractor(),
         tokenizer,
