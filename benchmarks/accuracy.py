@@ -209,7 +209,9 @@ def measure_boosting(options: argparse.Namespace) -> None:
         name = f"boosted with weight {weight:g}" if weight else "not boosted"
         for label, wanted in (("with", True), ("without", False)):
             rows = [index for index, has in enumerate(has_word) if has == wanted]
-            print_row(f"{name}, clips {label} such words", [clips[i] for i in rows], [texts[i] for i in rows], *columns)
+            if rows:
+                selected = [clips[i] for i in rows], [texts[i] for i in rows]
+                print_row(f"{name}, clips {label} such words", *selected, *columns)
 
 
 MEASUREMENTS = {

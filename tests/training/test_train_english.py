@@ -96,6 +96,59 @@ def test_training_and_scores(monkeypatch, capsys, data, tmp_path):
 
 
 @pytest.mark.usefixtures("examples")
+def test_accuracy_of_each_way_of_recognition(monkeypatch, capsys, data, tmp_path):
+    monkeypatch.syspath_prepend(EXAMPLES.parent / "benchmarks")
+    import accuracy
+    import train_english
+
+    torch.manual_seed(0)
+    train_speech, _ = train_english.open_corpora(data)
+    model, processor = train_english.create_model("ctc", train_speech.texts, None)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    # both test clips have a rare word, so there are no rows for clips without one
+    num_rows = {"int8": 3, "windows": 5, "streaming": 5, "boosting": 4}
+    for measurement, count in num_rows.items():
+        run(monkeypatch, accuracy, measurement, "--model", tmp_path / "model", "--data", data / "english")
+        rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[:1] == "|"][2:]
+        assert len(rows) == count
+        for row in rows:
+            low, _, high = row[2].partition(" to ")
+            assert float(low) <= float(row[1]) + 0.06
+            assert float(row[1]) <= float(high) + 0.06
+
+
+@pytest.mark.usefixtures("examples")
+def test_clips_are_joined_by_speaker(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES.parent / "benchmarks")
+    import accuracy
+
+    def clip(name, seconds):
+        return accuracy.Recording(name, np.ones(seconds * 16000, np.float32), f"text of {name}")
+
+    clips = [("a", clip("1", 70)), ("b", clip("2", 3)), ("a", clip("3", 60)), ("a", clip("4", 5))]
+    recordings = accuracy.join_recordings(clips)
+    assert [recording.name for recording in recordings] == ["a-0", "a-1", "b-0"]
+    assert [recording.text for recording in recordings] == ["text of 1 text of 3", "text of 4", "text of 2"]
+    assert [len(recording.samples) for recording in recordings] == [131 * 16000, 88000, 56000]
+
+
+@pytest.mark.usefixtures("examples")
+def test_free_text_has_no_sentence_of_a_test_clip(monkeypatch, capsys, data, tmp_path):
+    import prepare_text
+    from packed_speech import PackedSpeech
+
+    test_text = max(PackedSpeech(data / "english", "test").texts, key=len)
+    text, output = tmp_path / "novel.txt", tmp_path / "sentences.txt"
+    novel = f"He said: \u2018It isn\u2019t late,\u2019 and left!  In 1812 it was cold.\n\nWell, {test_text}. Too short."
+    text.write_text(novel, encoding="utf-8")
+    run(monkeypatch, prepare_text, output, "--data", data, "--text", text)
+    assert "1 sentences left out" in capsys.readouterr().out
+    train = PackedSpeech(data / "english", "train").texts
+    assert output.read_text(encoding="utf-8").splitlines() == ["it isn't late and left", *train]
+
+
+@pytest.mark.usefixtures("examples")
 def test_clips_become_longer():
     from train_english import CurriculumSampler, Schedule
 
