@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .networks import Int8Linear, ParakeetEncoderBlock, get_int8_class, has_int8_products
+from .networks import Int8Linear, ParakeetEncoderBlock, ParakeetRNNTDecoder, get_int8_class, has_int8_products
 
 logger = logging.get_logger(__name__)
 
@@ -93,10 +93,12 @@ class ParakeetInt8Quantizer(HfQuantizer):
             if self.pre_quantized:
                 dequantize_int8_layers(model, model.dtype)
             self.remove_quantization_config(model)
-        elif self.pre_quantized:
+            return model
+        if self.pre_quantized:
             pack_int8_layers(model)
         else:
             quantize_encoder_blocks(model)
+        set_int8_decoding(model, enabled=True)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -174,8 +176,20 @@ def pack_int8_layers(model: nn.Module) -> None:
             release_file_pages(weight)
 
 
+def set_int8_decoding(model: nn.Module, enabled: bool) -> None:
+    """Select whether decoding computes the LSTM of the prediction network in int8.
+
+    Args:
+        model: any model of this package; changed in place.
+        enabled: whether the LSTM is computed in int8.
+    """
+    for module in model.modules():
+        if isinstance(module, ParakeetRNNTDecoder):
+            module.uses_int8 = enabled
+
+
 def dequantize_int8_layers(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace all int8 layers by float layers with the dequantised weights.
+    """Replace all int8 layers by float layers with the dequantised weights, and decode with the float LSTM.
 
     Args:
         model: model with int8 layers; changed in place.
@@ -185,6 +199,7 @@ def dequantize_int8_layers(model: nn.Module, dtype: torch.dtype) -> None:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Int8Linear):
                 setattr(parent, name, layer.to_float(dtype))
+    set_int8_decoding(model, enabled=False)
 
 
 def release_file_pages(tensor: Tensor) -> None:
