@@ -4,7 +4,7 @@
     model.save_pretrained(int8_folder)
     model = AutoModelForTDT.from_pretrained(int8_folder)
 
-This file also selects the layers. The layers themselves are in `networks/int8_linear.py`.
+This file also selects the layers. The layers themselves are in `networks/int8_linear.py`, the LSTM in `int8_lstm.py`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ QUANTIZATIONS = ("int8",)
 class ParakeetInt8Config(QuantizationConfigMixin):
     """Selects int8 for the linear layers and pointwise convolutions of the encoder blocks, for inference on a CPU.
 
-    Pass it to `from_pretrained(..., quantization_config=ParakeetInt8Config())`. `save_pretrained` then writes int8
-    weights and this config, so the folder needs no argument when it is loaded again.
+    Decoding also computes the LSTM of the prediction network in int8, from its float weights. Pass it to
+    `from_pretrained(..., quantization_config=ParakeetInt8Config())`. `save_pretrained` then writes int8 weights and
+    this config, so the folder needs no argument when it is loaded again.
 
     Args:
         quant_method: name of the method in `config.json`, always `"parakeet_int8"`.
@@ -124,8 +125,8 @@ class ParakeetInt8Quantizer(HfQuantizer):
 def find_float_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any, type[Int8Linear]]]:
     """Yield the layers of the encoder blocks that int8 layers can replace.
 
-    Subsampling, CTC head, prediction network and joint network are not included. They take a small part of the time of
-    an encoder with 17 or more blocks.
+    Subsampling, CTC head, prediction network and joint network are not included. They have a small part of the weights
+    of a model with 17 or more encoder blocks. `set_int8_decoding` selects int8 for the LSTM of the prediction network.
 
     Args:
         model: any model of this package.

@@ -62,8 +62,7 @@ class Int8Lstm:
         self.biases: list[Tensor] = []
         for index in range(lstm.num_layers):
             input_weight, hidden_weight, input_bias, hidden_bias = (
-                getattr(lstm, f"{name}_l{index}").detach()
-                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+                getattr(lstm, f"{name}_l{index}").detach() for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
             )
             if index == 0:
                 self.embedding_product = Int8Product(input_weight)
