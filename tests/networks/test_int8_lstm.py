@@ -86,8 +86,9 @@ def test_steps_differ_from_float_steps_by_the_rounding(batch, width, layers, dty
 
 @needs_int8
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_has_the_same_bits_alone_and_in_every_batch(dtype):
-    decoder, labels = build_decoder(128, dtype=dtype), random_labels(33)
+@pytest.mark.parametrize("width", [63, 128, 640])
+def test_a_row_has_the_same_bits_alone_and_in_every_batch(width, dtype):
+    decoder, labels = build_decoder(width, dtype=dtype), random_labels(33)
     outputs, (hidden, cells) = run_steps(decoder, labels, uses_int8=True)
     assert hidden.dtype == cells.dtype == torch.float32
     assert outputs.dtype == dtype
