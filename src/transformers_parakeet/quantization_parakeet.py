@@ -4,7 +4,7 @@
     model.save_pretrained(int8_folder)
     model = AutoModelForTDT.from_pretrained(int8_folder)
 
-This file also selects the layers. The layers themselves are in `networks/int8_linear.py`.
+This file also selects the layers. The layers themselves are in `networks/int8_linear.py`, the LSTM in `int8_lstm.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .networks import Int8Linear, ParakeetEncoderBlock, get_int8_class, has_int8_products
+from .networks import Int8Linear, ParakeetEncoderBlock, ParakeetRNNTDecoder, get_int8_class, has_int8_products
 
 logger = logging.get_logger(__name__)
 
@@ -36,8 +36,9 @@ QUANTIZATIONS = ("int8",)
 class ParakeetInt8Config(QuantizationConfigMixin):
     """Selects int8 for the linear layers and pointwise convolutions of the encoder blocks, for inference on a CPU.
 
-    Pass it to `from_pretrained(..., quantization_config=ParakeetInt8Config())`. `save_pretrained` then writes int8
-    weights and this config, so the folder needs no argument when it is loaded again.
+    Decoding also computes the LSTM of the prediction network in int8, from its float weights. Pass it to
+    `from_pretrained(..., quantization_config=ParakeetInt8Config())`. `save_pretrained` then writes int8 weights and
+    this config, so the folder needs no argument when it is loaded again.
 
     Args:
         quant_method: name of the method in `config.json`, always `"parakeet_int8"`.
@@ -93,10 +94,12 @@ class ParakeetInt8Quantizer(HfQuantizer):
             if self.pre_quantized:
                 dequantize_int8_layers(model, model.dtype)
             self.remove_quantization_config(model)
-        elif self.pre_quantized:
+            return model
+        if self.pre_quantized:
             pack_int8_layers(model)
         else:
             quantize_encoder_blocks(model)
+        set_int8_decoding(model, enabled=True)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -122,8 +125,8 @@ class ParakeetInt8Quantizer(HfQuantizer):
 def find_float_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any, type[Int8Linear]]]:
     """Yield the layers of the encoder blocks that int8 layers can replace.
 
-    Subsampling, CTC head, prediction network and joint network are not included. They take a small part of the time of
-    an encoder with 17 or more blocks.
+    Subsampling, CTC head, prediction network and joint network are not included. They have a small part of the weights
+    of a model with 17 or more encoder blocks. `set_int8_decoding` selects int8 for the LSTM of the prediction network.
 
     Args:
         model: any model of this package.
@@ -174,8 +177,20 @@ def pack_int8_layers(model: nn.Module) -> None:
             release_file_pages(weight)
 
 
+def set_int8_decoding(model: nn.Module, enabled: bool) -> None:
+    """Select whether decoding computes the LSTM of the prediction network in int8.
+
+    Args:
+        model: any model of this package; changed in place.
+        enabled: whether the LSTM is computed in int8.
+    """
+    for module in model.modules():
+        if isinstance(module, ParakeetRNNTDecoder):
+            module.uses_int8 = enabled
+
+
 def dequantize_int8_layers(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace all int8 layers by float layers with the dequantised weights.
+    """Replace all int8 layers by float layers with the dequantised weights, and decode with the float LSTM.
 
     Args:
         model: model with int8 layers; changed in place.
@@ -185,6 +200,7 @@ def dequantize_int8_layers(model: nn.Module, dtype: torch.dtype) -> None:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Int8Linear):
                 setattr(parent, name, layer.to_float(dtype))
+    set_int8_decoding(model, enabled=False)
 
 
 def release_file_pages(tensor: Tensor) -> None:

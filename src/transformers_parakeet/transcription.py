@@ -171,7 +171,8 @@ def load_pipeline(
             float32.
         attention: `"full"` for attention without a limit, `"local"` for attention to 128 encoder frames on each side
             unless the model has a limited context already; `None` for the context of the model.
-        quantize: `"int8"` for int8 weights and activations in the encoder blocks, on a CPU; see `load_nemo`.
+        quantize: `"int8"` for int8 weights and activations in the encoder blocks and in the LSTM, on a CPU; see
+            `load_nemo`.
 
     Returns:
         The pipeline.

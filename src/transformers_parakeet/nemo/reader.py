@@ -84,9 +84,9 @@ def load_nemo(
         path: path of a `.nemo` file (plain or gzip tar), or a folder or Hub id `org/name` that contains a `.nemo` file.
             A folder or repository that contains safetensors is loaded by `from_pretrained` instead.
         dtype: dtype of the weights; None to keep the dtype in the file.
-        quantize: `"int8"` for int8 weights and activations in the encoder blocks, for inference on a CPU with VNNI or
-            AMX instructions; on another CPU, the model keeps its dtype, and a warning is logged. None for no
-            quantisation.
+        quantize: `"int8"` for int8 weights and activations in the encoder blocks, and in decoding in the LSTM of the
+            prediction network, for inference on a CPU with VNNI or AMX instructions; on another CPU, the model keeps
+            its dtype, and a warning is logged. None for no quantisation.
         revision: branch, tag or commit of the Hub repository; None for the default branch.
         token: access token for the Hub, as in `from_pretrained`.
         cache_dir: folder of the Hub cache, as in `from_pretrained`.

@@ -107,7 +107,23 @@ def multiply_int8(values: Tensor, packed_weight: Tensor, weight_scale: Tensor) -
         (R, outputs) float32 product.
     """
     # value + 128 as an unsigned number is the same as flipping the highest bit
-    unsigned_values = values.view(torch.uint8).bitwise_xor_(ZERO_POINT)
+    return multiply_unsigned(values.view(torch.uint8).bitwise_xor_(ZERO_POINT), packed_weight, weight_scale)
+
+
+def multiply_unsigned(unsigned_values: Tensor, packed_weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """Compute the product of `multiply_int8` for values that are stored as value + 128.
+
+    The sums are exact integers, and only their conversion to float32 and the multiplication by the scale are rounded.
+    With a scale of the rows or a bias as an argument of the operator, rounding depends on the number of rows.
+
+    Args:
+        unsigned_values: (R, inputs) uint8 rows: int8 values + 128.
+        packed_weight: result of `pack_weight`.
+        weight_scale: (outputs,) float32 scales.
+
+    Returns:
+        (R, outputs) float32 product.
+    """
     weight_zero_points = torch.zeros(len(weight_scale), dtype=torch.int32)
     product: Tensor = torch.ops.onednn.qlinear_pointwise(
         unsigned_values, 1.0, ZERO_POINT, packed_weight, weight_scale, weight_zero_points,

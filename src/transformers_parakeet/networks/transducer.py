@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from ..configuration_parakeet import ParakeetRNNTConfig
 from .fast_linear import is_unmodified, probe_affine_layer, small_batch_linear
+from .int8_lstm import prepare_int8_lstm
 from .int8_search import Int8Search, prepare_search
 from .searched_outputs import SearchedOutputs
 
@@ -34,6 +35,10 @@ class ParakeetRNNTDecoder(nn.Module):
         config: configuration of the transducer. It gives the vocabulary size, the width and number of the LSTM layers,
             the joint width J and the dropout probability.
     """
+
+    # Whether `step` computes the products of the LSTM in int8; `quantization_parakeet.py` sets this for int8 models.
+    # The weights stay float weights, and `forward` uses them.
+    uses_int8 = False
 
     def __init__(self, config: ParakeetRNNTConfig) -> None:
         super().__init__()
@@ -69,50 +74,61 @@ class ParakeetRNNTDecoder(nn.Module):
                 `None` for empty hypotheses.
 
         Returns:
-            (B, J) predictor states, and the hidden and cell states after the step.
+            (B, J) predictor states, and the hidden and cell states after the step; with `uses_int8`, the hidden and
+            cell states are in float32.
         """
-        layer_input = self.embedding(labels)
+        embeddings = self.embedding(labels)
         if not is_unmodified(self.lstm, nn.LSTM):
             # sequences of length 1
-            output, lstm_state = self.lstm(layer_input[:, None], lstm_state)
+            output, lstm_state = self.lstm(embeddings[:, None], lstm_state)
             return self.decoder_projector(output[:, 0]), lstm_state
         if lstm_state is None:
-            zeros = layer_input.new_zeros(self.lstm.num_layers, len(labels), layer_input.shape[1])
+            zeros = embeddings.new_zeros(self.lstm.num_layers, *embeddings.shape)
             lstm_state = (zeros, zeros)
-        new_hidden, new_cells = [], []
+        compute_gates = prepare_int8_lstm(self.lstm).compute_gates if self.uses_int8 else self._compute_gates
+        new_hidden, new_cells, layer_input = [], [], embeddings
         for layer_index in range(self.lstm.num_layers):
-            hidden, cells = lstm_state[0][layer_index], lstm_state[1][layer_index]
-            hidden, cells = self._step_lstm_layer(layer_index, layer_input, hidden, cells)
+            gates = compute_gates(layer_index, layer_input, lstm_state[0][layer_index])
+            hidden, cells = update_lstm_layer(gates, lstm_state[1][layer_index])
             new_hidden.append(hidden)
             new_cells.append(cells)
             # the hidden states are the input of the next layer
             layer_input = hidden
-        return self.decoder_projector(layer_input), (torch.stack(new_hidden), torch.stack(new_cells))
+        predictor_states = self.decoder_projector(layer_input.to(embeddings.dtype))
+        return predictor_states, (torch.stack(new_hidden), torch.stack(new_cells))
 
-    def _step_lstm_layer(
-        self, layer_index: int, layer_input: Tensor, hidden: Tensor, cells: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Advance one layer of `self.lstm` by one label, with the equations in the documentation of `nn.LSTM`.
+    def _compute_gates(self, layer_index: int, layer_input: Tensor, hidden: Tensor) -> Tensor:
+        """Compute the gates of one layer of `self.lstm`, before their activations.
 
         Args:
             layer_index: index of the LSTM layer.
             layer_input: (B, P) embeddings of the labels, or hidden states of the previous layer; P is the width of the
                 prediction network.
             hidden: (B, P) hidden states of this layer before the step.
-            cells: (B, P) cell states of this layer before the step.
 
         Returns:
-            (B, P) hidden states and (B, P) cell states after the step.
+            (B, 4 * P) gates in PyTorch's order.
         """
         weight_ih, weight_hh, bias_ih, bias_hh = (
             getattr(self.lstm, f"{name}_l{layer_index}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         )
         gates = small_batch_linear(layer_input, weight_ih, bias_ih + bias_hh)
-        gates = gates + small_batch_linear(hidden, weight_hh)
-        # (B, P) each, in PyTorch's order
-        input_gate, forget_gate, candidate, output_gate = gates.chunk(4, dim=1)
-        cells = torch.addcmul(forget_gate.sigmoid() * cells, input_gate.sigmoid(), candidate.tanh())
-        return output_gate.sigmoid() * cells.tanh(), cells
+        return gates + small_batch_linear(hidden, weight_hh)
+
+
+def update_lstm_layer(gates: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the states of an LSTM layer after a step, with the equations in the documentation of `nn.LSTM`.
+
+    Args:
+        gates: (B, 4 * P) gates in PyTorch's order, before their activations; P is the width of the LSTM.
+        cells: (B, P) cell states before the step.
+
+    Returns:
+        (B, P) hidden states and (B, P) cell states after the step.
+    """
+    input_gate, forget_gate, candidate, output_gate = gates.chunk(4, dim=1)
+    cells = torch.addcmul(forget_gate.sigmoid() * cells, input_gate.sigmoid(), candidate.tanh())
+    return output_gate.sigmoid() * cells.tanh(), cells
 
 
 class ParakeetRNNTJointNetwork(nn.Module):
