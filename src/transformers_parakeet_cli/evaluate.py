@@ -36,33 +36,47 @@ class Normalization(str, Enum):
     none = "none"
 
 
+Model = Annotated[str, typer.Argument(help="Hub id, folder or .nemo file; demo: the bundled digits.")]
+Data = Annotated[str, typer.Argument(help="NeMo manifest, folder, or name of a Hub dataset.")]
+Split = Annotated[str | None, typer.Option(help="Split of the dataset; default: test.")]
+Name = Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")]
+NormalizeOption = Annotated[
+    Normalization,
+    typer.Option(help="basic: lower case, no punctuation; english: as the Open ASR leaderboard; none: as it is."),
+]
+Spellings = Annotated[
+    Path | None,
+    typer.Option(help="normalizer.json of a Whisper checkpoint: British spellings, for --normalize english."),
+]
+BatchSize = Annotated[int, typer.Option(help="Number of clips per batch.", min=1)]
+DecoderOption = Annotated[str | None, typer.Option(help="ctc: use the CTC head of a hybrid.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; default: cuda if there is a GPU.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Report = Annotated[Path | None, typer.Option(help="HTML file with rates, diagram and worst clips.")]
+OutputFile = Annotated[
+    Path | None, typer.Option("--output", help="File for references and hypotheses, one JSON object per line.")
+]
+
+
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, folder or .nemo file; demo: the bundled digits.")],
-    data: Annotated[str, typer.Argument(help="NeMo manifest, folder, or name of a Hub dataset.")],
-    split: Annotated[str | None, typer.Option(help="Split of the dataset; default: test.")] = None,
-    name: Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
-    normalize: Annotated[
-        Normalization,
-        typer.Option(help="basic: lower case, no punctuation; english: as the Open ASR leaderboard; none: as it is."),
-    ] = Normalization.basic,
-    spellings: Annotated[
-        Path | None,
-        typer.Option(help="normalizer.json of a Whisper checkpoint: British spellings, for --normalize english."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Number of clips per batch.", min=1)] = 8,
-    decoder: Annotated[str | None, typer.Option(help="ctc: use the CTC head of a hybrid.")] = None,
+    model: Model,
+    data: Data,
+    split: Split = None,
+    name: Name = None,
+    normalize: NormalizeOption = Normalization.basic,
+    spellings: Spellings = None,
+    batch_size: BatchSize = 8,
+    decoder: DecoderOption = None,
     beams: Beams = None,
     boost: Boost = None,
     language_model: LanguageModel = None,
     lm_weight: LanguageModelWeight = 0.3,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; default: cuda if there is a GPU.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Device = None,
+    dtype: DtypeOption = "float32",
     quantize: QuantizeOption = None,
     threads: Threads = None,
-    report: Annotated[Path | None, typer.Option(help="HTML file with rates, diagram and worst clips.")] = None,
-    output_path: Annotated[
-        Path | None, typer.Option("--output", help="File for references and hypotheses, one JSON object per line.")
-    ] = None,
+    report: Report = None,
+    output_path: OutputFile = None,
 ) -> None:
     """Measure word and character error rates with 95 % intervals and the speed, on audio with transcripts."""
     with print_error_and_exit():
@@ -83,8 +97,8 @@ def evaluate(
             write_clips(evaluation, output_path)
         if report is not None:
             settings = {"model": model, "data": data, "normalisation": normalize.value, "decoder": decoder or "default"}
-            options = {"beams": beams, "boost": boost, "lm": language_model, "quantize": get_value(quantize)}
-            settings |= {name: str(value) for name, value in options.items() if value is not None}
+            further = {"beams": beams, "boost": boost, "lm": language_model, "quantize": get_value(quantize)}
+            settings |= {option: str(value) for option, value in further.items() if value is not None}
             write_report(evaluation, report, f"Evaluation of {model}", settings)
     for path in filter(None, (output_path, report)):
         print_note(f"wrote {path}")

@@ -68,8 +68,7 @@ def run_evaluation(
         decoder: `"ctc"` for the CTC head of a hybrid model; None for the default decoder of the model.
         normalize: text normalisation that is applied to references and hypotheses before scoring; for the Open ASR
             leaderboard, see `create_english_normalizer`.
-        search: arguments of the pipeline for the search, such as `num_beams`, `boost` and `language_model`; None for
-            the defaults of the pipeline.
+        search: arguments of the pipeline for the search, such as `num_beams` and `boost`; None for its defaults.
 
     Returns:
         The errors and the speed.
@@ -90,12 +89,10 @@ def run_evaluation(
             read_rows.append((name, len(samples) / sampling_rate, row["text"]))
             yield {"raw": samples, "sampling_rate": sampling_rate}
 
-    pipeline_options = dict(search or {})
-    if decoder:
-        pipeline_options["generate_kwargs"] = {**pipeline_options.get("generate_kwargs", {}), "decoder": decoder}
+    arguments = {**(search or {}), **({"decoder": decoder} if decoder else {})}
     start = time.perf_counter()
     # without worker processes, because `read_clips` appends to a list of this process
-    outputs = pipe(read_clips(), batch_size=batch_size, num_workers=0, **pipeline_options)
+    outputs = pipe(read_clips(), batch_size=batch_size, num_workers=0, **arguments)
     hypotheses = [output["text"] for output in outputs]
     processing_seconds = time.perf_counter() - start
     clips = [
@@ -103,8 +100,7 @@ def run_evaluation(
         for (name, duration, reference), hypothesis in zip(read_rows, hypotheses, strict=True)
     ]
     scores = score_clips(clips, normalize)
-    audio_seconds = sum(clip.duration for clip in clips)
-    return Evaluation(scores, compute_rates(scores), audio_seconds, processing_seconds)
+    return Evaluation(scores, compute_rates(scores), sum(clip.duration for clip in clips), processing_seconds)
 
 
 def evaluate_pipeline(pipe: Any, dataset: Any, batch_size: int = 8, decoder: str | None = None) -> dict[str, Any]:
