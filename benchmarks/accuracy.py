@@ -43,7 +43,7 @@ RECORDING_S, PAUSE_S = 120.0, 0.5
 # lengths of windows in seconds
 WINDOWS_S = (60.0, 30.0, 15.0, 8.0)
 # chunk, left and right context of streams in seconds
-STREAMS_S = ((4.0, 10.0, 4.0), (2.0, 10.0, 2.0), (1.0, 10.0, 1.0), (0.5, 10.0, 0.5))
+STREAMS_S = ((4.0, 10.0, 4.0), (2.0, 10.0, 2.0), (1.0, 10.0, 1.0))
 # number of boosted words, and the largest number of training clips with such a word
 NUM_RARE_WORDS, MAX_TRAINING_CLIPS = 50, 2
 BOOSTING_WEIGHTS = (0.25, 0.5, 1.0)
