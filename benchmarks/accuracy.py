@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,8 @@ def read_clips(folder: Path, split: str) -> list[tuple[str, Recording]]:
     Returns:
         The speaker and the recording of each clip.
     """
-    rows = [speech[index] for speech in [PackedSpeech(folder, split)] for index in range(len(speech))]
+    speech = PackedSpeech(folder, split)
+    rows = [speech[index] for index in range(len(speech))]
     return [
         (row["speaker"], Recording(row["id"], load_audio(row["audio"], target_rate=SAMPLE_RATE), row["text"]))
         for row in rows
@@ -123,48 +124,53 @@ def print_row(name: str, recordings: Sequence[Recording], texts: Sequence[str], 
     print("| " + " | ".join([name, f"{100 * wer.value:.2f}", interval, f"{100 * cer.value:.2f}", *columns]) + " |")
 
 
-def create_recogniser(options: argparse.Namespace, **model_options: Any) -> Callable[..., list[str]]:
-    """Load the model, and return a function from recordings and arguments of the pipeline to texts.
+class Recogniser:
+    """A loaded model that recognises recordings.
 
     Args:
         options: options of the command line.
         **model_options: arguments of `load_pipeline`, such as the dtype.
     """
-    pipeline = load_pipeline(options.model, device="cpu", **{"dtype": "float32", **model_options})
-    decoder = {"generate_kwargs": {"decoder": options.decoder}} if options.decoder else {}
 
-    def recognise(recordings: Sequence[Recording], **arguments: Any) -> list[str]:
-        """Return the text of each recording."""
+    def __init__(self, options: argparse.Namespace, **model_options: Any) -> None:
+        self.pipeline = load_pipeline(options.model, device="cpu", **{"dtype": "float32", **model_options})
+        self.decoder = options.decoder
+
+    def recognise(self, recordings: Sequence[Recording], **arguments: Any) -> list[str]:
+        """Return the text of each recording.
+
+        Args:
+            recordings: the recordings.
+            **arguments: arguments of the pipeline.
+        """
+        if self.decoder:
+            arguments["decoder"] = self.decoder
         inputs = ({"raw": recording.samples, "sampling_rate": SAMPLE_RATE} for recording in recordings)
-        outputs = pipeline(inputs, batch_size=4, num_workers=0, **decoder, **arguments)
-        return [output["text"] for output in outputs]
-
-    recognise.pipeline = pipeline  # type: ignore[attr-defined]
-    return recognise
+        return [output["text"] for output in self.pipeline(inputs, batch_size=4, num_workers=0, **arguments)]
 
 
 def measure_int8(options: argparse.Namespace) -> None:
     """Print the error rates in float32, bfloat16 and int8."""
     clips = [clip for _, clip in read_clips(options.data, "test")]
     for name, arguments in (("float32", {}), ("bfloat16", {"dtype": "bfloat16"}), ("int8", {"quantize": "int8"})):
-        print_row(name, clips, create_recogniser(options, **arguments)(clips))
+        print_row(name, clips, Recogniser(options, **arguments).recognise(clips))
 
 
 def measure_windows(options: argparse.Namespace) -> None:
     """Print the error rates of whole recordings and of windows."""
     recordings = join_recordings(read_clips(options.data, "test"))
-    recognise = create_recogniser(options)
-    print_row("whole recording", recordings, recognise(recordings, chunk_length_s=0))
+    recogniser = Recogniser(options)
+    print_row("whole recording", recordings, recogniser.recognise(recordings, chunk_length_s=0))
     for window_s in WINDOWS_S:
-        print_row(f"windows of {window_s:g} s", recordings, recognise(recordings, chunk_length_s=window_s))
+        print_row(f"windows of {window_s:g} s", recordings, recogniser.recognise(recordings, chunk_length_s=window_s))
 
 
 def measure_streaming(options: argparse.Namespace) -> None:
     """Print the error rates of whole recordings and of streams."""
     recordings = join_recordings(read_clips(options.data, "test"))
-    recognise = create_recogniser(options)
-    print_row("offline, whole recording", recordings, recognise(recordings, chunk_length_s=0))
-    pipeline = recognise.pipeline  # type: ignore[attr-defined]
+    recogniser = Recogniser(options)
+    print_row("offline, whole recording", recordings, recogniser.recognise(recordings, chunk_length_s=0))
+    pipeline = recogniser.pipeline
     for chunk_s, left_s, right_s in STREAMS_S:
         texts = []
         for recording in recordings:
@@ -194,24 +200,35 @@ def measure_boosting(options: argparse.Namespace) -> None:
     clips = [clip for _, clip in read_clips(options.data, "test")]
     words = choose_rare_words(options.data, clips)
     has_word = [not set(words).isdisjoint(clip.text.split()) for clip in clips]
-    recognise = create_recogniser(options)
+    recogniser = Recogniser(options)
     for weight in (0.0, *BOOSTING_WEIGHTS):
-        arguments = {"boost": words, "boosting_weight": weight} if weight else {}
-        texts = recognise(clips, **arguments)
-        expected = Counter(word for clip in clips for word in clip.text.split() if word in words)
-        found: Counter[str] = Counter()
-        emitted = 0
-        for clip, text in zip(clips, texts, strict=True):
-            references, hypotheses = Counter(clip.text.split()), Counter(text.split())
-            found.update({word: min(references[word], hypotheses[word]) for word in words})
-            emitted += sum(hypotheses[word] for word in words)
-        columns = (f"{found.total()} of {expected.total()}", str(emitted - found.total()))
+        texts = recogniser.recognise(clips, **({"boost": words, "boosting_weight": weight} if weight else {}))
         name = f"boosted with weight {weight:g}" if weight else "not boosted"
         for label, wanted in (("with", True), ("without", False)):
             rows = [index for index, has in enumerate(has_word) if has == wanted]
             if rows:
                 selected = [clips[i] for i in rows], [texts[i] for i in rows]
-                print_row(f"{name}, clips {label} such words", *selected, *columns)
+                print_row(f"{name}, clips {label} such words", *selected, *count_words(words, *selected))
+
+
+def count_words(words: Sequence[str], clips: Sequence[Recording], texts: Sequence[str]) -> tuple[str, str]:
+    """Count how many occurrences of some words are recognised, and how many are recognised wrongly.
+
+    Args:
+        words: the words.
+        clips: the clips.
+        texts: the recognised text of each clip.
+
+    Returns:
+        The recall as `n of m`, and the number of false alarms.
+    """
+    num_expected = num_recognised = num_emitted = 0
+    for clip, text in zip(clips, texts, strict=True):
+        references, hypotheses = Counter(clip.text.split()), Counter(text.split())
+        num_expected += sum(references[word] for word in words)
+        num_emitted += sum(hypotheses[word] for word in words)
+        num_recognised += sum(min(references[word], hypotheses[word]) for word in words)
+    return f"{num_recognised} of {num_expected}", str(num_emitted - num_recognised)
 
 
 MEASUREMENTS = {

@@ -3,14 +3,15 @@
     python examples/prepare_text.py sentences.txt --data FOLDER --text novels.txt essays.txt
     python examples/train_ngram.py sentences.txt words.arpa.gz --order 3 --unknown -12
 
-The transcripts are those of the training clips of all corpora in FOLDER, see `train_english.py`. A sentence of the free
-text is left out if five consecutive words of it are in a transcript of a dev or test clip, so the language model has
-not seen the sentences that it is scored on. The words have the letters a to z and apostrophes, as in the transcripts.
+The transcripts are those of the training clips of all corpora in FOLDER, see `train_english.py`. A sentence is left out
+if it is the transcript of a dev or test clip, or if five consecutive words of it are in such a transcript. The words
+have the letters a to z and apostrophes, as in the transcripts.
 """
 
 import argparse
 import re
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 from packed_speech import PackedSpeech
@@ -32,22 +33,22 @@ def split_sentences(text: str) -> Iterator[list[str]]:
     Args:
         text: any English text.
     """
-    for sentence in SENTENCE_END.split(text.replace("\u2019", "'")):
+    for sentence in SENTENCE_END.split(unicodedata.normalize("NFC", text).replace("\u2019", "'")):
         words = WORD.findall(sentence.lower())
-        letters = sum(map(str.isalnum, sentence))
-        if MIN_WORDS <= len(words) <= MAX_WORDS and letters == sum(
-            word.count("") - 1 - word.count("'") for word in words
-        ):
+        # letters, marks and digits
+        num_characters = sum(unicodedata.category(character)[0] in "LMN" for character in sentence)
+        num_letters = sum(len(word) - word.count("'") for word in words)
+        if MIN_WORDS <= len(words) <= MAX_WORDS and num_characters == num_letters:
             yield words
 
 
-def list_sequences(words: list[str]) -> Iterable[tuple[str, ...]]:
-    """List all sequences of `OVERLAP` consecutive words.
+def list_sequences(words: list[str]) -> set[tuple[str, ...]]:
+    """List all sequences of `OVERLAP` consecutive words, and the whole sentence.
 
     Args:
         words: the words of a sentence.
     """
-    return zip(*(words[start:] for start in range(OVERLAP)), strict=False)
+    return {tuple(words), *zip(*(words[start:] for start in range(OVERLAP)), strict=False)}
 
 
 def main() -> None:
@@ -63,18 +64,12 @@ def main() -> None:
         if corpus in dev:
             held_out += PackedSpeech(options.data / corpus, "test").texts
     forbidden = {sequence for text in held_out for sequence in list_sequences(text.split())}
-    num_words, num_dropped = 0, 0
-    with options.output.open("w", encoding="utf-8") as file:
-        for path in options.text:
-            for words in split_sentences(path.read_text(encoding="utf-8", errors="replace")):
-                if forbidden.isdisjoint(list_sequences(words)):
-                    file.write(" ".join(words) + "\n")
-                    num_words += len(words)
-                else:
-                    num_dropped += 1
-        file.writelines(text + "\n" for text in train.texts)
-    transcripts = sum(len(text.split()) for text in train.texts)
-    print(f"{transcripts:,} words of transcripts, {num_words:,} words of text, {num_dropped} sentences left out")
+    sentences = [words for path in options.text for words in split_sentences(path.read_text(encoding="utf-8"))]
+    transcripts = [text.split() for text in train.texts]
+    kept = [words for words in sentences + transcripts if forbidden.isdisjoint(list_sequences(words))]
+    options.output.write_text("".join(" ".join(words) + "\n" for words in kept), encoding="utf-8")
+    num_dropped = len(sentences) + len(transcripts) - len(kept)
+    print(f"{sum(map(len, kept)):,} words in {len(kept):,} sentences; {num_dropped} sentences left out")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--lm-weight", type=float, default=0.3)
     parser.add_argument("--label-bonus", type=float, default=0.0, help="score for each label, with the language model")
     parser.add_argument("--decoder", help="ctc for the CTC head of a hybrid")
-    parser.add_argument("--splits", nargs="*", help="such as english-dev; default: all")
+    names = [f"{corpus}-{split}" for corpus, split in SPLITS]
+    parser.add_argument("--splits", nargs="*", choices=names, default=names, help="default: all")
     parser.add_argument("--limit", type=int, help="number of clips per split; default: all")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -56,9 +57,7 @@ def main() -> None:
     model, processor = load_nemo(options.model, dtype=torch.float32)
     print("| split | decoding | WER % | 95 % interval | CER % |\n| --- | --- | --- | --- | --- |")
     for corpus, split in SPLITS:
-        if options.splits and f"{corpus}-{split}" not in options.splits:
-            continue
-        if not (options.data / corpus / "manifest.jsonl").exists():
+        if f"{corpus}-{split}" not in options.splits or not (options.data / corpus / "manifest.jsonl").exists():
             continue
         speech = PackedSpeech(options.data / corpus, split)
         rows = [speech[index] for index in range(min(len(speech), options.limit or len(speech)))]

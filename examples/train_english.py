@@ -30,8 +30,8 @@ from transformers_parakeet.training import ParakeetTrainer, SpeechCollator
 from transformers_parakeet.training.batching import DurationBatchSampler
 
 CORPORA = ("english", "librispeech20", "speechocean762")
-# characters that do not fit: vocabulary of the special tokens and the characters alone
-CHARACTER_VOCABULARY = 32
+# the characters, the special tokens and one or two frequent pairs of characters
+VOCABULARY = 32
 SUBSAMPLING_FACTOR = 4
 ENCODER = {
     "hidden_size": 176,
@@ -150,18 +150,18 @@ def create_model(head: str, texts: Sequence[str], encoder: Path | None) -> tuple
     Args:
         head: `ctc` or `hybrid`.
         texts: transcripts, from which the characters are taken.
-        encoder: folder of a model whose encoder, and CTC head for a hybrid, is used; None for a random encoder.
+        encoder: folder of a trained model whose encoder and CTC head are used; None for random weights.
     """
-    tokenizer = train_tokenizer(texts, CHARACTER_VOCABULARY, head)
+    tokenizer = train_tokenizer(texts, VOCABULARY, head)
     model = create_head(head, tokenizer, ENCODER["hidden_size"], dict(ENCODER))
     initialise_layers(model)
     if head == "hybrid":
         # random numbers for every frame, label and unit of the joint network would take a third of the time
         model.config.joint_dropout = model.joint.dropout = 0.0
     if encoder is not None:
-        trained = load_nemo(str(encoder))[0]
+        trained, trained_processor = load_nemo(str(encoder))
         model.encoder.load_state_dict(trained.encoder.state_dict())
-        model.ctc_head.load_state_dict(trained.ctc_head.state_dict())
+        copy_head(trained.ctc_head, trained_processor.tokenizer, model.ctc_head, tokenizer)
     processor = ParakeetProcessor(
         ParakeetFeatureExtractor(),
         tokenizer,
@@ -169,6 +169,27 @@ def create_model(head: str, texts: Sequence[str], encoder: Path | None) -> tuple
         subsampling_factor=SUBSAMPLING_FACTOR,
     )
     return model, processor
+
+
+@torch.no_grad()
+def copy_head(source: Any, source_tokenizer: Any, target: Any, target_tokenizer: Any) -> None:
+    """Copy the weights of a CTC head for the tokens that two tokenizers have in common.
+
+    The tokenizer of a CTC model has other token ids than that of a hybrid, and its blank is the pad token.
+
+    Args:
+        source: trained head.
+        source_tokenizer: tokenizer of the trained head.
+        target: head to change in place.
+        target_tokenizer: tokenizer of this head.
+    """
+    source_ids = source_tokenizer.get_vocab()
+    for parameter, source_parameter in zip(target.parameters(), source.parameters(), strict=True):
+        for token, token_id in target_tokenizer.get_vocab().items():
+            if token in source_ids:
+                parameter[token_id] = source_parameter[source_ids[token]]
+        # the blank is the last token
+        parameter[-1] = source_parameter[-1]
 
 
 def average_checkpoints(folder: Path) -> dict[str, torch.Tensor]:
@@ -186,7 +207,7 @@ def average_checkpoints(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def create_arguments(options: argparse.Namespace) -> TrainingArguments:
-    """Create the training arguments: AdamW, a cosine schedule, 10 evaluations and 20 checkpoints."""
+    """Create the training arguments: AdamW, a cosine schedule and 20 checkpoints."""
     interval = max(1, options.updates // 20)
     return TrainingArguments(
         output_dir=str(options.output),
@@ -199,7 +220,7 @@ def create_arguments(options: argparse.Namespace) -> TrainingArguments:
         max_grad_norm=1.0,
         per_device_eval_batch_size=16,
         eval_strategy="steps",
-        eval_steps=2 * interval,
+        eval_steps=max(1, options.updates // options.evaluations),
         save_strategy="steps",
         save_steps=interval,
         save_total_limit=options.averaged,
@@ -219,11 +240,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with packed speech")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--cache", type=Path, help="folder of the features; default: features in the output folder")
-    parser.add_argument("--encoder", type=Path, help="folder of a trained model to take the encoder from")
+    parser.add_argument(
+        "--encoder", type=Path, help="folder of a trained model to take the encoder and the CTC head from"
+    )
     parser.add_argument("--updates", type=int, default=30_000, help="number of updates")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate; 2e-3 diverges")
     parser.add_argument("--regularise-from", type=float, default=0.4, help="fraction of the updates without dropout")
     parser.add_argument("--averaged", type=int, default=4, help="number of checkpoints that are averaged")
+    parser.add_argument("--evaluations", type=int, default=10, help="number of evaluations on the dev clips")
     parser.add_argument("--bfloat16", action="store_true", help="multiply in bfloat16; faster on CPUs with AMX")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -257,7 +281,9 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=options.resume or None)
     model.load_state_dict(average_checkpoints(options.output), strict=False)
     trainer.save_model()
-    curve = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_english_cer" in entry]
+    curve = [
+        entry for entry in trainer.state.log_history if "loss" in entry or any(name.endswith("_cer") for name in entry)
+    ]
     (options.output / "curve.json").write_text(json.dumps(curve), encoding="utf-8")
     for name, dataset in dev.items():
         scores = trainer.evaluate(dataset)

@@ -202,6 +202,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.order < 1:
         parser.error(f"--order must be at least 1, got {options.order}")
+    if options.unknown is not None and not -99 <= options.unknown < 0:
+        parser.error(f"--unknown must be at least -99 and below 0, got {options.unknown}")
     if options.units == "pieces" and options.model is None:
         parser.error("--units pieces needs the folder of the speech model: add --model FOLDER")
     split = load_tokenize(options.model) if options.units == "pieces" else str.split

@@ -44,7 +44,7 @@ from transformers_parakeet import (
     ParakeetRNNTConfig,
     ParakeetTDTConfig,
 )
-from transformers_parakeet.decoding import collapse_ctc, compute_token_confidence
+from transformers_parakeet.decoding import BoostedPhrase, build_boosting_tree, collapse_ctc, compute_token_confidence
 from transformers_parakeet.networks.fast_linear import apply_pointwise_conv
 from transformers_parakeet.networks.int8_linear import has_int8_products
 from transformers_parakeet.networks.int8_search import Int8Search
@@ -553,11 +553,9 @@ def test_normal_use_gives_no_warning(head: str):
     assert [record.getMessage() for record in records] == []
 
 
-@pytest.mark.skipif(not has_int8_products(), reason="needs a CPU with exact int8 products")
-@pytest.mark.parametrize("kind", ["rnnt", "tdt"])
-def test_the_int8_search_for_the_best_token_does_not_change_the_result(kind: str, monkeypatch: pytest.MonkeyPatch):
-    # large enough for `Int8Search.is_faster`, which is false on a CPU without int8 instructions
-    vocab, calls = 8193, []
+def build_large_vocabulary(kind: str) -> Any:
+    """Build a transducer with 8193 tokens that is large enough for `Int8Search.is_faster`."""
+    vocab = 8193
     fields = {**SHARED, "vocab_size": vocab, "blank_token_id": vocab - 1, "joint_hidden_size": 128}
     torch.manual_seed(0)
     model = (
@@ -570,6 +568,35 @@ def test_the_int8_search_for_the_best_token_does_not_change_the_result(kind: str
             if name.startswith(("decoder.", "joint.", "encoder_projector.")):
                 weight.normal_(0.0, 0.2)
         model.joint.head.bias[vocab - 1] += 2.5
+    return model
+
+
+@pytest.mark.skipif(not has_int8_products(), reason="needs a CPU with exact int8 products")
+@pytest.mark.parametrize("kind", ["rnnt", "tdt"])
+def test_the_int8_search_for_labels_of_a_fusion_does_not_change_the_result(kind: str, monkeypatch: pytest.MonkeyPatch):
+    model, calls = build_large_vocabulary(kind), []
+    features, mask = batch_of([0, 1, 2, 3])
+    plain = Int8Search.search
+    monkeypatch.setattr(Int8Search, "search", lambda *arguments: (calls.append(1), plain(*arguments))[1])
+    unboosted = model.generate(input_features=features, attention_mask=mask).sequences
+    labels = unboosted[(unboosted < 8192) & (unboosted != model.config.pad_token_id)].unique().tolist()
+    phrases = [BoostedPhrase((label, other)) for label in labels for other in range(0, 8192, 512)]
+    tree = build_boosting_tree([*phrases, *(BoostedPhrase((label,)) for label in range(5, 8192, 97))], 8192)
+    sequences = []
+    for suits in (True, False):
+        monkeypatch.setattr(Int8Search, "is_faster", staticmethod(lambda weight, suits=suits: suits))
+        calls.clear()
+        output = model.generate(input_features=features, attention_mask=mask, boosting=tree, boosting_weight=3.0)
+        sequences.append(output.sequences)
+        assert bool(calls) == suits
+    assert torch.equal(sequences[0], sequences[1])
+    assert not torch.equal(sequences[0], unboosted)
+
+
+@pytest.mark.skipif(not has_int8_products(), reason="needs a CPU with exact int8 products")
+@pytest.mark.parametrize("kind", ["rnnt", "tdt"])
+def test_the_int8_search_for_the_best_token_does_not_change_the_result(kind: str, monkeypatch: pytest.MonkeyPatch):
+    model, vocab, calls = build_large_vocabulary(kind), 8193, []
     features, mask = batch_of([0, 1, 2, 3])
     plain = Int8Search.argmax
 

@@ -4,7 +4,7 @@
     model.save_pretrained(int8_folder)
     model = AutoModelForTDT.from_pretrained(int8_folder)
 
-This file also selects the layers. The layers themselves are in `networks/int8_linear.py`, the LSTM in `int8_lstm.py`.
+This file also selects the layers. The layers are in `networks/int8_linear.py`, the LSTM is in `networks/int8_lstm.py`.
 """
 
 from __future__ import annotations

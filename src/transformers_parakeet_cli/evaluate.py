@@ -97,7 +97,9 @@ def evaluate(
             write_clips(evaluation, output_path)
         if report is not None:
             settings = {"model": model, "data": data, "normalisation": normalize.value, "decoder": decoder or "default"}
-            further = {"beams": beams, "boost": boost, "lm": language_model, "quantize": get_value(quantize)}
+            further: dict[str, Any] = {"beams": beams, "boost": boost, "quantize": get_value(quantize)}
+            if language_model is not None:
+                further |= {"lm": language_model, "lm weight": lm_weight}
             settings |= {option: str(value) for option, value in further.items() if value is not None}
             write_report(evaluation, report, f"Evaluation of {model}", settings)
     for path in filter(None, (output_path, report)):
@@ -119,6 +121,7 @@ def create_search(
 
     Raises:
         OSError: the file of phrases cannot be read.
+        ValueError: the file of phrases is not valid.
     """
     from transformers_parakeet.phrases import read_phrases
 

@@ -100,7 +100,14 @@ ARPA = "\\data\\\nngram 1=4\n\n\\1-grams:\n-99\t<s>\n-1.0\t</s>\n-0.1\tnine\n-3.
 
 
 @pytest.mark.parametrize("search", [{"num_beams": 3}, {"boost": ["nine"]}, {"language_model": ARPA, "num_beams": 2}])
-def test_the_search_is_that_of_the_pipeline(search, manifest, tmp_path):
+def test_the_search_is_that_of_the_pipeline(search, manifest, tmp_path, monkeypatch):
+    calls = []
+    call = tp.ParakeetASRPipeline.__call__
+    monkeypatch.setattr(
+        tp.ParakeetASRPipeline,
+        "__call__",
+        lambda self, *args, **kwargs: (calls.append(kwargs), call(self, *args, **kwargs))[1],
+    )
     output, phrases, arpa = tmp_path / "clips.jsonl", tmp_path / "phrases.txt", tmp_path / "words.arpa"
     phrases.write_text("nine\n", encoding="utf-8")
     arpa.write_text(ARPA, encoding="utf-8")
@@ -114,6 +121,7 @@ def test_the_search_is_that_of_the_pipeline(search, manifest, tmp_path):
         arguments |= {"language_model": str(arpa), "lm_weight": 3.0}
     result = run_evaluate(manifest, "--output", output, *options)
     assert result.exit_code == 0, result.stderr
+    assert {name: calls[0][name] for name in arguments} == arguments
     pipeline = load_pipeline("demo", device="cpu", dtype="float32")
     audio = [json.loads(line)["audio_filepath"] for line in manifest.read_text().splitlines()]
     expected = [entry["text"] for entry in pipeline(audio, **arguments)]

@@ -163,6 +163,23 @@ def test_an_incomplete_word_has_the_score_of_its_most_probable_word(tmp_path):
     assert num_known > 5
 
 
+def test_estimates_of_unknown_words_and_after_punctuation(tmp_path):
+    words = {("do",): (-1, None), ("dog",): (-0.5, None), ("<s>",): (-9, None), ("</s>",): (-2, None),
+             ("<unk>",): (-4, None)}  # fmt: skip
+    pieces = ["▁", *"dogx,"]
+    scorer = load_language_model(write_arpa(tmp_path / "lm.arpa", [words]), pieces)
+
+    def add_up(text):
+        """Return the sums of the scores after each token, in log10."""
+        scores, _ = score_tokens(scorer, [pieces.index(character) for character in text])
+        return (torch.tensor(scores, dtype=torch.float64).cumsum(0) / LN10).tolist()
+
+    # `do` can become `dog`, but not after a comma
+    assert add_up("▁do,▁") == pytest.approx([0, -0.5, -0.5, -1, -1], abs=1e-6)
+    assert add_up("▁dx▁") == pytest.approx([0, -0.5, -4, -4], abs=1e-6)
+    assert add_up("▁,d") == pytest.approx([0, 0, -0.5], abs=1e-6)
+
+
 @pytest.mark.parametrize("num_clips", [1, 7])
 def test_bounds_of_word_models(tmp_path, num_clips, request):
     rng = random.Random(13)
@@ -173,7 +190,9 @@ def test_bounds_of_word_models(tmp_path, num_clips, request):
         states = scorer.start(num_clips)
         for _ in range(8):
             states = scorer.step(states, torch.tensor([rng.randrange(len(PIECES)) for _ in range(num_clips)]))[1]
-            assert (scorer.bound_scores(states) >= scorer.score(states).amax(1)).all()
+            bounds = scorer.bound_scores(states)
+            for token in range(len(PIECES)):
+                assert (bounds >= scorer.step(states, torch.full((num_clips,), token))[0]).all()
 
 
 @pytest.mark.usefixtures("no_estimates")

@@ -98,6 +98,63 @@ def test_weights_of_any_scale_and_biases_of_any_size(scale: float, shift: float)
     assert torch.equal(search_argmax(weight, bias, hidden), float64_argmax(weight, bias, hidden))
 
 
+# the blank, which is the last output
+
+
+def search_blanks(weight: Tensor, bias: Tensor, hidden: Tensor) -> Tensor | None:
+    """Return in which rows the search finds that the last output is the largest; `None` if it finds nothing."""
+    outputs = Int8Search(weight, bias).search(hidden, weight, bias)
+    if outputs is None:
+        return None
+    assert bool((outputs.tokens == torch.where(torch.from_numpy(outputs.is_blank), len(bias) - 1, 0).numpy()).all())
+    return torch.from_numpy(outputs.is_blank)
+
+
+@pytest.mark.parametrize(("num_outputs", "width"), [(2, 3), (65, 16), (1025, 640), (8193, 640)])
+def test_rows_in_which_the_blank_is_the_largest_output(num_outputs: int, width: int):
+    num_blanks = 0
+    for seed in range(8):
+        weight, bias, hidden = random_layer(num_outputs, width, seed)
+        # the blank wins in half of the rows
+        scores = F.linear(hidden.double(), weight.double(), bias.double())
+        differences = scores[:, :-1].amax(1) - scores[:, -1]
+        bias[-1] += differences.median().item()
+        expected = float64_argmax(weight, bias, hidden) == num_outputs - 1
+        # the median row is a tie within float32
+        is_clear = (differences - differences.median()).abs() > 1e-4
+        blanks = search_blanks(weight, bias, hidden)
+        assert blanks is not None
+        assert torch.equal(blanks[is_clear], expected[is_clear])
+        num_blanks += int(expected.sum())
+    assert 8 * 8 < num_blanks < 8 * 16
+
+
+@pytest.mark.parametrize(("difference", "is_blank"), [(-2e-5, True), (0.0, False), (2e-5, False)])
+def test_a_label_close_to_the_blank(difference: float, is_blank: bool):
+    weight, bias, hidden = random_layer(2000, 640)
+    # the blank is a copy of the best label of each row, whose other labels have much smaller scores
+    bias[:-1] -= 30.0
+    weight[11], bias[11] = weight[-1], bias[-1] + difference
+    expected = float64_argmax(weight, bias, hidden) == 1999
+    assert bool((expected == is_blank).all())
+    blanks = search_blanks(weight, bias, hidden)
+    assert blanks is not None
+    assert torch.equal(blanks, expected)
+
+
+def test_searches_without_a_decision():
+    weight, bias, hidden = random_layer(4000, 64)
+    for value in (torch.nan, torch.inf):
+        broken = hidden.clone()
+        broken[3, 5] = value
+        assert search_blanks(weight, bias, broken) is None
+    infinite = bias.clone()
+    infinite[-1] = -torch.inf
+    assert search_blanks(weight, infinite, hidden) is None
+    # every output is the largest one within the error of int8
+    assert search_blanks(weight[:1] + 1e-4 * weight, torch.zeros(4000), hidden) is None
+
+
 def test_few_outputs_are_scored_again(monkeypatch):
     weight, bias, hidden = random_layer(8193, 640)
     num_candidates = []

@@ -53,6 +53,7 @@ def run(monkeypatch, module, *options):
 
 @pytest.mark.usefixtures("examples")
 def test_training_and_scores(monkeypatch, capsys, data, tmp_path):
+    import plot_curve
     import score_english
     import train_english
     import train_ngram
@@ -68,6 +69,10 @@ def test_training_and_scores(monkeypatch, capsys, data, tmp_path):
     curve = json.loads((tmp_path / "ctc" / "curve.json").read_text(encoding="utf-8"))
     losses = [entry["loss"] for entry in curve if "loss" in entry]
     assert np.mean(losses[-4:]) < 0.9 * losses[0]
+    series = plot_curve.read_series(curve)
+    assert [*series] == ["loss", "english wer", "english cer"]
+    assert [value for _, value in series["loss"]] == [float(loss) for loss in losses]
+    assert [step for step, _ in series["english cer"]] == [*range(2, 21, 2)]
     assert len(list((tmp_path / "ctc").glob("checkpoint-*"))) == 2
     # the features are stored once
     times = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
@@ -119,6 +124,28 @@ def test_accuracy_of_each_way_of_recognition(monkeypatch, capsys, data, tmp_path
 
 
 @pytest.mark.usefixtures("examples")
+@pytest.mark.parametrize("head", ["ctc", "hybrid"])
+def test_the_ctc_head_of_a_trained_model_keeps_its_tokens(head, data, tmp_path):
+    import train_english
+
+    texts = train_english.open_corpora(data)[0].texts
+    trained, trained_processor = train_english.create_model("ctc", texts, None)
+    trained.save_pretrained(tmp_path)
+    trained_processor.save_pretrained(tmp_path)
+    model, processor = train_english.create_model(head, texts, tmp_path)
+    for name, weight in trained.encoder.state_dict().items():
+        assert torch.equal(model.encoder.state_dict()[name], weight)
+    vocabulary, trained_vocabulary = (p.tokenizer.get_vocab() for p in (processor, trained_processor))
+    common = [token for token in vocabulary if token in trained_vocabulary and token != "<pad>"]
+    assert len(common) > 25
+    for token in common:
+        row, trained_row = vocabulary[token], trained_vocabulary[token]
+        assert torch.equal(model.ctc_head.weight[row], trained.ctc_head.weight[trained_row])
+        assert torch.equal(model.ctc_head.bias[row], trained.ctc_head.bias[trained_row])
+    assert torch.equal(model.ctc_head.weight[-1], trained.ctc_head.weight[-1])
+
+
+@pytest.mark.usefixtures("examples")
 def test_clips_are_joined_by_speaker(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES.parent / "benchmarks")
     import accuracy
@@ -140,10 +167,13 @@ def test_free_text_has_no_sentence_of_a_test_clip(monkeypatch, capsys, data, tmp
 
     test_text = max(PackedSpeech(data / "english", "test").texts, key=len)
     text, output = tmp_path / "novel.txt", tmp_path / "sentences.txt"
-    novel = f"He said: \u2018It isn\u2019t late,\u2019 and left!  In 1812 it was cold.\n\nWell, {test_text}. Too short."
+    novel = (
+        f"He said: \u2018It isn\u2019t late,\u2019 and left!  In 1812 it was cold.\n\nWell, {test_text}. Too short. "
+    )
+    novel += f"The caf\u00e9 is open. The cafe\u0301 is open. {PackedSpeech(data / 'english', 'dev').texts[0]}!"
     text.write_text(novel, encoding="utf-8")
     run(monkeypatch, prepare_text, output, "--data", data, "--text", text)
-    assert "1 sentences left out" in capsys.readouterr().out
+    assert "2 sentences left out" in capsys.readouterr().out
     train = PackedSpeech(data / "english", "train").texts
     assert output.read_text(encoding="utf-8").splitlines() == ["it isn't late and left", *train]
 

@@ -45,7 +45,8 @@ class LabelChooser:
         Returns:
             (R,) labels.
         """
-        if best_labels is not None and logits.device.type == "cpu":
+        is_large = logits.shape[1] > MAX_LABELS_PER_CLIP
+        if best_labels is not None and is_large and logits.device.type == "cpu":
             return self.choose_from(clip_indices, KnownLogits(logits, best_labels))
         indices = torch.tensor(clip_indices, device=self.states.device)
         labels, next_states = self.fusion.choose_labels(self.states[indices], logits)
@@ -100,19 +101,15 @@ def choose_few(fusion: Fusion, states: Array, scores: LabelScores) -> tuple[Arra
     clips, all_labels, logits = scores.list_above(good_sums - bounds)
     if len(all_labels) > MAX_LABELS_PER_CLIP * len(states):
         return None
-    # the list contains the best label of every clip so far; other labels must be compared with it
+    # the list contains the best label of every clip from the first step; without other labels, none can be better
     if len(all_labels) == len(states):
         return labels[best], next_states[best]
     label_scores, next_states = fusion.score_labels(states[clips], all_labels)
     possible = (logits + label_scores >= good_sums[clips]).nonzero()[0]
     clips, labels = clips[possible], all_labels[possible]
-    if len(labels) > len(states):
-        sums = scores.compute_logits(clips, labels) + label_scores[possible]
-        best = select_best(clips, labels, sums, len(states))
-        if best is None:
-            return None
-        labels, possible = labels[best], possible[best]
-    return labels, next_states[possible]
+    sums = scores.compute_logits(clips, labels) + label_scores[possible]
+    best = select_best(clips, labels, sums, len(states))
+    return None if best is None else (labels[best], next_states[possible[best]])
 
 
 def select_best(indices: Array, labels: Array, sums: Array, num_clips: int) -> Array | None:

@@ -25,7 +25,7 @@ class LabelScores(Protocol):
 
     @property
     def errors(self) -> Array:
-        """(N,) upper bound of the difference between a rough score and the logit, for each clip."""
+        """(N,) upper bound of the absolute difference between a rough score and the logit, for each clip."""
 
     def join(self, others: Sequence[Any]) -> LabelScores:
         """Append the clips of other scores of the same class.

@@ -32,7 +32,7 @@ BYTE_OR_UNKNOWN_PATTERN = re.compile(r"<(0x[0-9A-F]{2}|unk)>")
 NUM_OTHER_SYMBOLS = 4
 # label of a word state without a word
 NO_WORD = -1
-# Largest vocabulary for which the scores of incomplete words are estimated. For all tokens of a larger vocabulary this
+# Largest vocabulary for which the scores of incomplete words are estimated. Scoring all tokens of a larger vocabulary
 # would take too long, and its words have few tokens.
 MAX_ESTIMATED_TOKENS = 256
 
@@ -62,8 +62,9 @@ class WordScorer:
             last key is larger than every key that occurs, so a search has a result.
         edge_targets: (E,) next word state of each edge.
         word_labels: (2K,) label of the word that ends in a word state; -1 for no word.
-        word_estimates: (2K,) estimated score of the incomplete word of a word state: the score of the most probable
-            word that starts with it, without the words before it. `None` for no estimates.
+        word_estimates: (2K,) estimated score of the word of a word state, without the words before it: that of the most
+            probable word that starts with its characters, or of the unknown word if there is none. After punctuation
+            it is that of the word itself. `None` for no estimates.
         symbols: (V, L) symbols of each token; the last two symbols are a word boundary and padding.
         symbol_counts: (V,) number of symbols of each token.
         is_punctuation: (number of symbols,) whether a symbol is punctuation.
@@ -350,7 +351,7 @@ def estimate_scores(trie: WordTrie, unigram_scores: Array) -> Array:
     """
     num_symbols = len(trie.characters) + NUM_OTHER_SYMBOLS
     unknown_score = unigram_scores[-1]
-    # states after punctuation have no longer words
+    # no letter continues a word after punctuation, so the estimate is the score of the word itself
     complete = np.append(np.where(trie.labels == NO_WORD, 0.0, unigram_scores[trie.labels]), unknown_score)
     is_word = (trie.labels != NO_WORD) & (trie.labels != len(unigram_scores) - 1)
     best = np.where(is_word, complete[:-1], -np.inf).tolist()

@@ -1,7 +1,7 @@
 """The products of an LSTM in int8, for decoding a few rows on a CPU with int8 instructions.
 
-The int8 product is that of `int8_linear.py`. The prediction network in `transducer.py` calls this file and computes the
-rest of a step in float.
+The int8 product is that of `int8_linear.py`. The prediction network in `transducer.py` uses `prepare_int8_lstm`, and
+computes the rest of a step in float.
 
 A product of a few rows with a large weight is memory-bandwidth-bound, and an int8 weight has a quarter of the bytes of
 a float32 weight. A call of the product also takes about 0.1 ms for any weight, so a layer has one product with the

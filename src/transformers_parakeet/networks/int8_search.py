@@ -131,7 +131,8 @@ class Int8Search:
         Returns:
             The scores; `None` if a row has infinite or NaN scores, or too many outputs that could be the largest.
         """
-        blank_scores = torch.addmv(bias[-1], hidden, weight[-1]).numpy()
+        # the same product as in `score_outputs`, so a label equal to the blank has the same score
+        blank_scores = torch.linalg.vecdot(weight[-1:].expand_as(hidden), hidden).add_(bias[-1]).numpy()
         rough_scores = self._score(hidden, has_blank=False)
         errors = rough_scores.errors.numpy()
         if not (np.isfinite(blank_scores) & np.isfinite(errors)).all():

@@ -66,7 +66,8 @@ class ParakeetRNNTDecoder(nn.Module):
         """Advance the prediction network by one label, for decoding.
 
         An unmodified `nn.LSTM` (not quantised or wrapped) is computed layer by layer from its weights, because
-        `nn.LSTM` copies its weights to a packed layout in every call.
+        `nn.LSTM` copies its weights to a packed layout in every call. With `uses_int8`, the products use rounded copies
+        of the weights.
 
         Args:
             labels: (B,) last label of each hypothesis; the blank for an empty hypothesis.
@@ -74,8 +75,8 @@ class ParakeetRNNTDecoder(nn.Module):
                 `None` for empty hypotheses.
 
         Returns:
-            (B, J) predictor states, and the hidden and cell states after the step; with `uses_int8`, the hidden and
-            cell states are in float32.
+            (B, J) predictor states, and the hidden and cell states after the step; with `uses_int8`, those of an
+            unmodified LSTM are in float32.
         """
         embeddings = self.embedding(labels)
         if not is_unmodified(self.lstm, nn.LSTM):
