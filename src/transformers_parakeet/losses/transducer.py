@@ -43,8 +43,8 @@ from .reduction import reduce_loss
 # of a CPU
 MAX_BLOCK_LOGITS = 2**22
 
-# default memory of `transducer_loss` for hidden values and logits: 160 MiB; with 256 MiB and V = 8193 the loss takes 5 to
-# 10 % less time and 80 % more memory
+# Default memory of `transducer_loss` for hidden values and logits: 160 MiB. With 256 MiB and V = 8193 the loss takes 5
+# to 10 % less time and 80 % more memory.
 WORKSPACE_BYTES = 160 * 2**20
 
 
