@@ -151,6 +151,24 @@ def test_half_precision_models_run(pipe):
     assert all(0 < chunk["confidence"] < 1 for chunk in out["chunks"])
 
 
+@pytest.mark.parametrize("place", ["constructor", "generate_kwargs", "call"])
+def test_the_search_can_be_set_for_all_calls_or_for_one(place, monkeypatch):
+    model, processor = ctc_model()
+    search = {"num_beams": 3, "label_bonus": 0.5}
+    options = {"constructor": search, "generate_kwargs": {"generate_kwargs": search}, "call": {}}[place]
+    parts = {"tokenizer": processor.tokenizer, "feature_extractor": processor.feature_extractor}
+    beams = pipeline("automatic-speech-recognition", model=model, **parts, **options)
+    calls, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **kwargs: (calls.append(kwargs), generate(**kwargs))[1])
+    beams(noise(1.0), **(search if place == "call" else {}))
+    assert {name: calls[0][name] for name in search} == search
+    # an argument of the call overrides that of the constructor
+    beams(noise(1.0), num_beams=1)
+    assert calls[1]["num_beams"] == 1
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        pipeline("automatic-speech-recognition", model=model, **parts, num_return_sequences=2)
+
+
 def test_the_pipeline_uses_the_processor_that_it_is_given():
     model, processor = ctc_model()
     for pipe in (

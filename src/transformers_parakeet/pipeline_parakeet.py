@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch.utils.data
-from transformers import AutomaticSpeechRecognitionPipeline
+from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig
 from transformers.utils import logging
 
 from .audio import AudioSource
@@ -92,6 +92,12 @@ class ParakeetASRPipeline(AutomaticSpeechRecognitionPipeline):
         return AutomaticSpeechRecognitionPipeline(model, *args, **kwargs)
 
     def __init__(self, model: Any, *args: Any, processor: Any = None, **kwargs: Any) -> None:
+        # From 5.23 on, the base class removes arguments of `generate` from `kwargs` and expects `_forward` to add them.
+        # Inside `generate_kwargs` they are treated as in older releases.
+        names = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+        search = pop_arguments(kwargs, "generation_config", *names)
+        if search:
+            kwargs["generate_kwargs"] = {**kwargs.get("generate_kwargs", {}), **search}
         # without `tokenizer` and `feature_extractor`, the base class takes both from the processor
         super().__init__(model, *args, processor=processor, **kwargs)
         self._set_processor()
