@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from packed_speech import PackedSpeech
-from train_english import CORPORA, open_corpora
+from train_english import open_corpora
 
 # number of consecutive words that two sentences must not have in common
 OVERLAP = 5
@@ -60,9 +60,8 @@ def main() -> None:
     options = parser.parse_args()
     train, dev = open_corpora(options.data)
     held_out = [text for corpus in dev.values() for text in corpus.texts]
-    for corpus in CORPORA:
-        if corpus in dev:
-            held_out += PackedSpeech(options.data / corpus, "test").texts
+    for corpus in dev:
+        held_out += PackedSpeech(options.data / corpus, "test").texts
     forbidden = {sequence for text in held_out for sequence in list_sequences(text.split())}
     sentences = [words for path in options.text for words in split_sentences(path.read_text(encoding="utf-8"))]
     transcripts = [text.split() for text in train.texts]

@@ -339,14 +339,16 @@ def prepare_run(pipeline: ParakeetASRPipeline, options: TranscriptionOptions) ->
     return PreparedRun(options, preprocess_arguments, generate_arguments, postprocess_arguments, settings)
 
 
-def _get_pipeline_options(options: TranscriptionOptions, config: Any) -> dict[str, Any]:
-    """Convert the options to arguments of a call of the pipeline.
+def get_search_arguments(options: TranscriptionOptions) -> dict[str, Any]:
+    """Convert the search of the options to arguments of a call of the pipeline.
 
     Args:
-        options: decoder, windows, confidence and search.
-        config: configuration of the model.
+        options: number of beams, phrases, scripts and language model.
+
+    Returns:
+        The arguments. An option that is not set has no argument, so the default of the pipeline holds.
     """
-    arguments: dict[str, Any] = {"return_confidence": options.confidence}
+    arguments: dict[str, Any] = {}
     if options.num_beams is not None:
         arguments["num_beams"] = options.num_beams
     if options.boost:
@@ -355,6 +357,17 @@ def _get_pipeline_options(options: TranscriptionOptions, config: Any) -> dict[st
         arguments["scripts"] = options.scripts
     if options.language_model is not None:
         arguments.update(language_model=options.language_model, lm_weight=options.lm_weight)
+    return arguments
+
+
+def _get_pipeline_options(options: TranscriptionOptions, config: Any) -> dict[str, Any]:
+    """Convert the options to arguments of a call of the pipeline.
+
+    Args:
+        options: decoder, windows, confidence and search.
+        config: configuration of the model.
+    """
+    arguments = {"return_confidence": options.confidence, **get_search_arguments(options)}
     if options.chunk_length_s is not None:
         arguments["chunk_length_s"] = options.chunk_length_s
     if options.memory_budget is not None:
@@ -451,6 +464,7 @@ __all__ = [
     "TranscriptionOptions",
     "build_entry",
     "build_timed_texts",
+    "get_search_arguments",
     "load_pipeline",
     "prepare_run",
     "set_attention",

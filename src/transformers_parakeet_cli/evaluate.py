@@ -121,16 +121,18 @@ def create_search(
 
     Raises:
         OSError: the file of phrases cannot be read.
-        ValueError: the file of phrases is not valid.
+        ValueError: the file of phrases or an option is not valid.
     """
     from transformers_parakeet.phrases import read_phrases
+    from transformers_parakeet.transcription import TranscriptionOptions, get_search_arguments
 
-    search: dict[str, Any] = {} if beams is None else {"num_beams": beams}
-    if phrase_file is not None:
-        search["boost"] = read_phrases(phrase_file)
-    if language_model is not None:
-        search.update(language_model=str(language_model), lm_weight=lm_weight)
-    return search
+    options = TranscriptionOptions(
+        num_beams=beams,
+        boost=() if phrase_file is None else read_phrases(phrase_file),
+        language_model=None if language_model is None else str(language_model),
+        lm_weight=lm_weight,
+    )
+    return get_search_arguments(options)
 
 
 def choose_normalization(normalization: Normalization, spellings: Path | None) -> Callable[[str], str]:

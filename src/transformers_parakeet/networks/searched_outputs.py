@@ -114,6 +114,11 @@ class SelectedOutputs:
     parts: tuple[tuple[SearchedOutputs, Array], ...]
 
     @cached_property
+    def hidden(self) -> Tensor:
+        """(N, J) inputs of the layer."""
+        return torch.cat([outputs.hidden.index_select(0, torch.from_numpy(rows)) for outputs, rows in self.parts])
+
+    @cached_property
     def group_maxima(self) -> Array:
         """(N, num_groups) largest rough score of each group."""
         return self._join(lambda outputs, rows: outputs.rough_scores.group_maxima.numpy()[rows])
@@ -163,23 +168,19 @@ class SelectedOutputs:
             clips: (P,) clips, ascending.
             labels: (P,) labels.
         """
-        hidden, (weight, bias) = self._join_hidden(), self.parts[0][0].layer
-        scores: Array = score_outputs(hidden, weight, bias, torch.from_numpy(clips), torch.from_numpy(labels)).numpy()
+        layer, rows, outputs = self.parts[0][0].layer, torch.from_numpy(clips), torch.from_numpy(labels)
+        scores: Array = score_outputs(self.hidden, *layer, rows, outputs).numpy()
         return scores
 
     def compute_all_logits(self) -> Tensor:
         """Compute the (N, V - 1) float32 scores of all labels."""
         weight, bias = self.parts[0][0].layer
-        return F.linear(self._join_hidden(), weight[:-1], bias[:-1])
+        return F.linear(self.hidden, weight[:-1], bias[:-1])
 
     def _join(self, get_values: Callable[[SearchedOutputs, Array], Array]) -> Array:
         """Join values of the rows of all parts, which a function returns for each part."""
         values = [get_values(outputs, rows) for outputs, rows in self.parts]
         return values[0] if len(values) == 1 else np.concatenate(values)
-
-    def _join_hidden(self) -> Tensor:
-        """Return the (N, J) inputs of the layer."""
-        return torch.cat([outputs.hidden.index_select(0, torch.from_numpy(rows)) for outputs, rows in self.parts])
 
     def _gather_groups(self, clips: Array, groups: Array) -> Array:
         """Return the (P, GROUP_SIZE) rough scores of (P,) groups of (P,) clips, ascending."""
